@@ -1,0 +1,33 @@
+"""FlexAttention for sequences that do not fit on one GPU."""
+
+from cpflex.attention import flex_attention, score_mod
+from cpflex.masks import MaskMod, causal, document, full, prefix_lm, sliding_window
+from cpflex.mods.trace import UnsupportedMod
+from cpflex.plan import Plan, make_plan
+from cpflex.ring.agreement import RankMismatch
+from cpflex.ring.schedule import ring
+from cpflex.sharding.balance import balanced
+from cpflex.sharding.layout import Layout, contiguous, striped, zigzag
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Layout",
+    "MaskMod",
+    "Plan",
+    "RankMismatch",
+    "UnsupportedMod",
+    "balanced",
+    "causal",
+    "contiguous",
+    "document",
+    "flex_attention",
+    "full",
+    "make_plan",
+    "prefix_lm",
+    "ring",
+    "score_mod",
+    "sliding_window",
+    "striped",
+    "zigzag",
+]

@@ -1,0 +1,190 @@
+"""flex_attention over a sharded sequence, and score_mod."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
+
+from cpflex.mods.graph import Mod, table_sizes
+from cpflex.mods.trace import trace_score_mod
+from cpflex.plan import Plan
+from cpflex.ring.operator import attention, intern_score_mod
+
+ScoreFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ScoreMod:
+    """A traced score_mod. Captured tensors are held by reference and read at each call; Python numbers are frozen."""
+
+    def __init__(self, fn: ScoreFn) -> None:
+        self.fn = fn
+        self.mod: Mod = trace_score_mod(fn)
+        self.key = self.mod.key
+        self._interned = intern_score_mod(self.mod)
+        self.captured = list(self.mod.captured)
+        self.table_len = min(table_sizes(self.mod, ("q_idx", "kv_idx")), default=None)
+
+    def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return self.fn(score, b, h, q_idx, kv_idx)
+
+
+def score_mod(fn: ScoreFn) -> ScoreMod:
+    """Trace ``fn(score, b, h, q_idx, kv_idx) -> Tensor`` once and for all; positions are global. Required under `torch.compile`.
+
+    Gradients flow to captured tensors that require grad: each rank gets its own part, to be reduced like a parameter's.
+
+    >>> softcap = cpflex.score_mod(lambda score, b, h, q_idx, kv_idx: 50 * torch.tanh(score / 50))
+
+    Raises:
+        UnsupportedMod: ``fn`` is not pointwise, or uses an operation that is not supported; the error names it.
+    """
+    return fn if isinstance(fn, ScoreMod) else ScoreMod(fn)
+
+
+def flex_attention(
+    query: Tensor,  # [B, Hq, S_local, D]
+    key: Tensor,  # [B, Hkv, S_local, D]
+    value: Tensor,  # [B, Hkv, S_local, Dv]
+    score_mod: ScoreMod | ScoreFn | None = None,
+    block_mask: Plan | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: dict[str, Any] | None = None,
+    *,
+    return_aux: AuxRequest | None = None,
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
+    """Exact attention of the local queries to all ranks' keys: torch's ``flex_attention`` with a plan as its block mask.
+
+    Args:
+        query, key, value: this rank's tokens, as `Plan.shard` gives them; float32, bfloat16 or float16, any strides.
+        score_mod: ``(score, b, h, q_idx, kv_idx) -> score`` at global positions; scores are fp32.
+        block_mask: a plan of one mask kind (``plan["sliding"]`` of a plan of several), bound to its group.
+        scale: of the scores; 1 / sqrt(D) if None.
+        enable_gqa: allow Hq to be a multiple of Hkv.
+        return_lse: also return lse; ``return_aux=AuxRequest(lse=True)`` is torch's newer spelling.
+        kernel_options: {"backend": "reference"} or None.
+
+    Returns:
+        out [B, Hq, S_local, Dv] in the dtype of query; with ``return_lse`` (out, lse), with ``return_aux`` (out, AuxOutput); lse
+        [B, Hq, S_local] is fp32, natural log, differentiable. A query that sees no key gives 0 and -inf.
+
+    Raises:
+        ValueError, NotImplementedError, TypeError: arguments that cannot be honoured, before anything is exchanged, on every rank.
+        RankMismatch: the ranks were given different plans, shapes, dtypes or mods.
+    """
+    plan = _require_plan(block_mask)
+    try:
+        _check_tensors(query, key, value, plan, enable_gqa)
+        _check_options(kernel_options, return_aux)
+        mod = _traced(score_mod)
+        if mod is not None and mod.table_len is not None and mod.table_len < plan.seq_len:
+            raise ValueError(
+                f"the score_mod indexes a captured tensor of {mod.table_len} elements with a position; "
+                f"the plan has seq_len={plan.seq_len}"
+            )
+    except (ValueError, TypeError, NotImplementedError, IndexError) as error:
+        plan.refuse(error)
+        raise
+    captured = [] if mod is None else mod.captured
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *captured))
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    out, lse = attention(query, key, value, captured, plan.handle, "" if mod is None else mod.key, scale, needs_grad)
+    if return_aux is not None:
+        return out, AuxOutput(lse=lse if return_aux.lse else None)
+    return (out, lse) if return_lse else out
+
+
+def _require_plan(block_mask: object) -> Plan:
+    if isinstance(block_mask, Plan):
+        block_mask.require_callable()
+        return block_mask
+    if isinstance(block_mask, BlockMask):
+        raise TypeError(
+            "block_mask is a torch BlockMask, which knows no ranks; pass cpflex.make_plan(mask_mod, seq_len, group)"
+        )
+    raise TypeError(f"block_mask must be a plan made by cpflex.make_plan; got {type(block_mask).__name__}")
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, plan: Plan, enable_gqa: bool) -> None:
+    named = {"query": query, "key": key, "value": value}
+    for name, x in named.items():
+        if isinstance(x, DTensor):
+            raise TypeError(f"{name} is a DTensor; pass the local tensor, `{name}.to_local()`")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor; got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, H, S_local, D]; got shape {tuple(x.shape)}")
+    _check_numbers(query, key, value)
+    lengths = [x.shape[2] for x in named.values()]
+    if lengths[0] != lengths[1] or lengths[1] != lengths[2]:
+        raise NotImplementedError(
+            f"query, key and value must have one length (no cross attention, no KV cache); got {lengths}"
+        )
+    if lengths[0] != plan.local_len:
+        raise ValueError(
+            f"query has {lengths[0]} tokens and the plan has local_len={plan.local_len} for seq_len={plan.seq_len} on "
+            f"{plan.world_size} ranks; shard the inputs with plan.shard(x, dim)"
+        )
+    if not (query.shape[0] == key.shape[0] == value.shape[0]):
+        raise ValueError(f"batch sizes differ: {[x.shape[0] for x in named.values()]}")
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must have one head dim; got {query.shape[3]} and {key.shape[3]}")
+    _check_heads(query.shape[1], key.shape[1], value.shape[1], enable_gqa)
+    if plan.batch_size is not None and plan.batch_size != query.shape[0]:
+        raise ValueError(f"the plan was made for batch_size={plan.batch_size}; query has batch size {query.shape[0]}")
+    if plan.num_heads is not None and plan.num_heads != query.shape[1]:
+        raise ValueError(f"the plan was made for num_heads={plan.num_heads}; query has {query.shape[1]} heads")
+
+
+def _check_numbers(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.dtype != key.dtype or key.dtype != value.dtype:
+        raise ValueError(f"query, key and value must have one dtype; got {query.dtype}, {key.dtype}, {value.dtype}")
+    if query.dtype not in DTYPES:
+        raise NotImplementedError(f"query must be float32, bfloat16 or float16; got {query.dtype}")
+    if query.device != key.device or key.device != value.device:
+        raise ValueError(
+            f"query, key and value must be on one device; got {query.device}, {key.device}, {value.device}"
+        )
+
+
+def _check_heads(query_heads: int, key_heads: int, value_heads: int, enable_gqa: bool) -> None:
+    if key_heads != value_heads:
+        raise ValueError(f"key and value must have equally many heads; got {key_heads} and {value_heads}")
+    if query_heads != key_heads and not enable_gqa:
+        raise ValueError(
+            f"query has {query_heads} heads and key has {key_heads}; pass enable_gqa=True for grouped queries"
+        )
+    if key_heads == 0 or query_heads % key_heads:
+        raise ValueError(f"the heads of query must be a multiple of those of key; got {query_heads} and {key_heads}")
+
+
+def _check_options(kernel_options: dict[str, Any] | None, return_aux: AuxRequest | None) -> None:
+    for name, value in (kernel_options or {}).items():
+        if name != "backend":
+            raise NotImplementedError(f"kernel option {name!r} is not supported; supported: 'backend'")
+        if value != "reference":
+            raise NotImplementedError(f"backend {value!r} is not available; available: 'reference'")
+    if return_aux is not None and return_aux.max_scores:
+        raise NotImplementedError("return_aux: max_scores is not supported; lse is")
+
+
+def _traced(score_mod: ScoreMod | ScoreFn | None) -> ScoreMod | None:
+    if score_mod is None or isinstance(score_mod, ScoreMod):
+        return score_mod
+    if torch.compiler.is_compiling():
+        _refuse_untraced()
+    if not callable(score_mod):
+        raise TypeError(f"score_mod must be callable; got {type(score_mod).__name__}")
+    return ScoreMod(score_mod)
+
+
+def _refuse_untraced() -> NoReturn:
+    raise TypeError("under torch.compile, trace the score_mod outside: softcap = cpflex.score_mod(fn)")

@@ -1,0 +1,28 @@
+"""Call: what all kernel launches of one attention call share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from cpflex.mods.graph import Graph, Mod
+from cpflex.mods.vjp import Vjp, vjp
+
+
+@dataclass(frozen=True)
+class Call:
+    """The mods, with their captured tensors on the device of q, and the scale."""
+
+    mask: Mod
+    scale: float
+    score_graph: Graph | None = None
+    captured: tuple[Tensor, ...] = ()
+    """Captured by the score_mod."""
+    wanted: tuple[int, ...] = ()
+    """Slots of ``captured`` whose gradient is needed."""
+
+    @cached_property
+    def score_vjp(self) -> Vjp | None:
+        return None if self.score_graph is None else vjp(self.score_graph, self.wanted)

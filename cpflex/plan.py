@@ -1,0 +1,369 @@
+"""make_plan and Plan: everything that is decided once per batch, before any attention is computed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from cpflex import handles
+from cpflex.links import Links, links_of
+from cpflex.masks import MaskFn, MaskMod
+from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
+from cpflex.mods.intervals import TileClassifier
+from cpflex.mods.trace import trace_mask_mod
+from cpflex.ring.bound import Bound
+from cpflex.ring.schedule import ScheduleFn, Source, Step, ring
+from cpflex.sharding.balance import balanced, work_per_rank
+from cpflex.sharding.layout import Layout, LayoutFn
+from cpflex.sharding.shard import shard, unshard
+from cpflex.tile_mask import Classify, TileMask, count_pairs, cut, make_tile_mask
+
+Group = dist.ProcessGroup | DeviceMesh | Links
+FORMAT = 1
+"""Version of the plan's contents; ranks that disagree on it do not exchange."""
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """What was planned for one mask kind, for one rank."""
+
+    mask: Mod
+    steps: tuple[Step, ...]
+    fingerprint: str
+    """Equal on two ranks iff their plans belong together."""
+    work: np.ndarray  # (query, key) pairs to compute, tile by tile, int64 [world_size]
+    needed: np.ndarray  # the rank's queries see a key of the chunk, bool [world_size, num_chunks]
+    schedule: ScheduleFn
+
+
+def make_plan(
+    mask: MaskFn | Mapping[str, MaskFn],
+    seq_len: int,
+    group: Group | None = None,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    batch_size: int | None = None,
+    num_heads: int | None = None,
+    layout: LayoutFn = balanced,
+    schedule: ScheduleFn = ring,
+) -> Plan:
+    """Decide which tokens each rank holds, what travels when, and what is computed. Pure: never communicates.
+
+    Args:
+        mask: a mask_mod on global positions, or one per layer kind of a hybrid model, ``{"full": m1, "sliding": m2}``; all kinds share
+            one layout. Captured tensors are copied.
+        seq_len: tokens of the whole sequence, below 2**31; any number of them.
+        group: the ranks that share the sequence: a process group, a 1-D device mesh such as ``mesh["cp"]``, or None for one rank.
+        rank, world_size: instead of a group, to plan for any rank of any job, anywhere; `Plan.bind` adds the group later.
+        weights: layers of each kind; 1 each if None.
+        batch_size, num_heads: needed when the mask depends on ``b`` or ``h``: what is computed and sent is then the union over them.
+        layout: `balanced`, `zigzag`, `contiguous`, `striped`, or a function like them.
+        schedule: `ring`, or a function like it.
+
+    >>> plan = cpflex.make_plan(cpflex.causal() & cpflex.document(cu_seqlens=cu), seq_len=8192, group=mesh["cp"])
+
+    Raises:
+        ValueError: sizes that do not fit each other; the message says which.
+        UnsupportedMod: the mask is not a pointwise bool function.
+    """
+    links, rank, world_size = _membership(group, rank, world_size)
+    if isinstance(seq_len, bool) or not isinstance(seq_len, int) or not 0 < seq_len < 2**31:
+        raise ValueError(f"seq_len must be an integer from 1 to 2**31 - 1; got {seq_len!r}")
+    masks = dict(mask) if isinstance(mask, Mapping) else {"mask": mask}
+    if not masks:
+        raise ValueError("mask must name at least one mask kind; got an empty dict")
+    weights = _weights(weights, masks)
+    mods = {kind: _traced(one, seq_len, batch_size, num_heads) for kind, one in masks.items()}
+    work = _ChunkWork(mods, weights, seq_len, world_size, batch_size or 1, num_heads or 1)
+    table = layout(seq_len, world_size, work)
+    if not isinstance(table, Layout) or (table.seq_len, table.world_size) != (seq_len, world_size):
+        raise ValueError(f"layout must return a Layout of seq_len={seq_len} for {world_size} ranks; got {table!r}")
+    kinds = {}
+    for kind, mod in mods.items():
+        matrix = work(table.chunk_len)[kind]
+        matrix = np.pad(matrix, (0, table.num_chunks - len(matrix)))
+        needed = np.stack([matrix[list(held)].any(axis=0) for held in table.chunks])
+        classify = work.classifiers[kind]
+        steps = tuple(
+            Step(exchange, _tile_mask(mod, classify, table, rank, exchange.sources, batch_size or 1, num_heads or 1))
+            for exchange in schedule(table, rank, needed)
+        )
+        facts = (FORMAT, table.key, mod.content_key, schedule.__name__, kind, batch_size, num_heads)
+        fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        kinds[kind] = MaskKind(mod, steps, fingerprint, work_per_rank(table, matrix), needed, schedule)
+    by_b, by_h = (any(mod.uses(name) for mod in mods.values()) for name in "bh")
+    return Plan(table, rank, kinds, links, batch_size if by_b else None, num_heads if by_h else None)
+
+
+class Plan:
+    """What a rank knows about one batch: its tokens, and for each mask kind the steps of the attention.
+
+    A plan of one kind is what `flex_attention` takes; a plan of several is indexed by kind first: ``plan["sliding"]``.
+    Plans pickle; the group is left behind, and `bind` adds it again.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        rank: int,
+        kinds: Mapping[str, MaskKind],
+        links: Links | None = None,
+        batch_size: int | None = None,
+        num_heads: int | None = None,
+    ) -> None:
+        self.layout = layout
+        self.rank = rank
+        self.kinds = dict(kinds)
+        self.batch_size = batch_size
+        self.num_heads = num_heads
+        self.seq_len = layout.seq_len
+        self.world_size = layout.world_size
+        self.local_len = layout.local_len
+        self._links = links
+        self._one_kind: dict[str, Plan] = {}
+        self._why_not_callable = ""
+        if len(kinds) > 1:
+            self._why_not_callable = (
+                f"this plan has the mask kinds {sorted(kinds)}; index it first, for instance plan[{min(kinds)!r}]"
+            )
+            self._one_kind = {
+                name: Plan(layout, rank, {name: kind}, links, batch_size, num_heads) for name, kind in kinds.items()
+            }
+            return
+        if links is None and self.world_size > 1:
+            self._why_not_callable = (
+                "this plan was made for inspection, without a group; call plan = plan.bind(group) first"
+            )
+        (kind,) = self.kinds.values()
+        bound = Bound(kind.mask, kind.steps, links, kind.fingerprint, self.seq_len, self.positions)
+        self.handle = handles.register(bound)
+        """Stands for this plan in the operator, int64 []."""
+
+    def __getitem__(self, kind: str) -> Plan:
+        """The plan of one mask kind, on the same layout."""
+        if kind not in self.kinds:
+            raise KeyError(f"no mask kind {kind!r} in this plan; it has {sorted(self.kinds)}")
+        return self._one_kind.get(kind, self)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Global position of each local token, int64 [S_local]; pads are numbered S, S + 1, ..."""
+        return torch.from_numpy(self.layout.positions(self.rank))
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps of the one mask kind."""
+        return self._kind.steps
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal on two ranks iff their plans belong together: same mask and captured values, layout and schedule."""
+        return hashlib.sha256("".join(kind.fingerprint for kind in self.kinds.values()).encode()).hexdigest()[:16]
+
+    @property
+    def _kind(self) -> MaskKind:
+        if len(self.kinds) > 1:
+            raise TypeError(self._why_not_callable)
+        (kind,) = self.kinds.values()
+        return kind
+
+    @cached_property
+    def stats(self) -> dict[str, Any]:
+        """Figures of the one mask kind, or of each: ``stats[kind]``.
+
+        ``work`` (query, key) pairs that each rank computes, counted by tile, ``imbalance`` max / mean of it, ``recv_tokens`` K/V rows received per rank in one forward,
+        ``all_gather_tokens`` the same for an all-gather, ``needed_tokens`` the least possible, by chunk, ``full_tiles``,
+        ``partial_tiles`` and ``unproven_tiles`` of this rank, ``schedule`` and ``reason``.
+        """
+        figures = {name: self._stats_of(kind) for name, kind in self.kinds.items()}
+        return figures if len(figures) > 1 else next(iter(figures.values()))
+
+    def _stats_of(self, kind: MaskKind) -> dict[str, Any]:
+        masks = [step.tile_mask for step in kind.steps]
+        foreign = kind.needed & (self.layout.owner != np.arange(self.world_size)[:, None])
+        every_rank = [kind.schedule(self.layout, rank, kind.needed) for rank in range(self.world_size)]
+        return {
+            "work": kind.work.tolist(),
+            "imbalance": float(kind.work.max() / kind.work.mean()) if kind.work.any() else 1.0,
+            "recv_tokens": [sum(t.num_rows for e in exchanges for t in e.receives) for exchanges in every_rank],
+            "all_gather_tokens": self.local_len * (self.world_size - 1),
+            "needed_tokens": (foreign.sum(axis=1) * self.layout.chunk_len).tolist(),
+            "full_tiles": sum(mask.full.num_tiles for mask in masks),
+            "partial_tiles": sum(mask.partial.num_tiles for mask in masks),
+            "unproven_tiles": sum(mask.num_unproven for mask in masks),
+            "schedule": kind.schedule.__name__,
+            "reason": "as asked",
+        }
+
+    def shard(self, x: Tensor, dim: int, *, pad_value: float | int | bool | None = None) -> Tensor:
+        """This rank's tokens of ``x``, which every rank holds whole: ``x.shape[dim] == seq_len`` -> ``local_len``. No communication.
+
+        Differentiable: the gradient is zero at the other ranks' tokens. Shift labels before sharding them.
+
+        Raises:
+            ValueError: ``x`` has another length, or padding is needed and ``pad_value`` is None.
+        """
+        return shard(x, dim, self.layout, self.rank, pad_value)
+
+    def unshard(self, x: Tensor, dim: int) -> Tensor:
+        """All ranks' tokens in their original order, pads dropped: ``local_len`` -> ``seq_len``. All ranks must call it.
+
+        Differentiable: the ranks' gradients are summed in fp32, in rank order.
+        """
+        if self._links is None and self.world_size > 1:
+            raise RuntimeError("this plan has no group to gather from; call plan = plan.bind(group) first")
+        return unshard(x, dim, self.layout, self.rank, self._links)
+
+    def bind(self, group: Group | None) -> Plan:
+        """This plan on a group.
+
+        Raises:
+            ValueError: the group has another size, or this process another rank in it.
+        """
+        links, rank, world_size = _membership(group, None, None)
+        if (rank, world_size) != (self.rank, self.world_size):
+            raise ValueError(
+                f"the plan was made for rank {self.rank} of {self.world_size}; the group makes this process rank {rank} of {world_size}"
+            )
+        return Plan(self.layout, self.rank, self.kinds, links, self.batch_size, self.num_heads)
+
+    def to(self, device: torch.device | str | int) -> Plan:
+        """Copy the plan's tables to a device now rather than at the first attention there. Returns the plan itself."""
+        for plan in self._one_kind.values() or [self]:
+            handles.resolve(plan.handle).on(torch.device(device))
+        return self
+
+    def require_callable(self) -> None:
+        """Raise unless `flex_attention` can take this plan."""
+        if self._why_not_callable:
+            raise ValueError(self._why_not_callable)
+
+    def refuse(self, error: Exception) -> None:
+        """Make the other ranks' first attention on this plan raise too, before this one raises ``error``."""
+        handles.resolve(self.handle).refuse(error)
+
+    def explain(self) -> str:
+        """The plan in words: layout, work per rank, K/V received, tiles, schedule, and warnings."""
+        from cpflex.explain import explain
+
+        return explain(self)
+
+    def plot(self, path: str) -> None:
+        """Draw the mask coloured by rank, and bars of work and K/V received per rank (needs the extra ``viz``)."""
+        from cpflex.explain import plot
+
+        plot(self, path)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({', '.join(sorted(self.kinds))}; seq_len={self.seq_len}, {self.layout.name} on rank {self.rank} of "
+            f"{self.world_size}, local_len={self.local_len})"
+        )
+
+    def __reduce__(self):
+        return Plan, (self.layout, self.rank, self.kinds, None, self.batch_size, self.num_heads)
+
+
+def _membership(group: Group | None, rank: int | None, world_size: int | None) -> tuple[Links | None, int, int]:
+    if group is not None:
+        if rank is not None or world_size is not None:
+            raise ValueError("pass either a group, or rank and world_size; the group knows both")
+        links = links_of(group)
+        return links, links.rank, links.world_size
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank and world_size go together; got rank={rank}, world_size={world_size}")
+    if rank is None or world_size is None:
+        return None, 0, 1
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to world_size - 1; got rank={rank}, world_size={world_size}")
+    return None, rank, world_size
+
+
+def _weights(weights: Mapping[str, float] | None, masks: Mapping[str, Any]) -> dict[str, float]:
+    if weights is None:
+        return dict.fromkeys(masks, 1.0)
+    if set(weights) != set(masks) or min(weights.values()) <= 0:
+        raise ValueError(f"weights must give each mask kind of {sorted(masks)} a positive number; got {dict(weights)}")
+    return dict(weights)
+
+
+def _traced(mask: MaskFn, seq_len: int, batch_size: int | None, num_heads: int | None) -> Mod:
+    """The mask as a graph that is also false at pads, its captured tensors copied to the CPU."""
+    if not callable(mask):
+        raise TypeError(f"mask must be a mask_mod (b, h, q_idx, kv_idx) -> bool Tensor; got {type(mask).__name__}")
+    if isinstance(mask, MaskMod) and mask.lengths - {seq_len}:
+        raise ValueError(f"{mask!r} was made for {sorted(mask.lengths)} tokens; seq_len={seq_len}")
+    mod = trace_mask_mod(mask).map_captured(lambda t: t.detach().to("cpu", copy=True))
+    limits = {"q_idx": ("seq_len", seq_len), "kv_idx": ("seq_len", seq_len)}
+    limits |= {"b": ("batch_size", batch_size), "h": ("num_heads", num_heads)}
+    for name, (argument, size) in limits.items():
+        if size is None:
+            if mod.uses(name):
+                raise ValueError(f"mask {mod.name!r} depends on {name}; pass {argument}= to make_plan")
+            continue
+        for table_len in table_sizes(mod, [name]):
+            if table_len < size:
+                raise ValueError(
+                    f"mask {mod.name!r} indexes a captured tensor of {table_len} elements with {name}; {argument}={size}"
+                )
+    builder = GraphBuilder(mod.graph.nodes)
+    length = builder.add("captured", len(mod.captured), dtype=torch.int64)
+    seen = mod.graph.outputs[0]
+    for name in ("q_idx", "kv_idx"):
+        position = builder.add("input", name, dtype=torch.int64)
+        seen = builder.add("and", seen, builder.add("lt", position, length, dtype=torch.bool), dtype=torch.bool)
+    return Mod(builder.graph(seen), (*mod.captured, torch.tensor(seq_len)), mod.name)
+
+
+class _ChunkWork:
+    """Pairs to compute between chunks, for each mask kind; what a layout function may ask."""
+
+    def __init__(
+        self,
+        mods: Mapping[str, Mod],
+        weights: Mapping[str, float],
+        seq_len: int,
+        world_size: int,
+        batch_size: int,
+        num_heads: int,
+    ) -> None:
+        self.weights = weights
+        self.seq_len = seq_len
+        self.world_size = world_size
+        self.classifiers = {kind: _classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
+        self._counted: dict[int, dict[str, np.ndarray]] = {}
+
+    def __call__(self, chunk_len: int) -> dict[str, np.ndarray]:
+        if chunk_len not in self._counted:
+            # as many chunks as deal out evenly
+            num_chunks = -(-self.seq_len // (chunk_len * self.world_size)) * self.world_size
+            axis = cut(np.arange(num_chunks * chunk_len), chunk_len)
+            self._counted[chunk_len] = {
+                kind: count_pairs(classify, axis, chunk_len, num_chunks) for kind, classify in self.classifiers.items()
+            }
+        return self._counted[chunk_len]
+
+
+def _classifier(mod: Mod, batch_size: int, num_heads: int) -> Classify:
+    classify = TileClassifier(mod)
+    b, h = (0, batch_size - 1), (0, num_heads - 1)
+    return lambda q_lo, q_hi, kv_lo, kv_hi: classify(q_lo, q_hi, kv_lo, kv_hi, b=b, h=h)
+
+
+def _tile_mask(
+    mod: Mod, classify: Classify, layout: Layout, rank: int, sources: Sequence[Source], batch_size: int, num_heads: int
+) -> TileMask:
+    held = [layout.positions(owner)[start:stop] for owner, rows in sources for start, stop in rows]
+    q, kv = (cut(positions, layout.chunk_len) for positions in (layout.positions(rank), np.concatenate(held)))
+    return make_tile_mask(mod, classify, q, kv, batch_size, num_heads)

@@ -1,0 +1,34 @@
+"""The backward loop: K/V visit again, dQ stays, dK/dV travel home."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpflex.kernels import Call, attend_backward
+from cpflex.ring.transport import Pair, Transport
+
+
+def backward(
+    grad_out: Tensor,  # [B, Hq, S_local, Dv]
+    grad_lse: Tensor,  # [B, Hq, S_local] fp32
+    q: Tensor,  # [B, Hq, S_local, D]
+    out: Tensor,  # [B, Hq, S_local, Dv]
+    lse: Tensor,  # [B, Hq, S_local] fp32
+    call: Call,
+    transport: Transport,
+) -> tuple[Tensor, Pair, list[Tensor]]:
+    """Gradients of q, of (k, v), and of each captured tensor in ``call.wanted`` (this rank's part), all fp32.
+
+    Every step uses the global lse and delta, so its gradients are final parts and only have to be added
+    (FlashAttention-2, arXiv:2307.08691, section 3.1.2).
+    """
+    delta = (out.float() * grad_out.float()).sum(
+        dim=-1
+    ) - grad_lse  # d lse enters as -delta does: ds = p * (dp - delta)
+    dq = torch.zeros_like(q, dtype=torch.float32)
+    d_captured = [torch.zeros_like(call.captured[slot], dtype=torch.float32) for slot in call.wanted]
+    for index, step, (k, v) in transport.circulate():
+        dk, dv = attend_backward(q, k, v, grad_out, lse, delta, step.tile_mask, call, dq, d_captured)
+        transport.give_back(index, Pair(dk, dv))
+    return dq, transport.home(), d_captured

@@ -1,0 +1,147 @@
+"""The one operator of torch: ``cpflex::attention`` and its backward, opaque to autograd, checkpointing and the compiler.
+
+The plan crosses as a handle, the score_mod as the key of its graph and its captured tensors: twenty plans compile to one graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cpflex.handles import resolve
+from cpflex.kernels import Call
+from cpflex.mods.graph import Mod
+from cpflex.ring.backward import backward
+from cpflex.ring.bound import Bound
+from cpflex.ring.forward import forward
+from cpflex.ring.transport import Pair, Transport
+
+_score_mods: weakref.WeakValueDictionary[str, Mod] = weakref.WeakValueDictionary()
+
+
+def intern_score_mod(mod: Mod) -> Mod:
+    """Make a score_mod known to the operator by its key, for as long as a mod with that key lives."""
+    _score_mods.setdefault(mod.key, mod)
+    return mod
+
+
+@torch.library.custom_op("cpflex::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    plan: Tensor,
+    score_key: str,
+    scale: float,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, S_local, Dv] in q's dtype and lse [B, Hq, S_local] fp32. Exchanges K/V with the ranks of the plan's group."""
+    bound: Bound = resolve(plan)
+    bound.agree(
+        {
+            "query": _signature(q),
+            "key": _signature(k),
+            "value": _signature(v),
+            "score_mod": (score_key, [(str(t.dtype), tuple(t.shape)) for t in captured]),
+            "scale": scale,
+            "whether gradients are needed": needs_grad,
+        }
+    )
+    call, steps, pads = _call(bound, captured, score_key, scale, (), q.device)
+    q, k, v = (_without(x, pads) for x in (q, k, v))
+    return forward(q, v.shape[-1], call, Transport(bound.links, steps, Pair(k, v)))
+
+
+@attention.register_fake
+def _(q, k, v, captured, plan, score_key, scale, needs_grad):
+    rows = q.shape[:-1]
+    return q.new_empty(*rows, v.shape[-1]), q.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("cpflex::attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    captured: Sequence[Tensor],
+    plan: Tensor,
+    score_key: str,
+    scale: float,
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    """[dq, dk, dv, *gradients of the captured tensors in the slots ``wanted``], each in the dtype of its tensor."""
+    bound: Bound = resolve(plan)
+    call, steps, pads = _call(bound, captured, score_key, scale, tuple(wanted), q.device)
+    q, k, v, grad_out = (_without(x, pads) for x in (q, k, v, grad_out))
+    grad_lse = _without(grad_lse.unsqueeze(-1), pads).squeeze(-1)
+    transport = Transport(bound.links, steps, Pair(k, v))
+    dq, (dk, dv), d_captured = backward(grad_out, grad_lse, q, out, lse, call, transport)
+    likes = [q, k, v, *(captured[slot] for slot in wanted)]
+    return [grad.to(like.dtype) for grad, like in zip([dq, dk, dv, *d_captured], likes, strict=True)]
+
+
+@attention_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, out, lse, captured, plan, score_key, scale, wanted):
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *(captured[i] for i in wanted))
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, captured, plan, score_key, scale, _ = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, plan, *captured)
+    ctx.score_key, ctx.scale = score_key, scale
+    ctx.score_mod = _score_mods.get(score_key)  # alive until backward
+    ctx.wanted = [slot for slot, tensor in enumerate(captured) if tensor.requires_grad]
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx, grad_out: Tensor, grad_lse: Tensor):
+    q, k, v, out, lse, plan, *captured = ctx.saved_tensors
+    dq, dk, dv, *d_captured = attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, captured, plan, ctx.score_key, ctx.scale, ctx.wanted
+    )
+    by_slot: list[Tensor | None] = [None] * len(captured)
+    for slot, grad in zip(ctx.wanted, d_captured, strict=True):
+        by_slot[slot] = grad
+    return dq, dk, dv, by_slot, None, None, None, None
+
+
+def _refuse_double_backward(ctx, *grads: Tensor):
+    raise NotImplementedError("cpflex attention has no second derivative; do not use create_graph=True through it")
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+attention_backward.register_autograd(_refuse_double_backward)
+
+
+def _call(
+    bound: Bound,
+    captured: Sequence[Tensor],
+    score_key: str,
+    scale: float,
+    wanted: tuple[int, ...],
+    device: torch.device,
+):
+    mask, steps, pads = bound.on(device)
+    score_mod = _score_mods[score_key] if score_key else None
+    graph = None if score_mod is None else score_mod.graph
+    return Call(mask, scale, graph, tuple(captured), wanted), steps, pads
+
+
+def _without(x: Tensor, pads: Tensor) -> Tensor:
+    """x [B, H, S_local, D] with zeros at pad tokens: what they hold, NaN included, reaches nothing."""
+    return x.index_fill(2, pads, 0.0) if pads.numel() else x
+
+
+def _signature(x: Tensor) -> tuple[str, tuple[int, ...]]:
+    return str(x.dtype), tuple(x.shape)

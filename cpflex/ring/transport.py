@@ -1,0 +1,164 @@
+"""Moves K/V and dK/dV between ranks as a plan's steps say, the next step's messages in flight while the caller computes.
+
+Every rank runs the same sequence: post step t + 1, compute step t, post step t's gradients. One packed contiguous message per
+(source, destination, step, direction), so the messages between two ranks match in number, order and size on both ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpflex.links import Links, Message, Work
+from cpflex.ring.schedule import Rows, Step, Transfer
+
+# B batch, H heads of keys and values, R rows, D head dim of keys, Dv of values
+
+
+class Pair(NamedTuple):
+    """K and V of a block, or their gradients."""
+
+    k: Tensor  # [B, H, R, D]
+    v: Tensor  # [B, H, R, Dv]
+
+
+class _Arrival(NamedTuple):
+    work: Work
+    transfers: Sequence[Transfer]
+    buffers: list[Tensor]
+
+
+class Transport:
+    """One pass over the steps, forward or backward.
+
+    Args:
+        links: the group; None with one rank.
+        steps: the rank's steps.
+        shard: the rank's own K and V: block 0.
+        timeout_hint: what to say when a peer does not answer.
+    """
+
+    def __init__(self, links: Links | None, steps: Sequence[Step], shard: Pair) -> None:
+        self.links = links
+        self.steps = steps
+        self.shard = shard
+        self.bytes_sent = 0
+        self._grads: dict[int, list[_Arrival]] = {}  # by the block that they are added to
+        self._sent: list[Work] = []
+
+    def circulate(self) -> Iterator[tuple[int, Step, Pair]]:
+        """(index, step, its K and V) for each step, in order; while the caller computes one, the next is on its way."""
+        blocks = {0: self.shard}
+        packed: dict[int, Tensor] = {}  # a block that arrived as one message travels on as it came
+        arrival = None
+        for index, step in enumerate(self.steps):
+            if arrival is not None:
+                self._wait(arrival, index, "K/V")
+                blocks[index] = self._unpack(arrival, self.shard)
+                if len(arrival.buffers) == 1:
+                    packed[index] = arrival.buffers[0]
+            arrival = self._post(index + 1, blocks, packed) if index + 1 < len(self.steps) else None
+            yield index, step, blocks[index]
+            still_sent = {t.block for later in self.steps[index + 2 :] for t in later.exchange.sends}
+            for done in [block for block in blocks if block <= index and block not in still_sent]:
+                blocks.pop(done)
+                packed.pop(done, None)
+
+    def _post(self, index: int, blocks: dict[int, Pair], packed: dict[int, Tensor]) -> _Arrival:
+        exchange = self.steps[index].exchange
+        sends = []
+        for transfer in exchange.sends:
+            block = blocks[transfer.block]
+            whole = transfer.rows == ((0, block.k.shape[2]),)
+            if whole and transfer.block not in packed:
+                packed[transfer.block] = _pack(block, transfer.rows)
+            sends.append((transfer.peer, packed[transfer.block] if whole else _pack(block, transfer.rows)))
+        return self._start(sends, exchange.receives, self.shard)
+
+    def give_back(self, index: int, grads: Pair) -> None:
+        """Hand over dK, dV (fp32) of step ``index``'s block; they travel to the owner of its rows.
+
+        Gradients that arrived for the same block are added first, in the order in which they were sent for.
+        """
+        exchange = self.steps[index].exchange
+        grads = self._add_arrived(index, grads)
+        if index == 0:
+            self._home = grads
+            return
+        sends = [(t.peer, _pack(grads, t.rows)) for t in exchange.grad_sends]
+        arrival = self._start(sends, exchange.grad_receives, grads)
+        for place, transfer in enumerate(exchange.grad_receives):
+            one = _Arrival(arrival.work, [transfer], [arrival.buffers[place]])
+            self._grads.setdefault(transfer.block, []).append(one)
+        if not exchange.grad_receives:
+            self._sent.append(arrival.work)
+
+    def home(self) -> Pair:
+        """dK, dV of the rank's own shard, all ranks' parts added in a fixed order: its own, then by step, then by peer."""
+        total = self._add_arrived(0, self._home)
+        for work in self._sent:
+            work.wait()
+        return total
+
+    def _add_arrived(self, block: int, grads: Pair) -> Pair:
+        for arrival in self._grads.pop(block, []):
+            self._wait(arrival, block, "dK/dV")
+            part = self._unpack(arrival, grads)
+            offset = 0
+            for start, stop in arrival.transfers[0].rows:
+                here = slice(offset, offset + stop - start)
+                grads.k[:, :, start:stop] += part.k[:, :, here]
+                grads.v[:, :, start:stop] += part.v[:, :, here]
+                offset += stop - start
+        return grads
+
+    def _start(self, sends: list[Message], receives: Sequence[Transfer], like: Pair) -> _Arrival:
+        width = _row_elements(like)
+        buffers = [like.k.new_empty(t.num_rows * width) for t in receives]
+        self.bytes_sent += sum(tensor.numel() * tensor.element_size() for _, tensor in sends)
+        assert self.links is not None or not (sends or receives), "one rank has nobody to exchange with"
+        incoming = [(t.peer, buffer) for t, buffer in zip(receives, buffers, strict=True)]
+        work = self.links.exchange(sends, incoming) if self.links is not None else _Done()
+        return _Arrival(work, receives, buffers)
+
+    def _wait(self, arrival: _Arrival, index: int, what: str) -> None:
+        try:
+            arrival.work.wait()
+        except (ConnectionError, TimeoutError) as error:
+            rank = self.links.rank if self.links is not None else 0
+            peers = sorted({t.peer for t in arrival.transfers})
+            raise type(error)(
+                f"group rank {rank}: {what} of step {index} from group ranks {peers} did not arrive: {error}"
+            ) from error
+
+    def _unpack(self, arrival: _Arrival, like: Pair) -> Pair:
+        parts = [_split(b, t.num_rows, like) for b, t in zip(arrival.buffers, arrival.transfers, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        return Pair(torch.cat([p.k for p in parts], dim=2), torch.cat([p.v for p in parts], dim=2))
+
+
+class _Done:
+    def wait(self) -> None:
+        return
+
+
+def _row_elements(pair: Pair) -> int:
+    batch, heads, _, k_dim = pair.k.shape
+    return batch * heads * (k_dim + pair.v.shape[-1])
+
+
+def _pack(pair: Pair, rows: Rows) -> Tensor:
+    """All K rows, then all V rows, as one contiguous 1-D message."""
+    pieces = [torch.cat([x[:, :, start:stop] for start, stop in rows], dim=2) if len(rows) > 1 else
+              x[:, :, rows[0][0] : rows[0][1]] for x in pair]  # fmt: skip
+    return torch.cat([piece.reshape(-1) for piece in pieces])
+
+
+def _split(message: Tensor, num_rows: int, like: Pair) -> Pair:
+    (batch, heads, _, k_dim), v_dim = like.k.shape, like.v.shape[-1]
+    k, v = message.split([batch * heads * num_rows * k_dim, batch * heads * num_rows * v_dim])
+    return Pair(k.view(batch, heads, num_rows, k_dim), v.view(batch, heads, num_rows, v_dim))

@@ -1,0 +1,116 @@
+"""Layout: which tokens each rank holds, as a table of chunks. A layout function only fills the table."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+ALIGNMENT = 16
+"""Chunk lengths are multiples of this many tokens, the granularity of tensor-core tiles."""
+
+STRIPE = 128
+"""Tokens of one stripe: a dense tile of the kernels."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``chunks[rank]``: ids of the chunks that the rank holds, in local order; chunk c is positions [c, c + 1) * chunk_len.
+
+    Every rank holds equally many chunks. Positions of ``seq_len`` and above are pads.
+    """
+
+    seq_len: int
+    chunk_len: int
+    chunks: tuple[tuple[int, ...], ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        ids = sorted(chunk for held in self.chunks for chunk in held)
+        if ids != list(range(len(ids))) or len({len(held) for held in self.chunks}) != 1:
+            raise ValueError("a layout gives every chunk to exactly one rank, and every rank equally many chunks")
+        if self.chunk_len * len(ids) < self.seq_len:
+            raise ValueError(f"{len(ids)} chunks of {self.chunk_len} tokens do not hold seq_len={self.seq_len}")
+
+    @property
+    def world_size(self) -> int:
+        return len(self.chunks)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.world_size * len(self.chunks[0])
+
+    @property
+    def local_len(self) -> int:
+        return len(self.chunks[0]) * self.chunk_len
+
+    @cached_property
+    def owner(self) -> np.ndarray:
+        """Rank that holds each chunk, [num_chunks]."""
+        owner = np.empty(self.num_chunks, dtype=np.int64)
+        for rank, held in enumerate(self.chunks):
+            owner[list(held)] = rank
+        return owner
+
+    def positions(self, rank: int) -> np.ndarray:
+        """Global position of each local token, int64 [local_len]; pads are numbered from ``seq_len`` on."""
+        starts = np.asarray(self.chunks[rank], dtype=np.int64) * self.chunk_len
+        return (starts[:, None] + np.arange(self.chunk_len)).reshape(-1)
+
+    @cached_property
+    def key(self) -> str:
+        return hashlib.sha256(f"{self.seq_len}|{self.chunk_len}|{self.chunks}".encode()).hexdigest()[:16]
+
+
+class ChunkWork(Protocol):
+    """What a layout may ask about the masks: never the masks themselves."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """How much each mask kind counts: its number of layers."""
+        ...
+
+    def __call__(self, chunk_len: int) -> Mapping[str, np.ndarray]:
+        """Per kind, the work between query chunk i and key chunk j, int64 [num_chunks, num_chunks]."""
+        ...
+
+
+LayoutFn = Callable[[int, int, "ChunkWork | None"], Layout]
+
+
+def contiguous(seq_len: int, world_size: int, work: ChunkWork | None = None) -> Layout:
+    """Rank r holds the r-th piece of the sequence: the least K/V traffic for windows, unbalanced for causal masks.
+
+    0000 1111 2222 3333
+    """
+    chunk_len = aligned_chunk_len(seq_len, world_size)
+    return Layout(seq_len, chunk_len, tuple((r,) for r in range(world_size)), "contiguous")
+
+
+def zigzag(seq_len: int, world_size: int, work: ChunkWork | None = None) -> Layout:
+    """Rank r holds pieces r and 2P - 1 - r of 2P (head-tail): exactly balanced for a dense causal mask.
+
+    0011 2233 3322 1100
+    """
+    chunk_len = aligned_chunk_len(seq_len, 2 * world_size)
+    return Layout(seq_len, chunk_len, tuple((r, 2 * world_size - 1 - r) for r in range(world_size)), "zigzag")
+
+
+def striped(seq_len: int, world_size: int, work: ChunkWork | None = None) -> Layout:
+    """Stripes of `STRIPE` tokens dealt out in turn (Striped Attention, arXiv:2311.09431, by tile rather than by token).
+
+    0123 0123 0123 0123
+    """
+    chunk_len = min(STRIPE, aligned_chunk_len(seq_len, 2 * world_size))
+    per_rank = -(-seq_len // (chunk_len * world_size))
+    chunks = tuple(tuple(range(r, per_rank * world_size, world_size)) for r in range(world_size))
+    return Layout(seq_len, chunk_len, chunks, "striped")
+
+
+def aligned_chunk_len(seq_len: int, num_chunks: int) -> int:
+    """The least multiple of `ALIGNMENT` with which ``num_chunks`` chunks hold the sequence."""
+    return -(-seq_len // (num_chunks * ALIGNMENT)) * ALIGNMENT
