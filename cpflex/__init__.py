@@ -5,7 +5,7 @@ from cpflex.masks import MaskMod, causal, document, full, prefix_lm, sliding_win
 from cpflex.mods.trace import UnsupportedMod
 from cpflex.plan import Plan, make_plan
 from cpflex.ring.agreement import RankMismatch
-from cpflex.ring.schedule import ring
+from cpflex.ring.schedule import auto, direct, ring
 from cpflex.sharding.balance import balanced
 from cpflex.sharding.layout import Layout, contiguous, striped, zigzag
 
@@ -17,9 +17,11 @@ __all__ = [
     "Plan",
     "RankMismatch",
     "UnsupportedMod",
+    "auto",
     "balanced",
     "causal",
     "contiguous",
+    "direct",
     "document",
     "flex_attention",
     "full",

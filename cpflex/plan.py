@@ -18,14 +18,14 @@ from cpflex import handles
 from cpflex.links import Links, links_of
 from cpflex.masks import MaskFn, MaskMod
 from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
-from cpflex.mods.intervals import TileClassifier
 from cpflex.mods.trace import trace_mask_mod
+from cpflex.needs import Needs, blocks_of, chunk_needs, classifier
 from cpflex.ring.bound import Bound
-from cpflex.ring.schedule import ScheduleFn, Source, Step, ring
+from cpflex.ring.schedule import Exchange, ScheduleFn, Step, auto
 from cpflex.sharding.balance import balanced, work_per_rank
-from cpflex.sharding.layout import Layout, LayoutFn
+from cpflex.sharding.layout import ChunkNeeds, Layout, LayoutFn
 from cpflex.sharding.shard import shard, unshard
-from cpflex.tile_mask import Classify, TileMask, count_pairs, cut, make_tile_mask
+from cpflex.tile_mask import make_tile_masks
 
 Group = dist.ProcessGroup | DeviceMesh | Links
 FORMAT = 1
@@ -40,9 +40,10 @@ class MaskKind:
     steps: tuple[Step, ...]
     fingerprint: str
     """Equal on two ranks iff their plans belong together."""
-    work: np.ndarray  # (query, key) pairs to compute, tile by tile, int64 [world_size]
-    needed: np.ndarray  # the rank's queries see a key of the chunk, bool [world_size, num_chunks]
-    schedule: ScheduleFn
+    schedule: str
+    reason: str
+    work: np.ndarray  # (query, key) pairs to compute in blocks that are not EMPTY, int64 [world_size]
+    tokens: np.ndarray  # K/V rows of rank o's shard that rank r needs, by block, int64 [world_size (r), world_size (o)]
 
 
 def make_plan(
@@ -56,7 +57,7 @@ def make_plan(
     batch_size: int | None = None,
     num_heads: int | None = None,
     layout: LayoutFn = balanced,
-    schedule: ScheduleFn = ring,
+    schedule: ScheduleFn = auto,
 ) -> Plan:
     """Decide which tokens each rank holds, what travels when, and what is computed. Pure: never communicates.
 
@@ -69,7 +70,7 @@ def make_plan(
         weights: layers of each kind; 1 each if None.
         batch_size, num_heads: needed when the mask depends on ``b`` or ``h``: what is computed and sent is then the union over them.
         layout: `balanced`, `zigzag`, `contiguous`, `striped`, or a function like them.
-        schedule: `ring`, or a function like it.
+        schedule: `auto`, `ring`, `direct`, or a function like them.
 
     >>> plan = cpflex.make_plan(cpflex.causal() & cpflex.document(cu_seqlens=cu), seq_len=8192, group=mesh["cp"])
 
@@ -89,21 +90,18 @@ def make_plan(
     table = layout(seq_len, world_size, work)
     if not isinstance(table, Layout) or (table.seq_len, table.world_size) != (seq_len, world_size):
         raise ValueError(f"layout must return a Layout of seq_len={seq_len} for {world_size} ranks; got {table!r}")
-    kinds = {}
+    planned = {}
     for kind, mod in mods.items():
-        matrix = work(table.chunk_len)[kind]
-        matrix = np.pad(matrix, (0, table.num_chunks - len(matrix)))
-        needed = np.stack([matrix[list(held)].any(axis=0) for held in table.chunks])
-        classify = work.classifiers[kind]
-        steps = tuple(
-            Step(exchange, _tile_mask(mod, classify, table, rank, exchange.sources, batch_size or 1, num_heads or 1))
-            for exchange in schedule(table, rank, needed)
-        )
-        facts = (FORMAT, table.key, mod.content_key, schedule.__name__, kind, batch_size, num_heads)
+        chunks = work.needs(table.chunk_len, table.num_chunks)[kind]
+        needs = Needs(work.classifiers[kind], table, rank, chunks)
+        chosen = schedule(table, rank, needs)
+        facts = (FORMAT, table.key, mod.content_key, chosen.name, kind, batch_size, num_heads)
         fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-        kinds[kind] = MaskKind(mod, steps, fingerprint, work_per_rank(table, matrix), needed, schedule)
+        steps = _steps(mod, needs, chosen.exchanges, batch_size or 1, num_heads or 1)
+        loads = work_per_rank(table, chunks)
+        planned[kind] = MaskKind(mod, steps, fingerprint, chosen.name, chosen.reason, loads, needs.tokens)
     by_b, by_h = (any(mod.uses(name) for mod in mods.values()) for name in "bh")
-    return Plan(table, rank, kinds, links, batch_size if by_b else None, num_heads if by_h else None)
+    return Plan(table, rank, planned, links, batch_size if by_b else None, num_heads if by_h else None)
 
 
 class Plan:
@@ -182,28 +180,28 @@ class Plan:
     def stats(self) -> dict[str, Any]:
         """Figures of the one mask kind, or of each: ``stats[kind]``.
 
-        ``work`` (query, key) pairs that each rank computes, counted by tile, ``imbalance`` max / mean of it, ``recv_tokens`` K/V rows received per rank in one forward,
-        ``all_gather_tokens`` the same for an all-gather, ``needed_tokens`` the least possible, by chunk, ``full_tiles``,
-        ``partial_tiles`` and ``unproven_tiles`` of this rank, ``schedule`` and ``reason``.
+        Of all ranks: ``work`` (query, key) pairs in blocks with work, ``imbalance`` max / mean of it, ``needed_tokens`` K/V rows of other
+        ranks that each needs, by block. Of this rank, for one forward: ``recv_tokens`` and ``sent_tokens`` K/V rows, to be compared with
+        ``all_gather_tokens``; ``full_tiles``, ``partial_tiles``, and how many of these are ``unproven_tiles``. ``schedule``, ``reason``.
         """
         figures = {name: self._stats_of(kind) for name, kind in self.kinds.items()}
         return figures if len(figures) > 1 else next(iter(figures.values()))
 
     def _stats_of(self, kind: MaskKind) -> dict[str, Any]:
         masks = [step.tile_mask for step in kind.steps]
-        foreign = kind.needed & (self.layout.owner != np.arange(self.world_size)[:, None])
-        every_rank = [kind.schedule(self.layout, rank, kind.needed) for rank in range(self.world_size)]
+        exchanges = [step.exchange for step in kind.steps]
         return {
             "work": kind.work.tolist(),
             "imbalance": float(kind.work.max() / kind.work.mean()) if kind.work.any() else 1.0,
-            "recv_tokens": [sum(t.num_rows for e in exchanges for t in e.receives) for exchanges in every_rank],
+            "recv_tokens": sum(t.num_rows for exchange in exchanges for t in exchange.receives),
+            "sent_tokens": sum(t.num_rows for exchange in exchanges for t in exchange.sends),
+            "needed_tokens": (kind.tokens.sum(axis=1) - np.diag(kind.tokens)).tolist(),
             "all_gather_tokens": self.local_len * (self.world_size - 1),
-            "needed_tokens": (foreign.sum(axis=1) * self.layout.chunk_len).tolist(),
             "full_tiles": sum(mask.full.num_tiles for mask in masks),
             "partial_tiles": sum(mask.partial.num_tiles for mask in masks),
             "unproven_tiles": sum(mask.num_unproven for mask in masks),
-            "schedule": kind.schedule.__name__,
-            "reason": "as asked",
+            "schedule": kind.schedule,
+            "reason": kind.reason,
         }
 
     def shard(self, x: Tensor, dim: int, *, pad_value: float | int | bool | None = None) -> Tensor:
@@ -327,7 +325,7 @@ def _traced(mask: MaskFn, seq_len: int, batch_size: int | None, num_heads: int |
 
 
 class _ChunkWork:
-    """Pairs to compute between chunks, for each mask kind; what a layout function may ask."""
+    """What a layout function may ask about the masks."""
 
     def __init__(
         self,
@@ -341,29 +339,23 @@ class _ChunkWork:
         self.weights = weights
         self.seq_len = seq_len
         self.world_size = world_size
-        self.classifiers = {kind: _classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
-        self._counted: dict[int, dict[str, np.ndarray]] = {}
+        self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
+        self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
 
-    def __call__(self, chunk_len: int) -> dict[str, np.ndarray]:
-        if chunk_len not in self._counted:
-            # as many chunks as deal out evenly
-            num_chunks = -(-self.seq_len // (chunk_len * self.world_size)) * self.world_size
-            axis = cut(np.arange(num_chunks * chunk_len), chunk_len)
-            self._counted[chunk_len] = {
-                kind: count_pairs(classify, axis, chunk_len, num_chunks) for kind, classify in self.classifiers.items()
-            }
-        return self._counted[chunk_len]
+    def __call__(self, chunk_len: int) -> dict[str, ChunkNeeds]:
+        return self.needs(chunk_len, -(-self.seq_len // (chunk_len * self.world_size)) * self.world_size)
 
-
-def _classifier(mod: Mod, batch_size: int, num_heads: int) -> Classify:
-    classify = TileClassifier(mod)
-    b, h = (0, batch_size - 1), (0, num_heads - 1)
-    return lambda q_lo, q_hi, kv_lo, kv_hi: classify(q_lo, q_hi, kv_lo, kv_hi, b=b, h=h)
+    def needs(self, chunk_len: int, num_chunks: int) -> dict[str, ChunkNeeds]:
+        if (chunk_len, num_chunks) not in self._known:
+            blocks = blocks_of(chunk_len, num_chunks)
+            needs = {kind: chunk_needs(classify, blocks) for kind, classify in self.classifiers.items()}
+            self._known[chunk_len, num_chunks] = needs
+        return self._known[chunk_len, num_chunks]
 
 
-def _tile_mask(
-    mod: Mod, classify: Classify, layout: Layout, rank: int, sources: Sequence[Source], batch_size: int, num_heads: int
-) -> TileMask:
-    held = [layout.positions(owner)[start:stop] for owner, rows in sources for start, stop in rows]
-    q, kv = (cut(positions, layout.chunk_len) for positions in (layout.positions(rank), np.concatenate(held)))
-    return make_tile_mask(mod, classify, q, kv, batch_size, num_heads)
+def _steps(mod: Mod, needs: Needs, exchanges: Sequence[Exchange], batch_size: int, num_heads: int) -> tuple[Step, ...]:
+    q_tiles = needs.tiles.of_chunks(needs.layout.chunks[needs.rank])
+    empty = q_tiles[:0]
+    blocks = [np.concatenate([needs.tiles_of(*source) for source in e.sources] or [empty]) for e in exchanges]
+    masks = make_tile_masks(mod, needs.squares, needs.tiles, q_tiles, blocks, batch_size, num_heads)
+    return tuple(Step(exchange, mask) for exchange, mask in zip(exchanges, masks, strict=True))

@@ -7,8 +7,9 @@ the boundary of the mask, not its area.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,10 +23,115 @@ TILE = 128
 """Tokens on a side of a tile."""
 
 EXACT_ELEMENTS = 1 << 22
-"""Mask elements that one classification may evaluate to settle tiles that intervals left open."""
+"""Mask elements that the plan of one mask kind may evaluate to settle tiles that intervals left open."""
 
 Classify = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(q_lo, q_hi, kv_lo, kv_hi), positions, inclusive -> verdicts EMPTY / PARTIAL / FULL."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The whole padded sequence cut into tiles, none of which straddles two chunks. Both axes of the mask are cut alike."""
+
+    chunk_len: int
+    num_chunks: int
+    tile_len: int = TILE
+
+    @property
+    def per_chunk(self) -> int:
+        return -(-self.chunk_len // self.tile_len)
+
+    @property
+    def num_tiles(self) -> int:
+        return self.num_chunks * self.per_chunk
+
+    @cached_property
+    def lo(self) -> np.ndarray:
+        """First position of each tile, int64."""
+        tile = np.arange(self.num_tiles)
+        return tile // self.per_chunk * self.chunk_len + tile % self.per_chunk * self.tile_len
+
+    @cached_property
+    def hi(self) -> np.ndarray:
+        """Last position of each tile, int64."""
+        return np.append(self.lo[1:], self.num_chunks * self.chunk_len) - 1
+
+    @cached_property
+    def length(self) -> np.ndarray:
+        """Tokens of each tile, int64."""
+        return self.hi - self.lo + 1
+
+    @cached_property
+    def chunk(self) -> np.ndarray:
+        """Chunk of each tile, int64."""
+        return np.arange(self.num_tiles) // self.per_chunk
+
+    def of_chunks(self, chunks: Iterable[int]) -> np.ndarray:
+        """Tiles of the chunks, in the order given."""
+        first = np.fromiter(chunks, dtype=np.int64) * self.per_chunk
+        return (first[:, None] + np.arange(self.per_chunk)).reshape(-1)
+
+    def positions(self, tiles: np.ndarray) -> np.ndarray:
+        """Positions of all tokens of the tiles, in the order given."""
+        length = self.length[tiles]
+        before = np.cumsum(length) - length
+        return np.repeat(self.lo[tiles] - before, length) + np.arange(length.sum())
+
+
+@dataclass(frozen=True)
+class Squares:
+    """The tiles that are not EMPTY: FULL ones as squares of tiles, (first row, first column, side); PARTIAL ones singly."""
+
+    full: tuple[np.ndarray, np.ndarray, np.ndarray]
+    partial: tuple[np.ndarray, np.ndarray]
+
+    def rows(self, tiles: Tiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row, first column, end column) of each row of each square, PARTIAL and FULL; squares overhang the last tile."""
+        rows, cols, sides = self.full
+        ones = np.ones_like(self.partial[0])
+        return _lines(
+            *(np.append(a, b) for a, b in ((rows, self.partial[0]), (cols, self.partial[1]), (sides, ones))), tiles
+        )
+
+
+def classify_squares(
+    classify: Classify, tiles: Tiles, rows: np.ndarray | None = None, cols: np.ndarray | None = None
+) -> Squares:
+    """Coarse to fine: a square that is all EMPTY or all FULL is settled, any other is cut in four.
+
+    Args:
+        rows, cols: bool [num_tiles]; squares without a wanted row and a wanted column are left out.
+    """
+    side = 1 << (tiles.num_tiles - 1).bit_length()
+    lo, hi = _pyramid(tiles.lo, np.minimum, side), _pyramid(tiles.hi, np.maximum, side)
+    wanted = [_pyramid(x, np.logical_or, side) if x is not None else None for x in (rows, cols)]
+    row = col = np.zeros(1, dtype=np.int64)
+    full: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    while True:
+        verdict = classify(lo[side][row], hi[side][row], lo[side][col], hi[side][col])
+        is_full = verdict == FULL
+        full.append((row[is_full] * side, col[is_full] * side, np.full(is_full.sum(), side)))
+        row, col = row[verdict == PARTIAL], col[verdict == PARTIAL]
+        if side == 1:
+            return Squares(tuple(np.concatenate(parts) for parts in zip(*full, strict=True)), (row, col))  # type: ignore[arg-type]
+        side //= 2
+        row = (row[:, None] * 2 + np.array([0, 0, 1, 1])).reshape(-1)
+        col = (col[:, None] * 2 + np.array([0, 1, 0, 1])).reshape(-1)
+        keep = (row < len(lo[side])) & (col < len(lo[side]))
+        row, col = row[keep], col[keep]
+        for index, levels in ((0, wanted[0]), (1, wanted[1])):
+            if levels is not None:
+                keep = levels[side][(row, col)[index]]
+                row, col = row[keep], col[keep]
+
+
+def _pyramid(values: np.ndarray, reduce: np.ufunc, side: int) -> dict[int, np.ndarray]:
+    """The values of groups of 1, 2, 4 ... side tiles, reduced."""
+    levels = {1: values}
+    for level in range(1, side.bit_length()):
+        values = reduce.reduceat(values, np.arange(0, len(values), 2))
+        levels[1 << level] = values
+    return levels
 
 
 @dataclass(frozen=True)
@@ -66,174 +172,161 @@ class TileMask:
         return self.full.num_tiles + self.partial.num_tiles
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Tokens along one axis of a pair, cut into tiles of consecutive positions."""
-
-    positions: np.ndarray  # int64 [S]
-    starts: np.ndarray  # int64 [tiles + 1]
-
-    @property
-    def num_tiles(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def lo(self) -> np.ndarray:
-        return self.positions[self.starts[:-1]]
-
-    @property
-    def hi(self) -> np.ndarray:
-        return self.positions[self.starts[1:] - 1]
-
-
-def cut(positions: np.ndarray, chunk_len: int) -> Axis:
-    """Tiles of an axis made of chunks (or pieces of them that begin at a tile): none straddles two chunks or two pieces."""
-    index = np.arange(len(positions))
-    begins = np.ones(len(positions), dtype=bool)
-    begins[1:] = (np.diff(positions) != 1) | (positions[1:] % chunk_len % TILE == 0)
-    return Axis(positions, np.append(index[begins], len(positions)))
-
-
-def make_tile_mask(
+def make_tile_masks(
     mod: Mod,
-    classify: Classify,
-    q: Axis,
-    kv: Axis,
+    squares: Squares,
+    tiles: Tiles,
+    q_tiles: np.ndarray,
+    blocks: Sequence[np.ndarray],
     batch_size: int = 1,
     num_heads: int = 1,
-    exact: int = EXACT_ELEMENTS,
-) -> TileMask:
-    """Classify every tile of a pair; settle what stays PARTIAL by evaluating the mask, within ``exact`` elements."""
-    squares = classify_squares(classify, q, kv)
-    rows, cols = squares.partial
-    settled, num_unproven = _evaluate_tiles(mod, q, kv, rows, cols, batch_size, num_heads, exact)
-    full_rows, full_cols, full_spans = squares.full
-    exactly_full = settled == FULL
-    full = (
-        np.append(full_rows, rows[exactly_full]),
-        np.append(full_cols, cols[exactly_full]),
-        np.append(full_spans, np.ones(exactly_full.sum(), dtype=np.int64)),
-    )
-    partial = (rows[settled == PARTIAL], cols[settled == PARTIAL], np.ones((settled == PARTIAL).sum(), dtype=np.int64))
-    return TileMask(
-        *(torch.from_numpy(x.astype(np.int32)) for x in (q.positions, kv.positions, q.starts, kv.starts)),
-        full=_runs(*full, q, kv),
-        partial=_runs(*partial, q, kv),
-        full_by_kv=_runs(full[1], full[0], full[2], kv, q),
-        partial_by_kv=_runs(partial[1], partial[0], partial[2], kv, q),
-        num_unproven=num_unproven,
-    )
+    exact_elements: int = EXACT_ELEMENTS,
+) -> list[TileMask]:
+    """One TileMask per block of visiting keys. Tiles that intervals left open are evaluated, within a budget for all blocks.
 
-
-@dataclass(frozen=True)
-class Squares:
-    """Verdicts as squares of tiles: (first row, first column, side); a square may reach beyond the last tile."""
-
-    full: tuple[np.ndarray, np.ndarray, np.ndarray]
-    partial: tuple[np.ndarray, np.ndarray]  # of side 1
-
-
-def classify_squares(classify: Classify, q: Axis, kv: Axis) -> Squares:
-    """Coarse to fine: a square that is all EMPTY or all FULL is settled, any other is cut in four."""
-    side = 1 << max(q.num_tiles - 1, kv.num_tiles - 1, 0).bit_length()
-    q_bounds, kv_bounds = _pyramid(q, side), _pyramid(kv, side)
-    rows = cols = np.zeros(1, dtype=np.int64)
-    full: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    while True:
-        (q_lo, q_hi), (kv_lo, kv_hi) = q_bounds[side], kv_bounds[side]
-        verdict = classify(q_lo[rows], q_hi[rows], kv_lo[cols], kv_hi[cols])
-        is_full = verdict == FULL
-        full.append((rows[is_full] * side, cols[is_full] * side, np.full(is_full.sum(), side)))
-        rows, cols = rows[verdict == PARTIAL], cols[verdict == PARTIAL]
-        if side == 1:
-            break
-        side //= 2
-        rows = (rows[:, None] * 2 + np.array([0, 0, 1, 1])).reshape(-1)
-        cols = (cols[:, None] * 2 + np.array([0, 1, 0, 1])).reshape(-1)
-        exists = (rows < len(q_bounds[side][0])) & (cols < len(kv_bounds[side][0]))
-        rows, cols = rows[exists], cols[exists]
-    return Squares(tuple(np.concatenate(parts) for parts in zip(*full, strict=True)), (rows, cols))  # type: ignore[arg-type]
-
-
-def count_pairs(classify: Classify, axis: Axis, chunk_len: int, num_chunks: int) -> np.ndarray:
-    """Work between query chunk i and key chunk j of a whole sequence: (query, key) pairs in tiles that are not EMPTY.
-
-    Returns:
-        int64 [num_chunks, num_chunks].
+    Args:
+        squares: at least the squares whose rows are in ``q_tiles``.
+        q_tiles: tiles of the local queries, in local order.
+        blocks: tiles of the keys of each step, in their order there; a tile that a query sees is in one of them.
     """
-    squares = classify_squares(classify, axis, axis)
-    full_rows, full_cols, sides = squares.full
-    rows = np.append(full_rows, squares.partial[0])
-    cols = np.append(full_cols, squares.partial[1])
-    row, first, end = _rows_of_squares(rows, cols, np.append(sides, np.ones_like(squares.partial[0])), axis, axis)
-    chunk_of_tile, tile_len = axis.lo // chunk_len, np.diff(axis.starts)
-    # tokens of the rows whose run begins or ends at a column; the running sum is the tokens that see a column of tiles
-    width = axis.num_tiles + 1
-    edges = np.bincount(chunk_of_tile[row] * width + first, tile_len[row], num_chunks * width)
-    edges -= np.bincount(chunk_of_tile[row] * width + end, tile_len[row], num_chunks * width)
-    pairs = np.cumsum(edges.reshape(num_chunks, width)[:, :-1], axis=1).round().astype(np.int64) * tile_len
-    return np.add.reduceat(pairs, np.searchsorted(chunk_of_tile, np.arange(num_chunks)), axis=1)
+    row_of, col_of, step_of = (np.full(tiles.num_tiles, -1) for _ in range(3))
+    row_of[q_tiles] = np.arange(len(q_tiles))
+    for step, block in enumerate(blocks):
+        col_of[block], step_of[block] = np.arange(len(block)), step
+
+    open_rows, open_cols = (x[row_of[squares.partial[0]] >= 0] for x in squares.partial)
+    verdicts, unproven = _evaluate_tiles(mod, tiles, open_rows, open_cols, batch_size, num_heads, exact_elements)
+    ones = np.ones_like(open_rows)
+    partial = tuple(x[verdicts == PARTIAL] for x in (open_rows, open_cols, ones))
+    full = tuple(
+        np.append(a, b[verdicts == FULL]) for a, b in zip(squares.full, (open_rows, open_cols, ones), strict=True)
+    )
+    unproven_steps = np.bincount(step_of[open_cols[unproven]], minlength=len(blocks))
+
+    by_q, by_kv = [], []
+    for rows, cols, sides in (full, partial):
+        by_q.append(
+            _runs_by_step(*_lines(rows, cols, sides, tiles), tiles, row_of, col_of, step_of, len(q_tiles), blocks)
+        )
+        by_kv.append(_runs_by_kv(*_lines(cols, rows, sides, tiles), tiles, row_of, col_of, step_of, blocks))
+
+    q_positions, q_starts = _axis(tiles, q_tiles)
+    return [
+        TileMask(q_positions, kv[0], q_starts, kv[1], full_q, partial_q, full_kv, partial_kv, int(count))
+        for kv, full_q, partial_q, full_kv, partial_kv, count in zip(
+            (_axis(tiles, block) for block in blocks), *by_q, *by_kv, unproven_steps, strict=True
+        )
+    ]
 
 
-def _pyramid(axis: Axis, side: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Least and greatest position of each group of 1, 2, 4 ... side tiles."""
-    lo, hi = axis.lo, axis.hi
-    levels = {1: (lo, hi)}
-    for level in range(1, side.bit_length()):
-        pairs = np.arange(0, len(lo), 2)
-        lo, hi = np.minimum.reduceat(lo, pairs), np.maximum.reduceat(hi, pairs)
-        levels[1 << level] = (lo, hi)
-    return levels
+def _axis(tiles: Tiles, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Positions and starts of an axis, int32."""
+    starts = np.append(0, np.cumsum(tiles.length[chosen]))
+    return torch.from_numpy(tiles.positions(chosen).astype(np.int32)), torch.from_numpy(starts.astype(np.int32))
 
 
-def _evaluate_tiles(
-    mod: Mod, q: Axis, kv: Axis, rows: np.ndarray, cols: np.ndarray, batch_size: int, num_heads: int, budget: int
-) -> tuple[np.ndarray, int]:
-    """Exact verdicts of the listed tiles while the budget lasts; PARTIAL for the rest, which are counted."""
-    verdicts = np.full(len(rows), PARTIAL, dtype=np.int8)
-    copies = (batch_size if mod.uses("b") else 1) * (num_heads if mod.uses("h") else 1)
-    affordable = min(len(rows), budget // (TILE * TILE * copies))
-    inputs = {
-        "b": torch.arange(batch_size if mod.uses("b") else 1).view(-1, 1, 1, 1, 1),
-        "h": torch.arange(num_heads if mod.uses("h") else 1).view(-1, 1, 1, 1),
-    }
-    group = max(1, (1 << 20) // (TILE * TILE * copies))  # tiles at once: what stays in cache
-    for begin in range(0, affordable, group):
-        chosen = slice(begin, min(begin + group, affordable))
-        inputs["q_idx"] = _tile_positions(q, rows[chosen])[:, :, None]
-        inputs["kv_idx"] = _tile_positions(kv, cols[chosen])[:, None, :]
-        seen = evaluate(mod.graph, mod.captured, inputs)[0]
-        seen = seen.broadcast_to(*torch.broadcast_shapes(seen.shape, (1, 1, len(rows[chosen]), TILE, TILE)))
-        some, every = (seen.transpose(0, 2).flatten(1).any(1).numpy(), seen.transpose(0, 2).flatten(1).all(1).numpy())
-        verdicts[chosen] = np.where(every, FULL, np.where(some, PARTIAL, EMPTY))
-    return verdicts, len(rows) - affordable
-
-
-def _tile_positions(axis: Axis, tiles: np.ndarray) -> Tensor:
-    """Positions [tiles, TILE]; a short tile repeats its last token, which changes no verdict."""
-    offsets = axis.starts[tiles][:, None] + np.arange(TILE)
-    return torch.from_numpy(axis.positions[np.minimum(offsets, axis.starts[tiles + 1][:, None] - 1)])
-
-
-def _rows_of_squares(
-    rows: np.ndarray, cols: np.ndarray, sides: np.ndarray, rows_axis: Axis, cols_axis: Axis
+def _lines(
+    rows: np.ndarray, cols: np.ndarray, sides: np.ndarray, tiles: Tiles
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, first column, end column) of each row of each square, cut off at the last tile."""
     square = np.repeat(np.arange(len(rows)), sides)
     row = rows[square] + np.arange(len(square)) - np.repeat(np.cumsum(sides) - sides, sides)
-    exists = row < rows_axis.num_tiles
+    exists = row < tiles.num_tiles
     row, square = row[exists], square[exists]
-    return row, cols[square], np.minimum(cols[square] + sides[square], cols_axis.num_tiles)
+    return row, cols[square], np.minimum(cols[square] + sides[square], tiles.num_tiles)
 
 
-def _runs(rows: np.ndarray, firsts: np.ndarray, sides: np.ndarray, rows_axis: Axis, cols_axis: Axis) -> Runs:
-    """Squares (row, column, side) -> runs per row, neighbours joined."""
-    row, first, end = _rows_of_squares(rows, firsts, sides, rows_axis, cols_axis)
-    order = np.lexsort((first, row))
-    row, first, end = row[order], first[order], end[order]
+def _split_at_chunks(
+    line: np.ndarray, first: np.ndarray, end: np.ndarray, tiles: Tiles
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same runs of tiles, none of which straddles two chunks."""
+    first_chunk, last_chunk = tiles.chunk[first], tiles.chunk[end - 1]
+    pieces = last_chunk - first_chunk + 1
+    run = np.repeat(np.arange(len(line)), pieces)
+    chunk = first_chunk[run] + np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begin = np.maximum(first[run], chunk * tiles.per_chunk)
+    return line[run], begin, np.minimum(end[run], (chunk + 1) * tiles.per_chunk)
+
+
+def _runs_by_step(
+    row: np.ndarray,
+    first: np.ndarray,
+    end: np.ndarray,
+    tiles: Tiles,
+    row_of: np.ndarray,
+    col_of: np.ndarray,
+    step_of: np.ndarray,
+    num_rows: int,
+    blocks: Sequence[np.ndarray],
+) -> list[Runs]:
+    """Lines of query tiles over key tiles -> per step, runs of its block's tiles for each local query tile."""
+    mine = row_of[row] >= 0
+    row, first, end = _split_at_chunks(row[mine], first[mine], end[mine], tiles)
+    step = step_of[first]
+    assert (step >= 0).all(), "a tile that a query sees visits at some step"
+    return _csr(step, row_of[row], col_of[first], end - first, [num_rows] * len(blocks))
+
+
+def _runs_by_kv(
+    col: np.ndarray,
+    first: np.ndarray,
+    end: np.ndarray,
+    tiles: Tiles,
+    row_of: np.ndarray,
+    col_of: np.ndarray,
+    step_of: np.ndarray,
+    blocks: Sequence[np.ndarray],
+) -> list[Runs]:
+    """Lines of key tiles over query tiles -> per step, runs of local query tiles for each tile of its block."""
+    visits = step_of[col] >= 0
+    col, first, end = _split_at_chunks(col[visits], first[visits], end[visits], tiles)
+    mine = row_of[first] >= 0  # a rank holds whole chunks: all rows of a piece, or none
+    col, first, end = col[mine], first[mine], end[mine]
+    return _csr(step_of[col], col_of[col], row_of[first], end - first, [len(block) for block in blocks])
+
+
+def _csr(step: np.ndarray, row: np.ndarray, first: np.ndarray, count: np.ndarray, num_rows: list[int]) -> list[Runs]:
+    """Per step, runs by row, neighbours joined."""
+    order = np.lexsort((first, row, step))
+    step, row, first, count = (x[order] for x in (step, row, first, count))
     begins = np.ones(len(row), dtype=bool)
-    begins[1:] = (row[1:] != row[:-1]) | (first[1:] != end[:-1])
-    last = np.append(np.flatnonzero(begins)[1:], len(row)) - 1 if len(row) else np.zeros(0, dtype=np.int64)
-    offsets = np.zeros(rows_axis.num_tiles + 1, dtype=np.int64)
-    np.cumsum(np.bincount(row[begins], minlength=rows_axis.num_tiles), out=offsets[1:])
-    return Runs(*(torch.from_numpy(x.astype(np.int32)) for x in (offsets, first[begins], end[last] - first[begins])))
+    begins[1:] = (step[1:] != step[:-1]) | (row[1:] != row[:-1]) | (first[1:] != (first + count)[:-1])
+    begin = np.flatnonzero(begins)
+    total = np.add.reduceat(count, begin) if len(begin) else count
+    step, row, first = step[begin], row[begin], first[begin]
+    bounds = np.searchsorted(step, np.arange(len(num_rows) + 1))
+    runs = []
+    for index, rows in enumerate(num_rows):
+        here = slice(bounds[index], bounds[index + 1])
+        offsets = np.append(0, np.cumsum(np.bincount(row[here], minlength=rows)))
+        runs.append(Runs(*(torch.from_numpy(x.astype(np.int32)) for x in (offsets, first[here], total[here]))))
+    return runs
+
+
+def _evaluate_tiles(
+    mod: Mod, tiles: Tiles, rows: np.ndarray, cols: np.ndarray, batch_size: int, num_heads: int, budget: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact verdicts of the listed tiles while the budget lasts, PARTIAL for the rest; and which are the rest, bool."""
+    verdicts = np.full(len(rows), PARTIAL, dtype=np.int8)
+    copies = (batch_size if mod.uses("b") else 1) * (num_heads if mod.uses("h") else 1)
+    side = min(tiles.tile_len, tiles.chunk_len)
+    affordable = min(len(rows), budget // (side * side * copies))
+    inputs = {
+        "b": torch.arange(batch_size if mod.uses("b") else 1).view(-1, 1, 1, 1, 1),
+        "h": torch.arange(num_heads if mod.uses("h") else 1).view(-1, 1, 1, 1),
+    }
+    group = max(1, (1 << 20) // (side * side * copies))  # tiles at once: what stays in cache
+
+    def positions(chosen: np.ndarray) -> Tensor:
+        # a short tile repeats its last token, which changes no verdict
+        return torch.from_numpy(np.minimum(tiles.lo[chosen][:, None] + np.arange(side), tiles.hi[chosen][:, None]))
+
+    for begin in range(0, affordable, group):
+        chosen = slice(begin, min(begin + group, affordable))
+        inputs["q_idx"] = positions(rows[chosen])[:, :, None]
+        inputs["kv_idx"] = positions(cols[chosen])[:, None, :]
+        seen = evaluate(mod.graph, mod.captured, inputs)[0]
+        seen = seen.broadcast_to(torch.broadcast_shapes(seen.shape, (1, 1, chosen.stop - begin, side, side)))
+        seen = seen.transpose(0, 2).flatten(1)
+        verdicts[chosen] = np.where(seen.all(1).numpy(), FULL, np.where(seen.any(1).numpy(), PARTIAL, EMPTY))
+    return verdicts, np.arange(len(rows)) >= affordable

@@ -11,17 +11,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cpflex.mods.graph import Mod, Node, Number, Ref
+from cpflex.mods.graph import Mod, Node, Ref
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
-Array = Any  # np.ndarray or a NumPy scalar: bool, int64 or float64
+Array: TypeAlias = Any  # np.ndarray or a NumPy scalar: bool, int64 or float64
 
 
 class Interval(NamedTuple):
@@ -118,12 +118,15 @@ def _positions(lo: Any, hi: Any) -> Interval:
 
 
 def _number(number: Any, dtype: torch.dtype) -> Interval:
-    if dtype.is_floating_point:
-        return _rounded(dtype, np.float64(number), np.float64(number))
-    if dtype != torch.bool and not torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max:
+    if dtype == torch.bool:
+        value = np.bool_(number)
+    elif dtype.is_floating_point:
+        value = np.float64(number)
+    elif torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max:
+        value = np.int64(number)
+    else:
         return _unknown(dtype)
-    value = np.bool_(number) if dtype == torch.bool else np.int64(number)
-    return Interval(value, value)
+    return _rounded(dtype, value, value) if dtype in _FLOATS[:3] else Interval(value, value)
 
 
 def _unknown(dtype: torch.dtype) -> Interval:
@@ -203,11 +206,13 @@ class _RangeTable:
         present = [np.flatnonzero(np.bincount(size.ravel())).tolist() for size in sizes]
         if all(len(ks) == 1 for ks in present):
             return self._lookup(tuple(ks[0] for ks in present), boxes)
-        *sizes, shape = np.broadcast_arrays(*sizes, *(x for box in boxes for x in box))[: len(boxes) + 1]
-        boxes = [_map(lambda bound: np.broadcast_to(bound, shape.shape), box) for box in boxes]
-        found = Interval(*(np.empty(shape.shape, self._elements.dtype) for _ in range(2)))
+        shape = np.broadcast_shapes(*(size.shape for size in sizes))
+        boxes = [_map(lambda bound: np.broadcast_to(bound, shape), box) for box in boxes]
+        found = Interval(*(np.empty(shape, self._elements.dtype) for _ in range(2)))
         for level in itertools.product(*present):
-            at = np.logical_and.reduce([size == k for size, k in zip(sizes, level, strict=True)])
+            at = reduce(
+                np.logical_and, (np.broadcast_to(size == k, shape) for size, k in zip(sizes, level, strict=True))
+            )
             if at.any():
                 found.lo[at], found.hi[at] = self._lookup(level, [Interval(lo[at], hi[at]) for lo, hi in boxes])
         return found
@@ -411,8 +416,8 @@ def _bitwise(op: str, a: Interval, b: Interval) -> Interval:
     return Interval(always | free_sign, always | (free & ~free_sign))
 
 
-def _bits(x: Interval) -> tuple[Array, Array]:
-    """The bits that all numbers of an interval have, and the bits in which they differ: those below where lo and hi do."""
+def _bits(x: Interval) -> tuple[np.ndarray, np.ndarray]:
+    """The bits that all numbers of an interval have, and those in which they differ: none above where lo and hi do."""
     free = x.lo ^ x.hi
     for shift in (1, 2, 4, 8, 16, 32):
         free = free | (free >> shift)

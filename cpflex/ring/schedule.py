@@ -7,8 +7,8 @@ block comes from and, for backward, where its dK/dV goes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class Source(NamedTuple):
 class Exchange:
     """The messages of one step."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...] = ()
     """What the step's block consists of, in order."""
     sends: tuple[Transfer, ...] = ()
     """K/V rows sent so that peers have their block of this step; ``block`` is the one that holds the rows here."""
@@ -62,18 +62,43 @@ class Step:
     tile_mask: TileMask
 
 
-ScheduleFn = Callable[[Layout, int, np.ndarray], tuple[Exchange, ...]]
-"""(layout, rank, needed) -> the rank's exchanges; ``needed[rank, chunk]``: the rank's queries see a key of the chunk, bool."""
+class Needs(Protocol):
+    """What a schedule may ask: how many K/V rows ranks need of one another, and which."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Rows of rank o's shard that rank r needs, never too few, the same on every rank; int64 [world_size (r), world_size (o)]."""
+        ...
+
+    def rows_from(self, owner: int) -> Rows:
+        """Rows of the owner's shard that this rank needs."""
+        ...
+
+    def rows_to(self, peer: int) -> Rows:
+        """Rows of this rank's shard that the peer needs."""
+        ...
 
 
-def ring(layout: Layout, rank: int, needed: np.ndarray) -> tuple[Exchange, ...]:
+@dataclass(frozen=True)
+class Schedule:
+    """A rank's exchanges, step by step, and why they are these."""
+
+    name: str
+    reason: str
+    exchanges: tuple[Exchange, ...]
+
+
+ScheduleFn = Callable[[Layout, int, Needs], Schedule]
+
+
+def ring(layout: Layout, rank: int, needs: Needs) -> Schedule:
     """Whole shards travel from each rank to the next (Ring Attention, arXiv:2310.01889).
 
     All ranks make the same number of hops, the largest that any needs. In backward dK/dV follow their shard one hop behind, each rank
     adding its own, and the last one sends the sum home in one message.
     """
     world_size, shard = layout.world_size, ((0, layout.local_len),)
-    num_hops = _hops_needed(layout, needed)
+    num_hops = _hops_needed(needs.tokens)
     following, previous = (rank + 1) % world_size, (rank - 1) % world_size
     exchanges = [Exchange(sources=(Source(rank, shard),))]
     for hop in range(1, num_hops + 1):
@@ -93,9 +118,71 @@ def ring(layout: Layout, rank: int, needed: np.ndarray) -> tuple[Exchange, ...]:
                 grad_receives=(grad_receives,),
             )
         )
-    return tuple(exchanges)
+    return Schedule("ring", f"asked for; {num_hops} of {world_size - 1} hops are needed", tuple(exchanges))
 
 
-def _hops_needed(layout: Layout, needed: np.ndarray) -> int:
-    ranks, chunks = np.nonzero(needed)
-    return int(((ranks - layout.owner[chunks]) % layout.world_size).max(initial=0))
+def direct(layout: Layout, rank: int, needs: Needs) -> Schedule:
+    """Each owner sends exactly the tiles that a rank needs, straight to it; dK/dV return the same way.
+
+    A local stage first, then as few remote ones as keep what a rank receives, and what it sends, within one shard a stage: with the next
+    stage in flight while one computes, receive buffers stay within two shards. Stage by stage, ranks serve rank + 1, rank + 2, ...
+    """
+    shard = ((0, layout.local_len),)
+    exchanges = [Exchange(sources=(Source(rank, shard),))]
+    for distances in _stages(needs.tokens, layout.local_len):
+        stage = _direct_stage(len(exchanges), distances, layout.world_size, rank, needs)
+        exchanges.append(stage)
+    return Schedule("direct", f"asked for; {len(exchanges) - 1} remote stages", tuple(exchanges))
+
+
+def _direct_stage(index: int, distances: list[int], world_size: int, rank: int, needs: Needs) -> Exchange:
+    sources, sends, receives, grad_sends, grad_receives = [], [], [], [], []
+    offset = 0
+    for distance in distances:
+        peer, owner = (rank + distance) % world_size, (rank - distance) % world_size
+        if rows := needs.rows_to(peer):
+            sends.append(Transfer(peer, 0, rows))
+            grad_receives.append(Transfer(peer, 0, rows))
+        if rows := needs.rows_from(owner):
+            num_rows = sum(stop - start for start, stop in rows)
+            here = ((offset, offset + num_rows),)
+            offset += num_rows
+            sources.append(Source(owner, rows))
+            receives.append(Transfer(owner, index, here))
+            grad_sends.append(Transfer(owner, index, here))
+    return Exchange(*(tuple(x) for x in (sources, sends, receives, grad_sends, grad_receives)))
+
+
+def _stages(tokens: np.ndarray, limit: int) -> list[list[int]]:
+    """Distances 1, 2, ... grouped in order so that no rank receives or sends more than ``limit`` rows in a group."""
+    world_size = len(tokens)
+    ranks = np.arange(world_size)
+    stages: list[list[int]] = []
+    received = sent = np.zeros(world_size, dtype=np.int64)
+    for distance in range(1, world_size):
+        owners = (ranks - distance) % world_size
+        moved = tokens[ranks, owners]
+        if not moved.any():
+            continue
+        arriving, leaving = received + moved, sent + tokens[(ranks + distance) % world_size, ranks]
+        if not stages or max(arriving.max(), leaving.max()) > limit:
+            stages.append([])
+            arriving, leaving = moved, tokens[(ranks + distance) % world_size, ranks]
+        stages[-1].append(distance)
+        received, sent = arriving, leaving
+    return stages
+
+
+def auto(layout: Layout, rank: int, needs: Needs) -> Schedule:
+    """`direct` where the mean needed K/V is under half of what the ring would move, else `ring`."""
+    num_hops = _hops_needed(needs.tokens)
+    foreign = needs.tokens.sum() - np.trace(needs.tokens)
+    mean, moved = foreign / layout.world_size, num_hops * layout.local_len
+    chosen = direct if mean < moved / 2 else ring
+    share = f"ranks need {mean:,.0f} K/V rows on average, the ring would move {moved:,}"
+    return replace(chosen(layout, rank, needs), reason=f"{share}: {'under' if chosen is direct else 'not under'} half")
+
+
+def _hops_needed(tokens: np.ndarray) -> int:
+    ranks, owners = np.nonzero(tokens)
+    return int(((ranks - owners) % len(tokens)).max(initial=0))

@@ -81,23 +81,23 @@ class Transport:
     def give_back(self, index: int, grads: Pair) -> None:
         """Hand over dK, dV (fp32) of step ``index``'s block; they travel to the owner of its rows.
 
-        Gradients that arrived for the same block are added first, in the order in which they were sent for.
+        What arrived for the block is added first. Parts for the rank's own shard are added one step after they were sent for, in a fixed
+        order: the rank's own, then by step, then by peer.
         """
         exchange = self.steps[index].exchange
-        grads = self._add_arrived(index, grads)
         if index == 0:
             self._home = grads
             return
+        grads = self._add_arrived(index, grads)
         sends = [(t.peer, _pack(grads, t.rows)) for t in exchange.grad_sends]
-        arrival = self._start(sends, exchange.grad_receives, grads)
-        for place, transfer in enumerate(exchange.grad_receives):
-            one = _Arrival(arrival.work, [transfer], [arrival.buffers[place]])
-            self._grads.setdefault(transfer.block, []).append(one)
-        if not exchange.grad_receives:
-            self._sent.append(arrival.work)
+        arrival = self._start(sends, exchange.grad_receives, self._home)
+        self._home = self._add_arrived(0, self._home)
+        for transfer, buffer in zip(exchange.grad_receives, arrival.buffers, strict=True):
+            self._grads.setdefault(transfer.block, []).append(_Arrival(arrival.work, [transfer], [buffer]))
+        self._sent.append(arrival.work)
 
     def home(self) -> Pair:
-        """dK, dV of the rank's own shard, all ranks' parts added in a fixed order: its own, then by step, then by peer."""
+        """dK, dV of the rank's own shard, all ranks' parts added."""
         total = self._add_arrived(0, self._home)
         for work in self._sent:
             work.wait()
@@ -138,6 +138,8 @@ class Transport:
         parts = [_split(b, t.num_rows, like) for b, t in zip(arrival.buffers, arrival.transfers, strict=True)]
         if len(parts) == 1:
             return parts[0]
+        if not parts:
+            return Pair(like.k[:, :, :0], like.v[:, :, :0])
         return Pair(torch.cat([p.k for p in parts], dim=2), torch.cat([p.v for p in parts], dim=2))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpflex.sharding.layout import ChunkWork, Layout, contiguous, striped, zigzag
+from cpflex.sharding.layout import ChunkNeeds, ChunkWork, Layout, contiguous, striped, zigzag
 
 
 def balanced(seq_len: int, world_size: int, work: ChunkWork | None = None) -> Layout:
@@ -19,11 +19,10 @@ def balanced(seq_len: int, world_size: int, work: ChunkWork | None = None) -> La
 
 
 def _busiest(layout: Layout, work: ChunkWork) -> float:
-    matrices = work(layout.chunk_len)
-    return sum(work.weights[kind] * float(work_per_rank(layout, matrices[kind]).max()) for kind in sorted(matrices))
+    needs = work(layout.chunk_len)
+    return sum(work.weights[kind] * float(work_per_rank(layout, needs[kind]).max()) for kind in sorted(needs))
 
 
-def work_per_rank(layout: Layout, matrix: np.ndarray) -> np.ndarray:
-    """Work of each rank, int64 [world_size], from the chunk x chunk matrix of one mask kind."""
-    per_chunk = np.pad(matrix.sum(axis=1), (0, layout.num_chunks - len(matrix)))
-    return np.array([per_chunk[list(held)].sum() for held in layout.chunks])
+def work_per_rank(layout: Layout, needs: ChunkNeeds) -> np.ndarray:
+    """(query, key) pairs that each rank computes, int64 [world_size]."""
+    return np.array([needs.work[list(held)].sum() for held in layout.chunks])

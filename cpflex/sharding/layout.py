@@ -66,6 +66,16 @@ class Layout:
         return hashlib.sha256(f"{self.seq_len}|{self.chunk_len}|{self.chunks}".encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class ChunkNeeds:
+    """What the queries of each chunk compute and see, for one mask kind."""
+
+    work: np.ndarray  # (query, key) pairs, int64 [num_chunks]
+    sees: np.ndarray  # bool [num_chunks, num_blocks]
+    block_chunk: np.ndarray  # chunk of each block of keys, int64 [num_blocks]
+    block_len: np.ndarray  # tokens of each block, int64 [num_blocks]
+
+
 class ChunkWork(Protocol):
     """What a layout may ask about the masks: never the masks themselves."""
 
@@ -74,8 +84,8 @@ class ChunkWork(Protocol):
         """How much each mask kind counts: its number of layers."""
         ...
 
-    def __call__(self, chunk_len: int) -> Mapping[str, np.ndarray]:
-        """Per kind, the work between query chunk i and key chunk j, int64 [num_chunks, num_chunks]."""
+    def __call__(self, chunk_len: int) -> Mapping[str, ChunkNeeds]:
+        """Per mask kind, for the chunks of this length that deal out evenly."""
         ...
 
 

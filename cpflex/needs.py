@@ -1,0 +1,116 @@
+"""Needs: which keys each rank's queries see, found tile by tile, from the traced mask and a layout.
+
+Both ends of a transfer must agree on it without talking. They do because every rank classifies the same global tiles along the same
+path of squares: a rank looks at its own rows (what it receives) and its own columns (what it sends), and a tile has one verdict.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from cpflex.mods.graph import Mod
+from cpflex.mods.intervals import TileClassifier
+from cpflex.ring.schedule import Rows
+from cpflex.sharding.layout import ChunkNeeds, Layout
+from cpflex.tile_mask import TILE, Classify, Squares, Tiles, classify_squares
+
+MAX_BLOCKS = 4096
+"""Blocks of the whole sequence in which a layout and the overall traffic are judged."""
+
+
+def classifier(mod: Mod, batch_size: int, num_heads: int) -> Classify:
+    """Verdicts that hold for every batch and head index."""
+    classify = TileClassifier(mod)
+    b, h = (0, batch_size - 1), (0, num_heads - 1)
+    return lambda q_lo, q_hi, kv_lo, kv_hi: classify(q_lo, q_hi, kv_lo, kv_hi, b=b, h=h)
+
+
+def blocks_of(chunk_len: int, num_chunks: int) -> Tiles:
+    """The sequence in tiles, or in larger blocks where there would be too many."""
+    block_len = TILE
+    while block_len < chunk_len and num_chunks * -(-chunk_len // block_len) > MAX_BLOCKS:
+        block_len *= 2
+    return Tiles(chunk_len, num_chunks, block_len)
+
+
+def chunk_needs(classify: Classify, blocks: Tiles) -> ChunkNeeds:
+    """What the queries of each chunk compute and see, block by block."""
+    row, first, end = classify_squares(classify, blocks).rows(blocks)
+    start = np.append(blocks.lo, blocks.hi[-1:] + 1)
+    pairs = blocks.length[row] * (start[end] - start[first])
+    work = np.bincount(blocks.chunk[row], pairs, blocks.num_chunks).astype(np.int64)
+    sees = _covered(blocks.chunk[row], first, end, blocks.num_chunks, blocks.num_tiles)
+    return ChunkNeeds(work, sees, blocks.chunk, blocks.length)
+
+
+def _covered(line: np.ndarray, first: np.ndarray, end: np.ndarray, num_lines: int, num_cols: int) -> np.ndarray:
+    """bool [num_lines, num_cols]: the columns in any of a line's runs."""
+    width = num_cols + 1  # +1 where a run begins, -1 where it ends: the running sum is positive inside
+    edges = np.bincount(line * width + first, minlength=num_lines * width)
+    edges -= np.bincount(line * width + end, minlength=num_lines * width)
+    return np.cumsum(edges.reshape(num_lines, width)[:, :-1], axis=1) > 0
+
+
+class Needs:
+    """Needs of all ranks under a layout, for one mask kind, as one rank sees them."""
+
+    def __init__(self, classify: Classify, layout: Layout, rank: int, chunks: ChunkNeeds) -> None:
+        self.layout = layout
+        self.rank = rank
+        self.tiles = Tiles(layout.chunk_len, layout.num_chunks)
+        self._classify = classify
+        self._chunks = chunks
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """K/V rows of rank o's shard that rank r needs, by block: never too few. int64 [world_size (r), world_size (o)]."""
+        sees = np.stack([self._chunks.sees[list(held)].any(axis=0) for held in self.layout.chunks])
+        owner = self.layout.owner[self._chunks.block_chunk]
+        return np.stack([np.bincount(owner[row], self._chunks.block_len[row], len(sees)) for row in sees]).astype(
+            np.int64
+        )
+
+    @cached_property
+    def squares(self) -> Squares:
+        """The tiles that the rank computes."""
+        return classify_squares(self._classify, self.tiles, rows=self._held(self.rank))
+
+    @cached_property
+    def _received(self) -> np.ndarray:
+        """The rank's queries see a key of the tile, bool [num_tiles]."""
+        row, first, end = self.squares.rows(self.tiles)
+        mine = self._held(self.rank)[row]
+        return _covered(np.zeros_like(row[mine]), first[mine], end[mine], 1, self.tiles.num_tiles)[0]
+
+    @cached_property
+    def _sent(self) -> np.ndarray:
+        """Queries of rank r see a key of the tile, for tiles that this rank holds; bool [world_size (r), num_tiles]."""
+        cols = self._held(self.rank)
+        row, first, end = classify_squares(self._classify, self.tiles, cols=cols).rows(self.tiles)
+        reader = self.layout.owner[self.tiles.chunk[row]]
+        return _covered(reader, first, end, self.layout.world_size, self.tiles.num_tiles) & cols
+
+    def rows_from(self, owner: int) -> Rows:
+        """Rows of the owner's shard that this rank needs."""
+        return self._rows(self._received, owner)
+
+    def rows_to(self, peer: int) -> Rows:
+        """Rows of this rank's shard that the peer needs."""
+        return self._rows(self._sent[peer], self.rank)
+
+    def tiles_of(self, owner: int, rows: Rows) -> np.ndarray:
+        """Tiles of rows of a shard, in local order; rows begin and end at tiles."""
+        tiles = self.tiles.of_chunks(self.layout.chunks[owner])
+        start = np.cumsum(self.tiles.length[tiles]) - self.tiles.length[tiles]
+        return np.concatenate([tiles[(start >= begin) & (start < end)] for begin, end in rows] or [tiles[:0]])
+
+    def _rows(self, needed: np.ndarray, owner: int) -> Rows:
+        tiles = self.tiles.of_chunks(self.layout.chunks[owner])
+        bounds = np.append(0, np.cumsum(self.tiles.length[tiles]))
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], needed[tiles].astype(np.int8), [0]])))
+        return tuple((int(bounds[a]), int(bounds[b])) for a, b in edges.reshape(-1, 2))
+
+    def _held(self, rank: int) -> np.ndarray:
+        return self.layout.owner[self.tiles.chunk] == rank
