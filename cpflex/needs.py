@@ -37,20 +37,28 @@ def blocks_of(chunk_len: int, num_chunks: int) -> Tiles:
 
 def chunk_needs(classify: Classify, blocks: Tiles) -> ChunkNeeds:
     """What the queries of each chunk compute and see, block by block."""
-    row, first, end = classify_squares(classify, blocks).rows(blocks)
+    squares = classify_squares(classify, blocks)
+    row, first, end = squares.rows(blocks)
     start = np.append(blocks.lo, blocks.hi[-1:] + 1)
     pairs = blocks.length[row] * (start[end] - start[first])
     work = np.bincount(blocks.chunk[row], pairs, blocks.num_chunks).astype(np.int64)
-    sees = _covered(blocks.chunk[row], first, end, blocks.num_chunks, blocks.num_tiles)
-    return ChunkNeeds(work, sees, blocks.chunk, blocks.length)
+    return ChunkNeeds(work, _covered(squares, blocks, blocks.chunk, blocks.num_chunks), blocks.chunk, blocks.length)
 
 
-def _covered(line: np.ndarray, first: np.ndarray, end: np.ndarray, num_lines: int, num_cols: int) -> np.ndarray:
-    """bool [num_lines, num_cols]: the columns in any of a line's runs."""
-    width = num_cols + 1  # +1 where a run begins, -1 where it ends: the running sum is positive inside
-    edges = np.bincount(line * width + first, minlength=num_lines * width)
-    edges -= np.bincount(line * width + end, minlength=num_lines * width)
-    return np.cumsum(edges.reshape(num_lines, width)[:, :-1], axis=1) > 0
+def _covered(squares: Squares, tiles: Tiles, line_of_row: np.ndarray, num_lines: int) -> np.ndarray:
+    """bool [num_lines, num_tiles]: the columns of the squares' rows, by the line that a row belongs to (-1: to none)."""
+    widest = 1 << (tiles.num_tiles - 1).bit_length()
+    line_of_row = np.append(line_of_row, np.full(widest - len(line_of_row), -1))  # squares overhang the last tile
+    covered = np.zeros((num_lines, widest), dtype=bool)
+    full_rows, full_cols, sides = squares.full
+    levels = [(side, full_rows[sides == side], full_cols[sides == side]) for side in np.unique(sides).tolist()]
+    for side, rows, cols in [*levels, (1, *squares.partial)]:
+        line = line_of_row[rows[:, None] + np.arange(side)]
+        held = line >= 0
+        cells = np.zeros((num_lines, widest // side), dtype=bool)
+        cells[line[held], np.broadcast_to(cols[:, None] // side, line.shape)[held]] = True
+        covered.reshape(num_lines, -1, side)[cells] = True
+    return covered[:, : tiles.num_tiles]
 
 
 class Needs:
@@ -75,22 +83,20 @@ class Needs:
     @cached_property
     def squares(self) -> Squares:
         """The tiles that the rank computes."""
-        return classify_squares(self._classify, self.tiles, rows=self._held(self.rank))
+        return classify_squares(self._classify, self.tiles, rows=self._owner_of_tile == self.rank)
 
     @cached_property
     def _received(self) -> np.ndarray:
         """The rank's queries see a key of the tile, bool [num_tiles]."""
-        row, first, end = self.squares.rows(self.tiles)
-        mine = self._held(self.rank)[row]
-        return _covered(np.zeros_like(row[mine]), first[mine], end[mine], 1, self.tiles.num_tiles)[0]
+        line = np.where(self._owner_of_tile == self.rank, 0, -1)
+        return _covered(self.squares, self.tiles, line, 1)[0]
 
     @cached_property
     def _sent(self) -> np.ndarray:
         """Queries of rank r see a key of the tile, for tiles that this rank holds; bool [world_size (r), num_tiles]."""
-        cols = self._held(self.rank)
-        row, first, end = classify_squares(self._classify, self.tiles, cols=cols).rows(self.tiles)
-        reader = self.layout.owner[self.tiles.chunk[row]]
-        return _covered(reader, first, end, self.layout.world_size, self.tiles.num_tiles) & cols
+        held = self._owner_of_tile == self.rank
+        squares = classify_squares(self._classify, self.tiles, cols=held)
+        return _covered(squares, self.tiles, self._owner_of_tile, self.layout.world_size) & held
 
     def rows_from(self, owner: int) -> Rows:
         """Rows of the owner's shard that this rank needs."""
@@ -112,5 +118,6 @@ class Needs:
         edges = np.flatnonzero(np.diff(np.concatenate([[0], needed[tiles].astype(np.int8), [0]])))
         return tuple((int(bounds[a]), int(bounds[b])) for a, b in edges.reshape(-1, 2))
 
-    def _held(self, rank: int) -> np.ndarray:
-        return self.layout.owner[self.tiles.chunk] == rank
+    @cached_property
+    def _owner_of_tile(self) -> np.ndarray:
+        return self.layout.owner[self.tiles.chunk]

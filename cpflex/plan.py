@@ -85,7 +85,8 @@ def make_plan(
     if not masks:
         raise ValueError("mask must name at least one mask kind; got an empty dict")
     weights = _weights(weights, masks)
-    mods = {kind: _traced(one, seq_len, batch_size, num_heads) for kind, one in masks.items()}
+    copies: dict[int, Tensor] = {}  # kinds that capture one tensor share one copy
+    mods = {kind: _traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
     work = _ChunkWork(mods, weights, seq_len, world_size, batch_size or 1, num_heads or 1)
     table = layout(seq_len, world_size, work)
     if not isinstance(table, Layout) or (table.seq_len, table.world_size) != (seq_len, world_size):
@@ -296,13 +297,21 @@ def _weights(weights: Mapping[str, float] | None, masks: Mapping[str, Any]) -> d
     return dict(weights)
 
 
-def _traced(mask: MaskFn, seq_len: int, batch_size: int | None, num_heads: int | None) -> Mod:
+def _traced(
+    mask: MaskFn, seq_len: int, batch_size: int | None, num_heads: int | None, copies: dict[int, Tensor]
+) -> Mod:
     """The mask as a graph that is also false at pads, its captured tensors copied to the CPU."""
     if not callable(mask):
         raise TypeError(f"mask must be a mask_mod (b, h, q_idx, kv_idx) -> bool Tensor; got {type(mask).__name__}")
     if isinstance(mask, MaskMod) and mask.lengths - {seq_len}:
         raise ValueError(f"{mask!r} was made for {sorted(mask.lengths)} tokens; seq_len={seq_len}")
-    mod = trace_mask_mod(mask).map_captured(lambda t: t.detach().to("cpu", copy=True))
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+        return copies[id(tensor)]
+
+    mod = trace_mask_mod(mask).map_captured(copied)
     limits = {"q_idx": ("seq_len", seq_len), "kv_idx": ("seq_len", seq_len)}
     limits |= {"b": ("batch_size", batch_size), "h": ("num_heads", num_heads)}
     for name, (argument, size) in limits.items():

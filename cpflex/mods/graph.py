@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,18 +125,38 @@ class Mod:
     @cached_property
     def content_key(self) -> str:
         """Names the computation and the values it captured; equal on two ranks iff the masks are the same."""
-        digest = hashlib.sha256(self.key.encode())
+        digest = hashlib.blake2b(self.key.encode(), digest_size=8)
         for tensor in self.captured:
             data = tensor.detach().cpu().contiguous()
             digest.update(f"{tuple(data.shape)}".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+            digest.update(data.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def uses(self, name: str) -> bool:
         return name in self.graph.inputs
 
+    def __getstate__(self) -> dict[str, object]:
+        return {"graph": self.graph, "captured": tuple(_compressed(t) for t in self.captured), "name": self.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state["captured"] = tuple(_decompressed(t) for t in state["captured"])
+        self.__dict__.update(state)
+
     def map_captured(self, fn: Callable[[Tensor], Tensor]) -> Mod:
         return Mod(self.graph, tuple(fn(t) for t in self.captured), self.name)
+
+
+def _compressed(tensor: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """A long table of few runs of equal values, such as document ids, as (values, lengths of runs)."""
+    if tensor.ndim != 1 or tensor.numel() < 1024:
+        return tensor
+    values, counts = torch.unique_consecutive(tensor.detach().cpu(), return_counts=True)
+    # clones: a pickled view carries its whole storage
+    return (values.clone(), counts.clone()) if 4 * values.numel() < tensor.numel() else tensor
+
+
+def _decompressed(stored: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    return stored if isinstance(stored, Tensor) else torch.repeat_interleave(*stored)
 
 
 def table_sizes(mod: Mod, inputs: Collection[str]) -> list[int]:

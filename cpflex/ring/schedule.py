@@ -154,23 +154,24 @@ def _direct_stage(index: int, distances: list[int], world_size: int, rank: int, 
 
 
 def _stages(tokens: np.ndarray, limit: int) -> list[list[int]]:
-    """Distances 1, 2, ... grouped in order so that no rank receives or sends more than ``limit`` rows in a group."""
-    world_size = len(tokens)
-    ranks = np.arange(world_size)
+    """Distances packed, the heaviest first, into the first stage where no rank receives or sends more than ``limit`` rows."""
+    ranks = np.arange(len(tokens))
+    received = [tokens[ranks, (ranks - distance) % len(tokens)] for distance in range(len(tokens))]
+    sent = [tokens[(ranks + distance) % len(tokens), ranks] for distance in range(len(tokens))]
+    moved = [np.stack(both) for both in zip(received, sent, strict=True)]
     stages: list[list[int]] = []
-    received = sent = np.zeros(world_size, dtype=np.int64)
-    for distance in range(1, world_size):
-        owners = (ranks - distance) % world_size
-        moved = tokens[ranks, owners]
-        if not moved.any():
+    totals: list[np.ndarray] = []
+    for distance in sorted(range(1, len(tokens)), key=lambda d: (-int(moved[d].max()), d)):
+        if not moved[distance].any():
             continue
-        arriving, leaving = received + moved, sent + tokens[(ranks + distance) % world_size, ranks]
-        if not stages or max(arriving.max(), leaving.max()) > limit:
+        fits = (i for i, total in enumerate(totals) if (total + moved[distance]).max() <= limit)
+        stage = next(fits, len(stages))
+        if stage == len(stages):
             stages.append([])
-            arriving, leaving = moved, tokens[(ranks + distance) % world_size, ranks]
-        stages[-1].append(distance)
-        received, sent = arriving, leaving
-    return stages
+            totals.append(np.zeros_like(moved[distance]))
+        stages[stage].append(distance)
+        totals[stage] = totals[stage] + moved[distance]
+    return [sorted(stage) for stage in stages]
 
 
 def auto(layout: Layout, rank: int, needs: Needs) -> Schedule:
