@@ -8,8 +8,9 @@ the boundary of the mask, not its area.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,12 +71,6 @@ class Tiles:
         """Tiles of the chunks, in the order given."""
         first = np.fromiter(chunks, dtype=np.int64) * self.per_chunk
         return (first[:, None] + np.arange(self.per_chunk)).reshape(-1)
-
-    def positions(self, tiles: np.ndarray) -> np.ndarray:
-        """Positions of all tokens of the tiles, in the order given."""
-        length = self.length[tiles]
-        before = np.cumsum(length) - length
-        return np.repeat(self.lo[tiles] - before, length) + np.arange(length.sum())
 
 
 @dataclass(frozen=True)
@@ -154,10 +149,12 @@ class Runs:
 
 @dataclass(frozen=True)
 class TileMask:
-    """Positions, tiles and verdicts of one pair. Tile i of an axis is tokens ``starts[i] : starts[i + 1]`` of that axis."""
+    """Tiles and verdicts of one pair. Tile i of an axis is tokens ``starts[i] : starts[i + 1]`` of that axis, at the positions from
+    ``first[i]`` on. Tables stay on the CPU; positions of all tokens are made where ``device`` says.
+    """
 
-    q_positions: Tensor  # int32 [S_q]
-    kv_positions: Tensor  # int32 [S_kv]
+    q_first: Tensor  # int32 [q_tiles]
+    kv_first: Tensor  # int32 [kv_tiles]
     q_starts: Tensor  # int32 [q_tiles + 1]
     kv_starts: Tensor  # int32 [kv_tiles + 1]
     full: Runs  # by query tile
@@ -166,10 +163,29 @@ class TileMask:
     partial_by_kv: Runs
     num_unproven: int
     """PARTIAL tiles that were not evaluated exactly, for want of budget."""
+    device: torch.device = torch.device("cpu")
+
+    @cached_property
+    def q_positions(self) -> Tensor:
+        """Global position of each local query, int32 [S_q]."""
+        return _positions(self.q_first, self.q_starts).to(self.device)
+
+    @cached_property
+    def kv_positions(self) -> Tensor:
+        """Global position of each visiting key, int32 [S_kv]."""
+        return _positions(self.kv_first, self.kv_starts).to(self.device)
 
     @property
     def num_tiles(self) -> int:
         return self.full.num_tiles + self.partial.num_tiles
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _positions(first: Tensor, starts: Tensor) -> Tensor:
+    offset = torch.arange(int(starts[-1]), dtype=torch.int32)
+    return offset + torch.repeat_interleave(first - starts[:-1], starts.diff())
 
 
 def make_tile_masks(
@@ -210,9 +226,9 @@ def make_tile_masks(
         )
         by_kv.append(_runs_by_kv(*_lines(cols, rows, sides, tiles), tiles, row_of, col_of, step_of, blocks))
 
-    q_positions, q_starts = _axis(tiles, q_tiles)
+    q_first, q_starts = _axis(tiles, q_tiles)
     return [
-        TileMask(q_positions, kv[0], q_starts, kv[1], full_q, partial_q, full_kv, partial_kv, int(count))
+        TileMask(q_first, kv[0], q_starts, kv[1], full_q, partial_q, full_kv, partial_kv, int(count))
         for kv, full_q, partial_q, full_kv, partial_kv, count in zip(
             (_axis(tiles, block) for block in blocks), *by_q, *by_kv, unproven_steps, strict=True
         )
@@ -220,9 +236,9 @@ def make_tile_masks(
 
 
 def _axis(tiles: Tiles, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Positions and starts of an axis, int32."""
+    """Position of the first token and start of each tile of an axis, int32."""
     starts = np.append(0, np.cumsum(tiles.length[chosen]))
-    return torch.from_numpy(tiles.positions(chosen).astype(np.int32)), torch.from_numpy(starts.astype(np.int32))
+    return torch.from_numpy(tiles.lo[chosen].astype(np.int32)), torch.from_numpy(starts.astype(np.int32))
 
 
 def _lines(

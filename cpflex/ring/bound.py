@@ -13,7 +13,6 @@ from cpflex.links import Links
 from cpflex.mods.graph import Mod
 from cpflex.ring.agreement import agree, refuse
 from cpflex.ring.schedule import Step
-from cpflex.tile_mask import TileMask
 
 
 @dataclass(eq=False)
@@ -33,7 +32,7 @@ class Bound:
     def on(self, device: torch.device) -> tuple[Mod, Sequence[Step], Tensor]:
         """(mask, steps, indices of the rank's pads) with their tensors on a device; copied once."""
         if device not in self.devices:
-            steps = tuple(replace(s, tile_mask=_positions_to(s.tile_mask, device)) for s in self.steps)
+            steps = tuple(replace(s, tile_mask=replace(s.tile_mask, device=device)) for s in self.steps)
             pads = torch.nonzero(self.positions >= self.seq_len).view(-1).to(device)
             self.devices[device] = (self.mask.map_captured(lambda t: t.to(device)), steps, pads)
         return self.devices[device]
@@ -49,9 +48,3 @@ class Bound:
         """Make the other ranks raise too, if they are still to agree on this plan."""
         if self.links is not None and self.links.world_size > 1 and not self.agreed:
             refuse(self.links, error)
-
-
-def _positions_to(tile_mask: TileMask, device: torch.device) -> TileMask:
-    return replace(
-        tile_mask, q_positions=tile_mask.q_positions.to(device), kv_positions=tile_mask.kv_positions.to(device)
-    )

@@ -1,0 +1,210 @@
+"""What planning costs: time, memory and pickle size of one rank's plan, beside torch's block masks and load balancers.
+
+    python benchmarks/planner.py                 # all sizes, 16k ... 16M tokens; writes benchmarks/results/planner.json
+    python benchmarks/planner.py --max-len 64k   # the small ones
+
+Every row runs in a process of its own on one thread, after a warm-up on a short sequence, and reports the median of three plans of
+rank 0. Peers run where they can: eager block masks to 16k, compiled ones to 64k tokens; PTRR on the compiled one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from documents import draw_documents
+
+import cpflex
+
+SIZES = [(1 << 14, 8), (1 << 16, 8), (1 << 18, 32), (1 << 20, 64), (1 << 22, 256), (1 << 24, 1024)]
+WINDOW = 1024
+
+
+def block_diffusion(seq_len: int, block: int) -> Callable:
+    """Noisy half, then clean half (arXiv:2503.09573, figure 3): a noisy block sees itself and the clean blocks before it."""
+    half = seq_len // 2
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        q_noisy, kv_noisy = q_idx < half, kv_idx < half
+        q_block, kv_block = (q_idx % half) // block, (kv_idx % half) // block
+        diagonal = q_noisy & kv_noisy & (q_block == kv_block)
+        offset = q_noisy & ~kv_noisy & (q_block > kv_block)
+        clean = ~q_noisy & ~kv_noisy & (q_block >= kv_block)
+        return diagonal | offset | clean
+
+    return mask_mod
+
+
+def opaque(b, h, q_idx, kv_idx):
+    """A user's own lambda: attention sinks, a ragged band and a dilated tail."""
+    distance = q_idx - kv_idx
+    return (distance >= 0) & ((kv_idx < 64) | (distance < 2048 + q_idx % 512) | ((distance % 4096 == 0) & (distance < 65536)))
+
+
+def masks(seq_len: int) -> dict[str, Any]:
+    document = cpflex.document(cu_seqlens=draw_documents(seq_len, seed=0))
+    doc_causal = cpflex.causal() & document
+    return {
+        "causal": cpflex.causal(),
+        "window 4096": cpflex.causal() & cpflex.sliding_window(4096),
+        "documents": doc_causal,
+        "doc+window": doc_causal & cpflex.sliding_window(WINDOW),
+        "documents, doc+window": {"full": doc_causal, "sliding": doc_causal & cpflex.sliding_window(WINDOW)},
+        "block diffusion": block_diffusion(seq_len, 32),
+        "opaque lambda": opaque,
+    }
+
+
+def measure_plan(name: str, seq_len: int, world_size: int) -> dict[str, Any]:
+    """One row, in a fresh process."""
+    torch.set_num_threads(1)
+    mask = masks(seq_len)[name]
+    cpflex.make_plan(masks(1 << 12)[name], 1 << 12, rank=0, world_size=2)
+    before = _reset_peak_bytes()
+    cpflex.make_plan(mask, seq_len, rank=0, world_size=world_size)
+    peak = _peak_bytes() - before
+    seconds = []  # of this process: other load on the machine does not count
+    for _ in range(3):
+        start = time.process_time()
+        plan = cpflex.make_plan(mask, seq_len, rank=0, world_size=world_size)
+        seconds.append(time.process_time() - start)
+    every_stats = plan.stats if len(plan.kinds) > 1 else {"": plan.stats}
+    return {
+        "mask": name,
+        "seq_len": seq_len,
+        "ranks": world_size,
+        "plan_ms": 1e3 * statistics.median(seconds),
+        "peak_mb": peak / 1e6,
+        "pickle_mb": len(pickle.dumps(plan)) / 1e6,
+        "layout": plan.layout.name,
+        "schedule": [stats["schedule"] for stats in every_stats.values()],
+        "imbalance": [stats["imbalance"] for stats in every_stats.values()],
+        "worst_receive": [max(stats["needed_tokens"]) / stats["all_gather_tokens"] for stats in every_stats.values()],
+    }
+
+
+def measure_torch(name: str, seq_len: int, world_size: int, compiled: bool) -> dict[str, Any]:
+    """torch's block mask of the whole sequence, and its PTRR balancer on it, in a fresh process."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    torch.set_num_threads(1)
+    mask = masks(seq_len)[name]
+    before = _reset_peak_bytes()
+    start = time.perf_counter()
+    block_mask = create_block_mask(mask, None, None, seq_len, seq_len, device="cpu", _compile=compiled)
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    block_mask = create_block_mask(mask, None, None, seq_len, seq_len, device="cpu", _compile=compiled)
+    steady = time.perf_counter() - start
+    row = {
+        "mask": name,
+        "seq_len": seq_len,
+        "ranks": world_size,
+        "peer": f"create_block_mask {'compiled' if compiled else 'eager'}",
+        "first_ms": 1e3 * first,
+        "steady_ms": 1e3 * steady,
+        "peak_mb": (_peak_bytes() - before) / 1e6,
+    }
+    return row | _measure_ptrr(block_mask, world_size)
+
+
+def _measure_ptrr(block_mask: Any, world_size: int) -> dict[str, Any]:
+    """Time of PTRR, its imbalance, and the largest share of an all-gather that a rank would need under it."""
+    try:
+        from torch.distributed.tensor.experimental._context_parallel._load_balancer import _PTRRLoadBalancer
+    except ImportError:
+        return {"ptrr_ms": None}
+    start = time.perf_counter()
+    order = _PTRRLoadBalancer(block_mask, world_size)._generate_indices().reshape(-1)
+    elapsed = time.perf_counter() - start
+    dense = block_mask.to_dense()[0, 0].bool().numpy()
+    blocks = order[::128].numpy().reshape(world_size, -1) // 128
+    work = np.array([dense[held].sum() for held in blocks])
+    needs = [np.setdiff1d(np.flatnonzero(dense[held].any(axis=0)), held).size for held in blocks]
+    foreign = dense.shape[1] * (world_size - 1) // world_size
+    return {"ptrr_ms": 1e3 * elapsed, "ptrr_imbalance": work.max() / work.mean(), "ptrr_worst_receive": max(needs) / foreign}
+
+
+def _reset_peak_bytes() -> int:
+    """Forget the highest resident size so far; the resident size now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _peak_bytes() -> int:
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _in_own_process(function: Callable, *args: Any) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def _length(text: str) -> int:
+    return int(text[:-1]) << {"k": 10, "m": 20}[text[-1].lower()] if text[-1].isalpha() else int(text)
+
+
+def _show(row: dict[str, Any]) -> str:
+    size = f"{row['seq_len'] >> 10:>6}k x {row['ranks']:<5}{row['mask']:<22}"
+    if "peer" in row:
+        text = f"{row['peer']:<28}first {row['first_ms']:9.1f} ms, then {row['steady_ms']:9.1f} ms, {row['peak_mb']:8.1f} MB"
+        if row["ptrr_ms"] is not None:
+            text += f", PTRR {row['ptrr_ms']:.0f} ms: work {row['ptrr_imbalance']:.2f}, receive {row['ptrr_worst_receive']:.2f}"
+        return size + text
+    per_kind = ", ".join(
+        f"{schedule}: work {work:.2f}, receive {receive:.3f}"
+        for schedule, work, receive in zip(row["schedule"], row["imbalance"], row["worst_receive"], strict=True)
+    )
+    return f"{size}{row['plan_ms']:8.1f} ms {row['peak_mb']:8.1f} MB {row['pickle_mb']:7.2f} MB pickled   {per_kind}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-len", type=_length, default=1 << 24, help="longest sequence, for instance 64k or 1m (default 16m)")
+    parser.add_argument("--no-peers", action="store_true", help="leave torch's block masks and balancers out")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "planner.json")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    rows = []
+    for seq_len, world_size in SIZES:
+        if seq_len > options.max_len:
+            continue
+        for name in masks(1 << 12):
+            jobs: list[tuple] = [(measure_plan, name, seq_len, world_size)]
+            if not options.no_peers and seq_len <= 1 << 16 and name in ("causal", "documents", "doc+window"):
+                jobs += [(measure_torch, name, seq_len, world_size, c) for c in (False, True) if c or seq_len <= 1 << 14]
+            for job in jobs:
+                rows.append(_in_own_process(*job))
+                print(_show(rows[-1]), flush=True)
+    record = {
+        "command": "python benchmarks/planner.py",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1},
+        "rows": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
