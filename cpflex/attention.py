@@ -70,7 +70,7 @@ def flex_attention(
         scale: of the scores; 1 / sqrt(D) if None.
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: also return lse; ``return_aux=AuxRequest(lse=True)`` is torch's newer spelling.
-        kernel_options: {"backend": "reference"} or None.
+        kernel_options: {"backend": "triton"} or {"backend": "reference"}; None: triton for CUDA tensors, else reference.
 
     Returns:
         out [B, Hq, S_local, Dv] in the dtype of query; with ``return_lse`` (out, lse), with ``return_aux`` (out, AuxOutput); lse
@@ -83,7 +83,9 @@ def flex_attention(
     plan = _require_plan(block_mask)
     try:
         _check_tensors(query, key, value, plan, enable_gqa)
-        _check_options(kernel_options, return_aux)
+        backend = _backend(kernel_options)
+        if return_aux is not None and return_aux.max_scores:
+            raise NotImplementedError("return_aux: max_scores is not supported; lse is")
         mod = _traced(score_mod)
         if mod is not None and mod.table_len is not None and mod.table_len < plan.seq_len:
             raise ValueError(
@@ -96,7 +98,8 @@ def flex_attention(
     captured = [] if mod is None else mod.captured
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *captured))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    out, lse = attention(query, key, value, captured, plan.handle, "" if mod is None else mod.key, scale, needs_grad)
+    score_key = "" if mod is None else mod.key
+    out, lse = attention(query, key, value, captured, plan.handle, score_key, scale, backend, needs_grad)
     if return_aux is not None:
         return out, AuxOutput(lse=lse if return_aux.lse else None)
     return (out, lse) if return_lse else out
@@ -166,14 +169,15 @@ def _check_heads(query_heads: int, key_heads: int, value_heads: int, enable_gqa:
         raise ValueError(f"the heads of query must be a multiple of those of key; got {query_heads} and {key_heads}")
 
 
-def _check_options(kernel_options: dict[str, Any] | None, return_aux: AuxRequest | None) -> None:
-    for name, value in (kernel_options or {}).items():
-        if name != "backend":
-            raise NotImplementedError(f"kernel option {name!r} is not supported; supported: 'backend'")
-        if value != "reference":
-            raise NotImplementedError(f"backend {value!r} is not available; available: 'reference'")
-    if return_aux is not None and return_aux.max_scores:
-        raise NotImplementedError("return_aux: max_scores is not supported; lse is")
+def _backend(kernel_options: dict[str, Any] | None) -> str:
+    """The backend asked for, or "" to choose by device."""
+    options = dict(kernel_options or {})
+    backend = options.pop("backend", "")
+    if options:
+        raise NotImplementedError(f"kernel options {sorted(options)} are not supported; supported: 'backend'")
+    if backend not in ("", "triton", "reference"):
+        raise ValueError(f"backend must be 'triton' or 'reference'; got {backend!r}")
+    return backend
 
 
 def _traced(score_mod: ScoreMod | ScoreFn | None) -> ScoreMod | None:

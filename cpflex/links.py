@@ -69,6 +69,7 @@ class _ProcessWork:
         try:
             for handle in self.handles:
                 handle.wait()
+            self.handles = []  # gloo would wait for a second message
         except RuntimeError as error:
             raise ConnectionError(f"the exchange with group ranks {self.peers} failed: {error}") from error
         self.buffers = ()

@@ -87,13 +87,13 @@ def make_plan(
     weights = _weights(weights, masks)
     copies: dict[int, Tensor] = {}  # kinds that capture one tensor share one copy
     mods = {kind: _traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
-    work = _ChunkWork(mods, weights, seq_len, world_size, batch_size or 1, num_heads or 1)
+    work = _ChunkWork(mods, weights, batch_size or 1, num_heads or 1)
     table = layout(seq_len, world_size, work)
     if not isinstance(table, Layout) or (table.seq_len, table.world_size) != (seq_len, world_size):
         raise ValueError(f"layout must return a Layout of seq_len={seq_len} for {world_size} ranks; got {table!r}")
     planned = {}
     for kind, mod in mods.items():
-        chunks = work.needs(table.chunk_len, table.num_chunks)[kind]
+        chunks = work(table.chunk_len, table.num_chunks)[kind]
         needs = Needs(work.classifiers[kind], table, rank, chunks)
         chosen = schedule(table, rank, needs)
         facts = (FORMAT, table.key, mod.content_key, chosen.name, kind, batch_size, num_heads)
@@ -340,21 +340,14 @@ class _ChunkWork:
         self,
         mods: Mapping[str, Mod],
         weights: Mapping[str, float],
-        seq_len: int,
-        world_size: int,
         batch_size: int,
         num_heads: int,
     ) -> None:
         self.weights = weights
-        self.seq_len = seq_len
-        self.world_size = world_size
         self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
         self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
 
-    def __call__(self, chunk_len: int) -> dict[str, ChunkNeeds]:
-        return self.needs(chunk_len, -(-self.seq_len // (chunk_len * self.world_size)) * self.world_size)
-
-    def needs(self, chunk_len: int, num_chunks: int) -> dict[str, ChunkNeeds]:
+    def __call__(self, chunk_len: int, num_chunks: int) -> dict[str, ChunkNeeds]:
         if (chunk_len, num_chunks) not in self._known:
             blocks = blocks_of(chunk_len, num_chunks)
             needs = {kind: chunk_needs(classify, blocks) for kind, classify in self.classifiers.items()}

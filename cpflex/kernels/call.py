@@ -22,6 +22,8 @@ class Call:
     """Captured by the score_mod."""
     wanted: tuple[int, ...] = ()
     """Slots of ``captured`` whose gradient is needed."""
+    backend: str | None = None
+    """"triton" or "reference"; None: triton for CUDA tensors, reference for others."""
 
     @cached_property
     def score_vjp(self) -> Vjp | None:

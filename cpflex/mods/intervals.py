@@ -183,10 +183,9 @@ def _has_zero(x: Interval) -> Array:
 class _RangeTable:
     """Least and greatest element of a captured tensor over boxes of indices, each wrapped when negative, then clamped.
 
-    A sparse table: entry i of level k bounds the 2**k elements from i * stride on, stride = max(1, 2**k / 16), and two
-    windows per dim cover a box. They are the box itself when its bounds are multiples of the stride, and reach out by
-    less than 1/16 otherwise. A level is built when the first box of its size comes; all together are at most six copies
-    of the table per dim.
+    A sparse table: entry i of level k bounds a window of 2**k elements from i << _stride(k) on. Two or three windows
+    per dim cover a box: exactly when its bounds are multiples of the stride, else reaching out by less than that. A
+    level is built when the first box of its size comes; those of 32 elements and more take 1/16 of the table or less.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -230,11 +229,27 @@ class _RangeTable:
         if level not in self._levels:
             dim = int(np.argmax(level))
             k = level[dim]
-            half = self._level((*level[:dim], k - 1, *level[dim + 1 :]))
-            step, offset = (2 if k > 4 else 1), 2 ** (k - 1) >> max(k - 5, 0)
+            if (
+                k == BLOCK_LEVEL
+            ):  # straight from the elements: the levels below, as large as the table, may never be built
+                half = self._level((*level[:dim], 0, *level[dim + 1 :]))
+                blocks = np.arange(0, half.lo.shape[dim], 1 << _stride(k))
+                half = Interval(np.minimum.reduceat(half.lo, blocks, dim), np.maximum.reduceat(half.hi, blocks, dim))
+                step, offset = 1, 1
+            else:
+                half = self._level((*level[:dim], k - 1, *level[dim + 1 :]))
+                step, offset = 1 << (_stride(k) - _stride(k - 1)), 1 << (k - 1 - _stride(k - 1))
             lo = _joined_halves(np.minimum, half.lo, dim, step, offset)
             self._levels[level] = Interval(lo, _joined_halves(np.maximum, half.hi, dim, step, offset))
         return self._levels[level]
+
+
+BLOCK_LEVEL = 5
+
+
+def _stride(k: int) -> int:
+    """log2 of the distance between windows of 2**k elements: 1, then 16, then a sixteenth of the window."""
+    return 0 if k < BLOCK_LEVEL else max(BLOCK_LEVEL - 1, k - 4)
 
 
 def _joined_halves(f: np.ufunc, half: np.ndarray, dim: int, step: int, offset: int) -> np.ndarray:
@@ -246,9 +261,13 @@ def _joined_halves(f: np.ufunc, half: np.ndarray, dim: int, step: int, offset: i
 
 
 def _starts(k: int, box: Interval) -> Sequence[Array]:
-    """Entries of level k that begin and end a box: rounded down, rounded up."""
-    shift = max(k - 4, 0)
-    return (box.lo,) if k == 0 else (box.lo >> shift, -((2**k - 1 - box.hi) >> shift))
+    """Entries of level k that cover a box of at least 2**k elements, less than twice that: rounded down, rounded up."""
+    if k == 0:
+        return (box.lo,)
+    shift = _stride(k)
+    first, last = box.lo >> shift, -((2**k - 1 - box.hi) >> shift)
+    next_to_first = first + (2**k >> shift)
+    return (first, last) if np.all(next_to_first >= last) else (first, np.minimum(next_to_first, last), last)
 
 
 def _wrapped(index: Interval, size: int) -> Interval:
@@ -352,7 +371,8 @@ def _int_rule(op: str, dtype: torch.dtype, a: Interval, b: Interval) -> Interval
         case "floor_div" | "trunc_div" | "remainder" | "fmod":
             return _int_division(op, dtype, a, b)
         case "and" | "or" | "xor":
-            return _bitwise(op, a, b)
+            lo, hi = _bitwise(op, a, b)
+            return Interval(np.maximum(lo, torch.iinfo(dtype).min), np.minimum(hi, torch.iinfo(dtype).max))
         case "lshift":
             bad = (b.lo < 0) | (b.hi >= min(torch.iinfo(dtype).bits - 1, 62))
             return _unless(bad, dtype, _int_rule("mul", dtype, a, _map(lambda x: 1 << np.where(bad, 0, x), b)))

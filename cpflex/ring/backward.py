@@ -30,5 +30,6 @@ def backward(
     d_captured = [torch.zeros_like(call.captured[slot], dtype=torch.float32) for slot in call.wanted]
     for index, step, (k, v) in transport.circulate():
         dk, dv = attend_backward(q, k, v, grad_out, lse, delta, step.tile_mask, call, dq, d_captured)
+        del k, v  # before the next block is unpacked
         transport.give_back(index, Pair(dk, dv))
     return dq, transport.home(), d_captured

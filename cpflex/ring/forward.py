@@ -20,4 +20,5 @@ def forward(q: Tensor, v_dim: int, call: Call, transport: Transport) -> tuple[Te
     state = empty(q, v_dim)
     for _, step, (k, v) in transport.circulate():
         attend(q, k, v, step.tile_mask, call, state)
+        del k, v  # before the next block is unpacked
     return finish(state, q.dtype)

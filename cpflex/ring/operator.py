@@ -17,6 +17,7 @@ from cpflex.mods.graph import Mod
 from cpflex.ring.backward import backward
 from cpflex.ring.bound import Bound
 from cpflex.ring.forward import forward
+from cpflex.ring.schedule import Step
 from cpflex.ring.transport import Pair, Transport
 
 _score_mods: weakref.WeakValueDictionary[str, Mod] = weakref.WeakValueDictionary()
@@ -37,6 +38,7 @@ def attention(
     plan: Tensor,
     score_key: str,
     scale: float,
+    backend: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, S_local, Dv] in q's dtype and lse [B, Hq, S_local] fp32. Exchanges K/V with the ranks of the plan's group."""
@@ -48,16 +50,17 @@ def attention(
             "value": _signature(v),
             "score_mod": (score_key, [(str(t.dtype), tuple(t.shape)) for t in captured]),
             "scale": scale,
+            "backend": backend,
             "whether gradients are needed": needs_grad,
         }
     )
-    call, steps, pads = _call(bound, captured, score_key, scale, (), q.device)
+    call, steps, pads = _call(bound, captured, score_key, scale, backend, (), q.device)
     q, k, v = (_without(x, pads) for x in (q, k, v))
     return forward(q, v.shape[-1], call, Transport(bound.links, steps, Pair(k, v)))
 
 
 @attention.register_fake
-def _(q, k, v, captured, plan, score_key, scale, needs_grad):
+def _(q, k, v, captured, plan, score_key, scale, backend, needs_grad):
     rows = q.shape[:-1]
     return q.new_empty(*rows, v.shape[-1]), q.new_empty(rows, dtype=torch.float32)
 
@@ -75,11 +78,12 @@ def attention_backward(
     plan: Tensor,
     score_key: str,
     scale: float,
+    backend: str,
     wanted: Sequence[int],
 ) -> list[Tensor]:
     """[dq, dk, dv, *gradients of the captured tensors in the slots ``wanted``], each in the dtype of its tensor."""
     bound: Bound = resolve(plan)
-    call, steps, pads = _call(bound, captured, score_key, scale, tuple(wanted), q.device)
+    call, steps, pads = _call(bound, captured, score_key, scale, backend, tuple(wanted), q.device)
     q, k, v, grad_out = (_without(x, pads) for x in (q, k, v, grad_out))
     grad_lse = _without(grad_lse.unsqueeze(-1), pads).squeeze(-1)
     transport = Transport(bound.links, steps, Pair(k, v))
@@ -89,17 +93,17 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, out, lse, captured, plan, score_key, scale, wanted):
+def _(grad_out, grad_lse, q, k, v, out, lse, captured, plan, score_key, scale, backend, wanted):
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *(captured[i] for i in wanted))
     ]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, captured, plan, score_key, scale, _ = inputs
+    q, k, v, captured, plan, score_key, scale, backend, _ = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, plan, *captured)
-    ctx.score_key, ctx.scale = score_key, scale
+    ctx.score_key, ctx.scale, ctx.backend = score_key, scale, backend
     ctx.score_mod = _score_mods.get(score_key)  # alive until backward
     ctx.wanted = [slot for slot, tensor in enumerate(captured) if tensor.requires_grad]
     ctx.set_materialize_grads(True)
@@ -108,12 +112,12 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_out: Tensor, grad_lse: Tensor):
     q, k, v, out, lse, plan, *captured = ctx.saved_tensors
     dq, dk, dv, *d_captured = attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, captured, plan, ctx.score_key, ctx.scale, ctx.wanted
+        grad_out, grad_lse, q, k, v, out, lse, captured, plan, ctx.score_key, ctx.scale, ctx.backend, ctx.wanted
     )
     by_slot: list[Tensor | None] = [None] * len(captured)
     for slot, grad in zip(ctx.wanted, d_captured, strict=True):
         by_slot[slot] = grad
-    return dq, dk, dv, by_slot, None, None, None, None
+    return dq, dk, dv, by_slot, None, None, None, None, None
 
 
 def _refuse_double_backward(ctx, *grads: Tensor):
@@ -129,13 +133,13 @@ def _call(
     captured: Sequence[Tensor],
     score_key: str,
     scale: float,
+    backend: str,
     wanted: tuple[int, ...],
     device: torch.device,
-):
+) -> tuple[Call, Sequence[Step], Tensor]:
     mask, steps, pads = bound.on(device)
-    score_mod = _score_mods[score_key] if score_key else None
-    graph = None if score_mod is None else score_mod.graph
-    return Call(mask, scale, graph, tuple(captured), wanted), steps, pads
+    score_graph = _score_mods[score_key].graph if score_key else None
+    return Call(mask, scale, score_graph, tuple(captured), wanted, backend or None), steps, pads
 
 
 def _without(x: Tensor, pads: Tensor) -> Tensor:

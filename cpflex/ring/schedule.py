@@ -177,6 +177,8 @@ def _stages(tokens: np.ndarray, limit: int) -> list[list[int]]:
 def auto(layout: Layout, rank: int, needs: Needs) -> Schedule:
     """`direct` where the mean needed K/V is under half of what the ring would move, else `ring`."""
     num_hops = _hops_needed(needs.tokens)
+    if num_hops == 0:
+        return replace(ring(layout, rank, needs), reason="no rank needs another's keys")
     foreign = needs.tokens.sum() - np.trace(needs.tokens)
     mean, moved = foreign / layout.world_size, num_hops * layout.local_len
     chosen = direct if mean < moved / 2 else ring

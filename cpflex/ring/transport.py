@@ -50,7 +50,10 @@ class Transport:
         self._sent: list[Work] = []
 
     def circulate(self) -> Iterator[tuple[int, Step, Pair]]:
-        """(index, step, its K and V) for each step, in order; while the caller computes one, the next is on its way."""
+        """(index, step, its K and V) for each step, in order; while the caller computes one, the next is on its way.
+
+        A caller that lets go of K and V before it asks for the next has two blocks in memory at most, besides its own.
+        """
         blocks = {0: self.shard}
         packed: dict[int, Tensor] = {}  # a block that arrived as one message travels on as it came
         arrival = None
@@ -60,12 +63,16 @@ class Transport:
                 blocks[index] = self._unpack(arrival, self.shard)
                 if len(arrival.buffers) == 1:
                     packed[index] = arrival.buffers[0]
-            arrival = self._post(index + 1, blocks, packed) if index + 1 < len(self.steps) else None
-            yield index, step, blocks[index]
+            arrival = None  # its buffers are gone before the next ones are made
+            if index + 1 < len(self.steps):
+                arrival = self._post(index + 1, blocks, packed)
             still_sent = {t.block for later in self.steps[index + 2 :] for t in later.exchange.sends}
-            for done in [block for block in blocks if block <= index and block not in still_sent]:
+            block = blocks[index]
+            for done in [other for other in blocks if other <= index and other not in still_sent]:
                 blocks.pop(done)
                 packed.pop(done, None)
+            yield index, step, block
+            del block
 
     def _post(self, index: int, blocks: dict[int, Pair], packed: dict[int, Tensor]) -> _Arrival:
         exchange = self.steps[index].exchange

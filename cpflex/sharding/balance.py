@@ -31,14 +31,22 @@ PAIRS_PER_TOKEN = 2000
 MAX_GROUPS = 512
 """Groups of neighbouring blocks in which foreign keys are counted while chunks are swapped."""
 
-MAX_LOOKS = 80
-"""Ranks looked at in the refinement of one start."""
+MAX_CHUNKS_PER_RANK = 16
+
+MIN_LOOKS, MAX_LOOKS_PER_RANK = 80, 8
+"""Ranks looked at in the refinement of one start: as many as the bound on words allows, within these."""
+
+MAX_WORDS = 4_000_000
+"""64-bit words of key sets compared in the refinement of one start."""
+
+MAX_PARTNERS = 48
+"""Ranks with which the worst one may swap."""
 
 
 def balanced(seq_len: int, world_size: int, work: ChunkWork | None = None) -> Layout:
     """Equal work per rank for every mask kind, then as little K/V traffic as that allows.
 
-    Deals 4 to 16 chunks to each rank: the cheapest of contiguous, zigzag, and what refining these and a longest-first deal gives, where
+    Deals up to 16 chunks to each rank: the cheapest of contiguous, zigzag, and what refining these and a longest-first deal gives, where
     a deal costs the sum over kinds of weight x max over ranks of max(compute, receive), compute above the mean by more than the slack
     counting first. Never worse than zigzag by that measure.
     """
@@ -46,9 +54,13 @@ def balanced(seq_len: int, world_size: int, work: ChunkWork | None = None) -> La
         return zigzag(seq_len, world_size)
     if world_size == 1:
         return contiguous(seq_len, world_size)
-    chunk_len = aligned_chunk_len(seq_len, world_size * _chunks_per_rank(seq_len, world_size))
-    needs = work(chunk_len)
-    problem = _Problem.of(needs, work.weights, world_size)
+    for chunks_per_rank in (_chunks_per_rank(seq_len, world_size), MAX_CHUNKS_PER_RANK):
+        num_chunks = world_size * chunks_per_rank
+        chunk_len = aligned_chunk_len(seq_len, num_chunks)
+        needs = work(chunk_len, num_chunks)
+        problem = _Problem.of(needs, work.weights, world_size)
+        if (problem.work.max(axis=1) <= problem.limit).all():
+            break  # no chunk alone is more than a rank's share
     plain = [_contiguous_deal(problem), _zigzag_deal(problem)]
     refined = [_refine(problem, start) for start in (*plain, _longest_first(problem))]
     layouts = [
@@ -85,13 +97,13 @@ def _received(layout: Layout, needs: ChunkNeeds) -> np.ndarray:
 
 
 def _chunks_per_rank(seq_len: int, world_size: int) -> int:
-    """Even, from 4 to 16: the fewest tokens in padding and in unfilled tiles, then nearest to 8."""
+    """The fewest tokens in padding and in unfilled tiles, then nearest to 8; even, as zigzag pairs them, unless the sequence is short."""
 
     def waste(count: int) -> tuple[int, int]:
         chunk_len = aligned_chunk_len(seq_len, world_size * count)
         return world_size * count * -(-chunk_len // STRIPE) * STRIPE, abs(count - 8)
 
-    return min(range(4, 17, 2), key=waste)
+    return min((1, *range(2, MAX_CHUNKS_PER_RANK + 1, 2)), key=waste)
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,7 @@ def _zigzag_deal(problem: _Problem) -> np.ndarray:
     head = problem.per_rank // 2
     tail = problem.per_rank - head
     heads, tails = ids[: head * problem.world_size], ids[head * problem.world_size :][::-1]
-    return np.concatenate([heads.reshape(-1, head), tails.reshape(-1, tail)], axis=1)
+    return np.concatenate([heads.reshape(problem.world_size, head), tails.reshape(-1, tail)], axis=1)
 
 
 class _Deal:
@@ -193,30 +205,45 @@ class _Deal:
         chunks[rank, mine], chunks[other, theirs] = chunks[other, theirs], chunks[rank, mine]
         self._update(np.array([rank, other]))
 
+    def partners(self, rank: int) -> np.ndarray:
+        """Ranks to swap with: all if they are few, else those that hold the neighbours of the rank's chunks, then the least busy."""
+        ranks = self.chunks.shape[0]
+        if ranks <= MAX_PARTNERS:
+            return np.array([other for other in range(ranks) if other != rank])
+        owner = np.empty(self.chunks.size, dtype=np.int64)
+        owner[self.chunks] = np.arange(ranks)[:, None]
+        near = np.clip(self.chunks[rank][:, None] + np.array([-1, 1]), 0, len(owner) - 1)
+        share = (self.load / np.maximum(self.problem.limit, 1)[:, None]).max(axis=0)
+        candidates = np.append(owner[near.reshape(-1)], np.lexsort((np.arange(ranks), share)))
+        first_seen = np.sort(np.unique(candidates, return_index=True)[1])
+        chosen = candidates[first_seen]
+        return chosen[chosen != rank][:MAX_PARTNERS]
+
     def best_swap(self, rank: int) -> tuple[int, int, int] | None:
         """(place in the rank, other rank, place there) of the swap that helps the two ranks most, or None.
 
         No swap may push work above the limit, or further above it. Overload is relieved first, traffic second.
         """
-        problem, load, limit = self.problem, self.load, self.problem.limit
-        mine = self.chunks[rank]
-        delta = problem.work[:, None, self.chunks] - problem.work[:, mine][:, :, None, None]  # [kinds, n, ranks, n]
-        heavier = np.maximum(load[:, rank, None, None, None] + delta, load[:, None, :, None] - delta)
+        problem, limit = self.problem, self.problem.limit
+        partners, mine = self.partners(rank), self.chunks[rank]
+        own, theirs = self.load[:, rank, None], self.load[:, partners]  # [kinds, partners]
+        delta = problem.work[:, None, self.chunks[partners]] - problem.work[:, mine][:, :, None, None]
+        heavier = np.maximum(own[:, None, :, None] + delta, theirs[:, None, :, None] - delta)  # [kinds, n, partners, n]
         excess = np.maximum(heavier - limit[:, None, None, None], 0)
-        before = np.maximum(np.maximum(load[:, rank, None], load) - limit[:, None], 0)[:, None, :, None]
+        before = np.maximum(np.maximum(own, theirs) - limit[:, None], 0)[:, None, :, None]
         share = np.maximum(limit, 1)[:, None, None, None]
         relief = ((before - excess) * 1_000_000 // share).sum(axis=0)  # whole millionths of the limit
         allowed = (excess <= before).all(axis=0)
-        allowed[:, rank] = False
         if relief[allowed].max(initial=0) > 0:
             allowed &= relief == relief[allowed].max()
-        place, other, there = np.nonzero(allowed)
+        place, partner, there = np.nonzero(allowed)
         if not len(place):
             return None
-        theirs = self.chunks[other, there]
+        other = partners[partner]
+        arriving = self.chunks[other, there]
         after_mine = problem.foreign(
-            self.rest_sees[:, rank, place] | problem.sees[:, theirs],
-            self.rest_holds[rank, place] | problem.holds[theirs],
+            self.rest_sees[:, rank, place] | problem.sees[:, arriving],
+            self.rest_holds[rank, place] | problem.holds[arriving],
         )
         after_theirs = problem.foreign(
             self.rest_sees[:, other, there] | problem.sees[:, mine[place]],
@@ -224,7 +251,7 @@ class _Deal:
         )
         gain = _burden(self.traffic[rank], self.traffic[other]) - _burden(after_mine, after_theirs)
         best = int(np.argmax(gain))
-        if gain[best] <= 1e-9 and relief[place[best], other[best], there[best]] <= 0:
+        if gain[best] <= 1e-9 and relief[place[best], partner[best], there[best]] <= 0:
             return None
         return int(place[best]), int(other[best]), int(there[best])
 
@@ -246,7 +273,10 @@ def _refine(problem: _Problem, chunks: np.ndarray) -> np.ndarray:
     """Swap chunks of the worst rank with any other's while that helps."""
     deal = _Deal(problem, chunks)
     settled = np.zeros(problem.world_size, dtype=bool)
-    for _ in range(MAX_LOOKS):
+    kinds, _, words = problem.sees.shape
+    swaps = problem.per_rank**2 * min(problem.world_size - 1, MAX_PARTNERS)
+    looks = max(MIN_LOOKS, min(MAX_LOOKS_PER_RANK * problem.world_size, MAX_WORDS // (swaps * kinds * words)))
+    for _ in range(looks):
         excess = np.maximum(deal.load - problem.limit[:, None], 0).max(axis=0)
         worst = np.lexsort((np.arange(len(settled)), -deal.traffic, -excess, settled))[0]
         if settled[worst]:

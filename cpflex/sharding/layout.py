@@ -84,8 +84,8 @@ class ChunkWork(Protocol):
         """How much each mask kind counts: its number of layers."""
         ...
 
-    def __call__(self, chunk_len: int) -> Mapping[str, ChunkNeeds]:
-        """Per mask kind, for the chunks of this length that deal out evenly."""
+    def __call__(self, chunk_len: int, num_chunks: int) -> Mapping[str, ChunkNeeds]:
+        """Per mask kind, for a sequence cut like this."""
         ...
 
 

@@ -1,0 +1,168 @@
+"""The command line: ``python -m cpflex explain ...`` shows the plan of any rank of any job, without a process group."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import re
+from collections.abc import Sequence
+from functools import reduce
+from operator import and_
+from pathlib import Path
+
+import cpflex
+from cpflex.masks import MaskFn, MaskMod
+from cpflex.ring.schedule import ScheduleFn
+from cpflex.sharding.layout import LayoutFn
+
+LAYOUTS: dict[str, LayoutFn] = {
+    "balanced": cpflex.balanced,
+    "zigzag": cpflex.zigzag,
+    "striped": cpflex.striped,
+    "contiguous": cpflex.contiguous,
+}
+SCHEDULES: dict[str, ScheduleFn] = {"auto": cpflex.auto, "direct": cpflex.direct, "ring": cpflex.ring}
+
+TERMS = """\
+  causal            keys up to the query
+  full              all keys
+  window:W          the W latest keys, the query's own included; hides no future key: add causal
+  window:L:R        keys from L before the query to R after it
+  doc:FILE          keys of the same document; FILE holds the documents' lengths, separated by white space
+  prefix:N          causal, and the first N keys
+  module:function   a mask_mod (b, h, q_idx, kv_idx) -> bool Tensor that can be imported"""
+
+EXPLAIN = f"""\
+A mask is one or more terms with commas in between; a key is visible where all of them agree:
+
+{TERMS}
+
+Numbers may be written as 64k or 1m (powers of 1024). Layers of several kinds share one layout: name each kind
+and repeat --mask.
+
+examples:
+  python -m cpflex explain --mask causal --seq-len 64k --ranks 8
+  python -m cpflex explain --mask causal,window:4096,doc:lengths.txt --seq-len 1m --ranks 64 --plot plan.png
+  python -m cpflex explain --mask full=causal,doc:lengths.txt --mask sliding=causal,window:1k,doc:lengths.txt \\
+      --seq-len 256k --ranks 32 --rank 5 --layout zigzag --schedule direct"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m cpflex", description=cpflex.__doc__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    explain = commands.add_parser(
+        "explain",
+        help="show the plan of a mask: layout, work and K/V traffic per rank, schedule, tiles, memory, warnings",
+        description="Show the plan of one rank: layout, work and K/V traffic, schedule, tiles, memory, warnings.",
+        usage="python -m cpflex explain --mask [NAME=]TERM,... --seq-len S --ranks P [options]",
+        epilog=EXPLAIN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_explain_arguments(explain)
+    explain.set_defaults(run=_explain, parser=explain)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (argparse.ArgumentTypeError, ValueError, OSError, ImportError, cpflex.UnsupportedMod) as error:
+        args.parser.error(str(error))
+
+
+def _add_explain_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--mask", action="append", required=True, metavar="[NAME=]TERM,...", help="a mask kind; may be repeated")
+    add("--seq-len", type=_size, required=True, metavar="S", help="tokens of the whole sequence")
+    add("--ranks", type=_size, required=True, metavar="P", help="ranks that share the sequence")
+    add("--rank", type=int, default=0, metavar="R", help="the rank to look from (default: 0)")
+    add("--layout", choices=LAYOUTS, default="balanced", help="who holds which tokens (default: balanced)")
+    add("--schedule", choices=SCHEDULES, default="auto", help="how K/V travel (default: auto)")
+    add("--batch-size", type=_size, metavar="B", help="needed when a mask depends on b")
+    add("--num-heads", type=_size, metavar="H", help="needed when a mask depends on h")
+    add("--plot", metavar="FILE", help="also draw it: .png, .svg or .pdf (needs the extra cpflex[viz])")
+
+
+def _explain(args: argparse.Namespace) -> None:
+    plan = cpflex.make_plan(
+        _masks(args.mask, args.seq_len),
+        args.seq_len,
+        rank=args.rank,
+        world_size=args.ranks,
+        batch_size=args.batch_size,
+        num_heads=args.num_heads,
+        layout=LAYOUTS[args.layout],
+        schedule=SCHEDULES[args.schedule],
+    )
+    print(plan.explain())
+    if args.plot:
+        plan.plot(args.plot)
+        print(f"\nwrote {args.plot}")
+
+
+def _masks(specs: Sequence[str], seq_len: int) -> dict[str, MaskFn]:
+    """Mask kinds by name; the only one needs no name."""
+    masks: dict[str, MaskFn] = {}
+    for spec in specs:
+        named = re.fullmatch(r"(\w+)=(.*)", spec)
+        name, terms = named.groups() if named else ("mask", spec)
+        if not named and len(specs) > 1:
+            raise ValueError(f"several masks must each have a name, for instance --mask sliding={spec}; got {spec!r}")
+        if name in masks:
+            raise ValueError(f"mask kinds must have different names; got {name!r} twice")
+        masks[name] = reduce(and_, [_mask(term, seq_len) for term in terms.split(",")])
+    return masks
+
+
+def _mask(term: str, seq_len: int) -> MaskMod:
+    """The mask of one term."""
+    name, *values = term.strip().split(":")
+    match name, values:
+        case "causal", []:
+            return cpflex.causal()
+        case "full", []:
+            return cpflex.full()
+        case "window", [_] | [_, _]:
+            return cpflex.sliding_window(*map(_size, values))
+        case "doc", [path]:
+            return cpflex.document(cu_seqlens=_cu_seqlens(Path(path), seq_len))
+        case "prefix", [length]:
+            return cpflex.prefix_lm(_size(length))
+        case _, [function] if function.isidentifier():
+            return _imported(name, function)
+    raise ValueError(f"unknown mask term {term!r}; the terms are\n\n{TERMS}")
+
+
+def _imported(module: str, function: str) -> MaskMod:
+    try:
+        found: MaskFn | None = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that the module itself imports
+        text = f"unknown mask term '{module}:{function}', and there is no module {module!r}; the terms are"
+        raise ValueError(f"{text}\n\n{TERMS}") from error
+    if not callable(found):
+        raise ValueError(f"mask term '{module}:{function}' must name a mask_mod; got {found!r} from that module")
+    return found if isinstance(found, MaskMod) else MaskMod(found, function)
+
+
+def _cu_seqlens(path: Path, seq_len: int) -> list[int]:
+    """Where documents start, and the end."""
+    lengths = path.read_text().split()
+    wrong = [length for length in lengths if not length.isdecimal() or int(length) == 0]
+    if wrong:
+        raise ValueError(f"{path} must hold the documents' lengths, each at least 1; got {wrong[0]!r}")
+    starts = [0, *itertools.accumulate(map(int, lengths))]
+    if starts[-1] != seq_len:
+        raise ValueError(f"the lengths in {path} must sum to the sequence's {seq_len} tokens; got {starts[-1]}")
+    return starts
+
+
+def _size(text: str) -> int:
+    """64k -> 65536."""
+    found = re.fullmatch(r"(\d+)([kmg]?)", text.lower())
+    if not found:
+        raise argparse.ArgumentTypeError(f"a size must be a number, or one such as 64k or 1m; got {text!r}")
+    return int(found[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[found[2]]
+
+
+if __name__ == "__main__":
+    main()
