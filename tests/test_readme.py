@@ -1,0 +1,191 @@
+"""The README's table of what works: every row is tried, on two ranks as threads, and is what it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import cpflex
+from cpflex.testing import ThreadLinks, run_ranks
+
+README = Path(__file__).parent.parent / "README.md"
+S, HEADS, DIM = 200, 4, 16
+
+
+def rows() -> dict[str, str]:
+    table = README.read_text().split("<!-- support table")[1].split("<!-- end -->")[0]
+    found = re.findall(r"^\| (.+) \| (yes|refused) \|$", table, flags=re.MULTILINE)
+    return dict(found)
+
+
+def tensors(
+    plan: cpflex.Plan, kv_heads: int = HEADS, v_dim: int = DIM, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    shapes = [(HEADS, DIM), (kv_heads, DIM), (kv_heads, v_dim)]
+    return [torch.randn(2, heads, plan.local_len, dim, dtype=dtype, requires_grad=True) for heads, dim in shapes]
+
+
+def attend(mask: Callable, group: ThreadLinks, seq_len: int = S, **options) -> Tensor:
+    plan = cpflex.make_plan(mask, seq_len, group, batch_size=2, num_heads=HEADS)
+    q, k, v = tensors(plan, **options.pop("shapes", {}))
+    out = cpflex.flex_attention(q, k, v, block_mask=plan, **options)
+    assert isinstance(out, Tensor)
+    out.float().square().sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
+    return out
+
+
+def named_masks(group: ThreadLinks) -> None:
+    document = cpflex.document(cu_seqlens=[0, 70, S])
+    attend((cpflex.causal() & document & cpflex.sliding_window(20)) | ~cpflex.full() | cpflex.prefix_lm(5), group)
+
+
+def any_mask(group: ThreadLinks) -> None:
+    reach = torch.arange(2 * HEADS).view(2, HEADS)
+    attend(lambda b, h, q, k: (q >= k) & ((q - k) % (reach[b, h] + 1) == 0), group)
+
+
+def any_score_mod(group: ThreadLinks) -> None:
+    slopes = torch.rand(HEADS, requires_grad=True)
+    attend(cpflex.causal(), group, score_mod=lambda s, b, h, q, k: torch.tanh(s) - slopes[h] * (q - k))
+    assert slopes.grad is not None
+    assert slopes.grad.abs().sum() > 0
+
+
+def several_kinds(group: ThreadLinks) -> None:
+    masks = {"full": cpflex.causal(), "sliding": cpflex.causal() & cpflex.sliding_window(16)}
+    plan = cpflex.make_plan(masks, S, group, weights={"full": 1, "sliding": 5})
+    for kind in masks:
+        cpflex.flex_attention(*tensors(plan), block_mask=plan[kind])
+
+
+def any_length(group: ThreadLinks) -> None:
+    attend(cpflex.causal() & cpflex.document(cu_seqlens=[0, 1, 3, 101]), group, seq_len=101)
+    attend(cpflex.causal(), group, seq_len=1)
+
+
+def grouped_queries(group: ThreadLinks) -> None:
+    attend(cpflex.causal(), group, shapes={"kv_heads": 2, "v_dim": 24}, enable_gqa=True)
+
+
+def dtypes(group: ThreadLinks) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert attend(cpflex.causal(), group, shapes={"dtype": dtype}).dtype == dtype
+
+
+def sinks(group: ThreadLinks) -> None:
+    plan = cpflex.make_plan(cpflex.causal(), S, group)
+    sink = torch.zeros(HEADS, requires_grad=True)
+    out, lse = cpflex.flex_attention(*tensors(plan), block_mask=plan, return_lse=True)
+    (out * torch.sigmoid(lse - sink[:, None]).unsqueeze(-1)).sum().backward()
+    assert sink.grad is not None
+
+
+def compiled(group: ThreadLinks) -> None:
+    # every rank of a real job compiles for itself; threads would share one compiler, so one rank shows it here
+    if group.rank == 0:
+        plans = [cpflex.make_plan(cpflex.causal() & cpflex.sliding_window(w), S) for w in (3, 50)]
+        call = torch.compile(
+            lambda q, k, v, plan: cpflex.flex_attention(q, k, v, block_mask=plan), fullgraph=True, backend="eager"
+        )
+        for plan in plans:
+            q, k, v = tensors(plan)
+            torch.testing.assert_close(call(q, k, v, plan), cpflex.flex_attention(q, k, v, block_mask=plan))
+
+
+def checkpointed(group: ThreadLinks) -> None:
+    plan = cpflex.make_plan(cpflex.causal(), S, group)
+    q, k, v = tensors(plan)
+    out = checkpoint(lambda *x: cpflex.flex_attention(*x, block_mask=plan), q, k, v, use_reentrant=False)
+    assert isinstance(out, Tensor)
+    out.sum().backward()
+    assert q.grad is not None
+
+
+def strided(group: ThreadLinks) -> None:
+    plan = cpflex.make_plan(cpflex.causal(), S, group)
+    q, k, v = torch.randn(2, plan.local_len, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
+    expected = cpflex.flex_attention(*(x.contiguous() for x in (q, k, v)), block_mask=plan)
+    torch.testing.assert_close(cpflex.flex_attention(q, k, v, block_mask=plan), expected)
+
+
+def dropout(group: ThreadLinks) -> None:
+    attend(cpflex.causal(), group, dropout_p=0.1)
+
+
+def cross_attention(group: ThreadLinks) -> None:
+    plan = cpflex.make_plan(cpflex.causal(), S, group)
+    q, k, v = tensors(plan)
+    cpflex.flex_attention(q[:, :, :1], k, v, block_mask=plan)
+
+
+def dtensor(group: ThreadLinks) -> None:
+    plan = cpflex.make_plan(cpflex.causal(), S, group)
+    q, k, v = tensors(plan)
+
+    class Sharded(torch.distributed.tensor.DTensor):
+        __new__ = torch.Tensor.__new__  # pyright: ignore
+        __init__ = object.__init__  # pyright: ignore
+
+    cpflex.flex_attention(torch.Tensor._make_subclass(Sharded, q.detach()), k, v, block_mask=plan)
+
+
+def torch_block_mask(group: ThreadLinks) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    plan = cpflex.make_plan(cpflex.causal(), S, group)
+    block_mask = create_block_mask(cpflex.causal(), None, None, plan.local_len, plan.local_len, device="cpu")
+    cpflex.flex_attention(*tensors(plan), block_mask=block_mask)  # pyright: ignore
+
+
+def float64(group: ThreadLinks) -> None:
+    attend(cpflex.causal(), group, shapes={"dtype": torch.float64})
+
+
+def second_derivative(group: ThreadLinks) -> None:
+    plan = cpflex.make_plan(cpflex.causal(), S, group)
+    q, k, v = tensors(plan)
+    out = cpflex.flex_attention(q, k, v, block_mask=plan)
+    assert isinstance(out, Tensor)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    grad.sum().backward()
+
+
+TRIALS: dict[str, Callable[[ThreadLinks], None]] = {
+    r"`causal`, `full`, `sliding_window`, `document`, `prefix_lm`, combined by `&`, `\|`, `~`": named_masks,
+    "any pointwise `mask_mod`, also one that depends on batch and head": any_mask,
+    "any pointwise `score_mod` at global positions, with gradients of captured tensors": any_score_mod,
+    "several mask kinds (full and sliding layers) on one balanced layout": several_kinds,
+    "documents of any length, any sequence length, more ranks than tokens": any_length,
+    "grouped queries without expanding K/V, `Dv != D`": grouped_queries,
+    "float32, bfloat16, float16": dtypes,
+    "differentiable lse: attention sinks on top": sinks,
+    "`torch.compile(fullgraph=True)`, one graph for all plans": compiled,
+    "activation checkpointing; selective, without a second exchange": checkpointed,
+    "strided q, k, v": strided,
+    "dropout": dropout,
+    "cross attention, KV cache": cross_attention,
+    "DTensor inputs": dtensor,
+    "a torch `BlockMask`": torch_block_mask,
+    "float64": float64,
+    "second derivatives": second_derivative,
+}
+
+
+def test_every_row_of_the_table_is_tried():
+    assert set(rows()) == set(TRIALS)
+
+
+@pytest.mark.parametrize("feature", TRIALS)
+def test_the_table_is_true(feature: str):
+    if rows()[feature] == "yes":
+        run_ranks(TRIALS[feature], world_size=2, timeout=60)
+    else:
+        with pytest.raises((TypeError, ValueError, NotImplementedError)):
+            run_ranks(TRIALS[feature], world_size=2, timeout=60)
