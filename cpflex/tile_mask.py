@@ -202,29 +202,28 @@ def make_tile_masks(
 
     Args:
         squares: at least the squares whose rows are in ``q_tiles``.
-        q_tiles: tiles of the local queries, in local order.
+        q_tiles: tiles of the local queries, rising.
         blocks: tiles of the keys of each step, in their order there; a tile that a query sees is in one of them.
     """
-    row_of, col_of, step_of = (np.full(tiles.num_tiles, -1) for _ in range(3))
-    row_of[q_tiles] = np.arange(len(q_tiles))
-    for step, block in enumerate(blocks):
-        col_of[block], step_of[block] = np.arange(len(block)), step
-
-    open_rows, open_cols = (x[row_of[squares.partial[0]] >= 0] for x in squares.partial)
+    is_local = np.zeros(tiles.num_tiles, dtype=bool)
+    is_local[q_tiles] = True
+    open_rows, open_cols = (x[is_local[squares.partial[0]]] for x in squares.partial)
     verdicts, unproven = _evaluate_tiles(mod, tiles, open_rows, open_cols, batch_size, num_heads, exact_elements)
     ones = np.ones_like(open_rows)
     partial = tuple(x[verdicts == PARTIAL] for x in (open_rows, open_cols, ones))
     full = tuple(
         np.append(a, b[verdicts == FULL]) for a, b in zip(squares.full, (open_rows, open_cols, ones), strict=True)
     )
-    unproven_steps = np.bincount(step_of[open_cols[unproven]], minlength=len(blocks))
 
+    col_of, step_of = (np.full(tiles.num_tiles, -1) for _ in range(2))
+    for step, block in enumerate(blocks):
+        col_of[block], step_of[block] = np.arange(len(block)), step
+    unproven_steps = np.bincount(step_of[open_cols[unproven]], minlength=len(blocks))
     by_q, by_kv = [], []
-    for rows, cols, sides in (full, partial):
-        by_q.append(
-            _runs_by_step(*_lines(rows, cols, sides, tiles), tiles, row_of, col_of, step_of, len(q_tiles), blocks)
-        )
-        by_kv.append(_runs_by_kv(*_lines(cols, rows, sides, tiles), tiles, row_of, col_of, step_of, blocks))
+    for kind in (full, partial):
+        rectangles = _rectangles(*kind, tiles, q_tiles, col_of, step_of)
+        by_q.append(_runs(*rectangles, [len(q_tiles)] * len(blocks)))
+        by_kv.append(_runs(rectangles[0], *rectangles[3:], *rectangles[1:3], [len(block) for block in blocks]))
 
     q_first, q_starts = _axis(tiles, q_tiles)
     return [
@@ -245,64 +244,56 @@ def _lines(
     rows: np.ndarray, cols: np.ndarray, sides: np.ndarray, tiles: Tiles
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, first column, end column) of each row of each square, cut off at the last tile."""
-    square = np.repeat(np.arange(len(rows)), sides)
-    row = rows[square] + np.arange(len(square)) - np.repeat(np.cumsum(sides) - sides, sides)
+    square, nth = _repeat(sides)
+    row = rows[square] + nth
     exists = row < tiles.num_tiles
     row, square = row[exists], square[exists]
     return row, cols[square], np.minimum(cols[square] + sides[square], tiles.num_tiles)
 
 
-def _split_at_chunks(
-    line: np.ndarray, first: np.ndarray, end: np.ndarray, tiles: Tiles
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same runs of tiles, none of which straddles two chunks."""
-    first_chunk, last_chunk = tiles.chunk[first], tiles.chunk[end - 1]
-    pieces = last_chunk - first_chunk + 1
-    run = np.repeat(np.arange(len(line)), pieces)
-    chunk = first_chunk[run] + np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    begin = np.maximum(first[run], chunk * tiles.per_chunk)
-    return line[run], begin, np.minimum(end[run], (chunk + 1) * tiles.per_chunk)
-
-
-def _runs_by_step(
-    row: np.ndarray,
-    first: np.ndarray,
-    end: np.ndarray,
+def _rectangles(
+    rows: np.ndarray,
+    cols: np.ndarray,
+    sides: np.ndarray,
     tiles: Tiles,
-    row_of: np.ndarray,
+    q_tiles: np.ndarray,
     col_of: np.ndarray,
     step_of: np.ndarray,
-    num_rows: int,
-    blocks: Sequence[np.ndarray],
-) -> list[Runs]:
-    """Lines of query tiles over key tiles -> per step, runs of its block's tiles for each local query tile."""
-    mine = row_of[row] >= 0
-    row, first, end = _split_at_chunks(row[mine], first[mine], end[mine], tiles)
+) -> tuple[np.ndarray, ...]:
+    """Squares of the whole mask -> (step, first row, number of rows, first column, number of columns), local to the step."""
+    # local queries are in rising order: the rows that a square has in common with them are neighbours there
+    first_row, end_row = np.searchsorted(q_tiles, rows), np.searchsorted(q_tiles, rows + sides)
+    local = end_row > first_row
+    first_row, num_rows, cols = first_row[local], (end_row - first_row)[local], cols[local]
+    end = np.minimum(cols + sides[local], tiles.num_tiles)
+    # within a chunk, columns are neighbours in the block that holds them
+    first_chunk = tiles.chunk[cols]
+    square, nth = _repeat(tiles.chunk[end - 1] - first_chunk + 1)
+    chunk = first_chunk[square] + nth
+    first = np.maximum(cols[square], chunk * tiles.per_chunk)
+    num_cols = np.minimum(end[square], (chunk + 1) * tiles.per_chunk) - first
     step = step_of[first]
     assert (step >= 0).all(), "a tile that a query sees visits at some step"
-    return _csr(step, row_of[row], col_of[first], end - first, [num_rows] * len(blocks))
+    return step, first_row[square], num_rows[square], col_of[first], num_cols
 
 
-def _runs_by_kv(
-    col: np.ndarray,
+def _repeat(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each index as often as its count says, and a number counting its repetitions."""
+    index = np.repeat(np.arange(len(counts)), counts)
+    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _runs(
+    step: np.ndarray,
+    row: np.ndarray,
+    num_rows: np.ndarray,
     first: np.ndarray,
-    end: np.ndarray,
-    tiles: Tiles,
-    row_of: np.ndarray,
-    col_of: np.ndarray,
-    step_of: np.ndarray,
-    blocks: Sequence[np.ndarray],
+    count: np.ndarray,
+    rows_of_step: list[int],
 ) -> list[Runs]:
-    """Lines of key tiles over query tiles -> per step, runs of local query tiles for each tile of its block."""
-    visits = step_of[col] >= 0
-    col, first, end = _split_at_chunks(col[visits], first[visits], end[visits], tiles)
-    mine = row_of[first] >= 0  # a rank holds whole chunks: all rows of a piece, or none
-    col, first, end = col[mine], first[mine], end[mine]
-    return _csr(step_of[col], col_of[col], row_of[first], end - first, [len(block) for block in blocks])
-
-
-def _csr(step: np.ndarray, row: np.ndarray, first: np.ndarray, count: np.ndarray, num_rows: list[int]) -> list[Runs]:
-    """Per step, runs by row, neighbours joined."""
+    """Rectangles -> per step, runs by row, neighbours joined."""
+    rectangle, nth = _repeat(num_rows)
+    step, row, first, count = step[rectangle], row[rectangle] + nth, first[rectangle], count[rectangle]
     order = np.lexsort((first, row, step))
     step, row, first, count = (x[order] for x in (step, row, first, count))
     begins = np.ones(len(row), dtype=bool)
@@ -310,9 +301,9 @@ def _csr(step: np.ndarray, row: np.ndarray, first: np.ndarray, count: np.ndarray
     begin = np.flatnonzero(begins)
     total = np.add.reduceat(count, begin) if len(begin) else count
     step, row, first = step[begin], row[begin], first[begin]
-    bounds = np.searchsorted(step, np.arange(len(num_rows) + 1))
+    bounds = np.searchsorted(step, np.arange(len(rows_of_step) + 1))
     runs = []
-    for index, rows in enumerate(num_rows):
+    for index, rows in enumerate(rows_of_step):
         here = slice(bounds[index], bounds[index + 1])
         offsets = np.append(0, np.cumsum(np.bincount(row[here], minlength=rows)))
         runs.append(Runs(*(torch.from_numpy(x.astype(np.int32)) for x in (offsets, first[here], total[here]))))

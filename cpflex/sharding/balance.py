@@ -22,7 +22,7 @@ from cpflex.sharding.layout import (
     zigzag,
 )
 
-SLACK_PERCENT = 4
+SLACK_PERMILLE = 45
 """How far above the mean work a rank may go for the sake of less traffic."""
 
 PAIRS_PER_TOKEN = 2000
@@ -36,10 +36,10 @@ MAX_CHUNKS_PER_RANK = 16
 MIN_LOOKS, MAX_LOOKS_PER_RANK = 80, 8
 """Ranks looked at in the refinement of one start: as many as the bound on words allows, within these."""
 
-MAX_WORDS = 4_000_000
+MAX_WORDS = 2_000_000
 """64-bit words of key sets compared in the refinement of one start."""
 
-MAX_PARTNERS = 48
+MAX_PARTNERS = 24
 """Ranks with which the worst one may swap."""
 
 
@@ -80,7 +80,7 @@ def _cost(layout: Layout, needs: Mapping[str, ChunkNeeds], weights: Mapping[str,
     overload = slowest = traffic = 0.0
     for kind in sorted(needs):
         load, tokens = work_per_rank(layout, needs[kind]), _received(layout, needs[kind])
-        balanced_load = load.sum() * (100 + SLACK_PERCENT) / (100 * layout.world_size)
+        balanced_load = load.sum() * (1000 + SLACK_PERMILLE) / (1000 * layout.world_size)
         overload = max(overload, round(float(load.max() / max(balanced_load, 1)), 2))
         # below the slack, loads count as equal
         slowest += weights[kind] * float(np.maximum(np.maximum(load, balanced_load), PAIRS_PER_TOKEN * tokens).max())
@@ -133,7 +133,7 @@ class _Problem:
         ])  # fmt: skip
         held = np.repeat(np.eye(num_chunks, dtype=bool), groups, axis=1)
         work = np.stack([needs[kind].work for kind in kinds])
-        limit = work.sum(axis=1) * (100 + SLACK_PERCENT) // (100 * world_size)
+        limit = work.sum(axis=1) * (1000 + SLACK_PERMILLE) // (1000 * world_size)
         scale = np.array([weights[kind] for kind in kinds])
         return cls(world_size, num_chunks // world_size, work, limit, scale, _packed(seen), _packed(held))
 

@@ -19,7 +19,7 @@ STRIPE = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """``chunks[rank]``: ids of the chunks that the rank holds, in local order; chunk c is positions [c, c + 1) * chunk_len.
+    """``chunks[rank]``: ids of the chunks that the rank holds, rising; chunk c is positions [c, c + 1) * chunk_len.
 
     Every rank holds equally many chunks. Positions of ``seq_len`` and above are pads.
     """
@@ -33,6 +33,8 @@ class Layout:
         ids = sorted(chunk for held in self.chunks for chunk in held)
         if ids != list(range(len(ids))) or len({len(held) for held in self.chunks}) != 1:
             raise ValueError("a layout gives every chunk to exactly one rank, and every rank equally many chunks")
+        if any(list(held) != sorted(held) for held in self.chunks):
+            raise ValueError("a rank holds its chunks in rising order")
         if self.chunk_len * len(ids) < self.seq_len:
             raise ValueError(f"{len(ids)} chunks of {self.chunk_len} tokens do not hold seq_len={self.seq_len}")
 

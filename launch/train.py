@@ -1,0 +1,194 @@
+"""Train a small language model on long packed sequences of real text, each sequence shared by all ranks.
+
+    python launch/train.py                                       starts its ranks: one per GPU, or 2 on the CPU
+    torchrun --standalone --nproc-per-node 2 launch/train.py     the same, started by torchrun
+
+Before the first step it proves itself: loss and gradients on all ranks against one rank. Then every rank reads the same
+sequences, keeps the tokens that the plan gives it, and attends to all ranks' tokens through cpflex.flex_attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from sysconfig import get_path
+
+import checkpoint
+import ranks
+import torch
+import torch.distributed as dist
+from data import VOCAB_SIZE, Corpus, text_files
+from model import Shape, Transformer
+from planning import LAYOUTS, PlannedSamples
+from proof import describe, prove
+from report import LOG_FILE, Report, step_record
+from step import loss_and_gradients
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MAX_GRAD_NORM = 1.0
+
+DECIDES_THE_CURVE = ("seq_len", "layers", "dim", "heads", "kv_heads", "window", "dtype", "lr", "seed")
+"""Options that a resumed run must have in common with the one it continues."""
+
+
+def main() -> None:
+    options = parse_options(sys.argv[1:])
+    if ranks.started():
+        with ranks.joined() as (group, device):
+            train(options, group, device)
+    else:
+        ranks.start(__file__, sys.argv[1:])
+
+
+def train(options: argparse.Namespace, group: dist.ProcessGroup, device: torch.device) -> None:
+    layout = LAYOUTS[options.layout]
+    files = text_files(options.data)
+    corpus = Corpus(files, options.seq_len, options.seed)
+    torch.manual_seed(options.seed)
+    model = Transformer(shape_of(options)).to(device)
+    optimizer = AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"ranks: {group.size()} on {device.type}; {num_parameters:,} parameters; {len(files):,} documents")
+
+    comparisons = prove(model, files, options.seq_len, options.window, layout, group, device)
+    say(describe(comparisons, group.size()))
+    if not all(comparison.passed for comparison in comparisons):
+        raise SystemExit(f"rank {group.rank()}: the proof failed; not training")
+
+    run = {name: getattr(options, name) for name in DECIDES_THE_CURVE} | {"corpus": corpus.fingerprint}
+    num_done = resume(options, model, optimizer, run, group)
+    samples = PlannedSamples(corpus, options.window, tuple(model.shape.kinds), layout, group.rank(), group.size())
+    loader = DataLoader(
+        samples,
+        batch_size=None,
+        sampler=range(num_done, options.steps),
+        num_workers=1,
+        generator=torch.Generator(),  # its own: starting a worker draws a number, and a resumed run starts one more
+    )
+    with Report(options.run_dir, num_done, options.steps, is_silent=group.rank() > 0) as report:
+        began = time.perf_counter()
+        for step, (sample, plan) in enumerate(loader, start=num_done + 1):
+            loss = loss_and_gradients(model, sample, plan.bind(group).to(device), group, device).item()
+            lr = learning_rate(step, options.steps, options.lr)
+            grad_norm = update(model, optimizer, lr)
+            if not math.isfinite(loss + grad_norm):
+                raise FloatingPointError(f"step {step}: loss {loss}, gradients of norm {grad_norm}; try a lower --lr")
+            report.step(step_record(step, loss, grad_norm, lr, time.perf_counter() - began, sample, plan))
+            if step % options.save_every == 0 or step == options.steps:
+                checkpoint.save(options.checkpoint_dir, step, model, optimizer, run, group)
+            began = time.perf_counter()
+    report.finish()
+
+
+def resume(
+    options: argparse.Namespace,
+    model: Transformer,
+    optimizer: AdamW,
+    run: Mapping[str, object],
+    group: dist.ProcessGroup,
+) -> int:
+    """The number of steps done: those of the latest checkpoint, which is loaded, or 0.
+
+    Without --resume, what an earlier run left in the same places is renamed, not lost.
+    """
+    latest = checkpoint.latest(options.checkpoint_dir)
+    dist.barrier(group)  # all have looked before one renames
+    if not options.resume:
+        if group.rank() == 0:
+            for path in (options.checkpoint_dir, options.run_dir / LOG_FILE):
+                if aside := checkpoint.set_aside(path):
+                    say(f"{path} of an earlier run is now {aside}")
+        return 0
+    if latest is None:
+        say(f"no checkpoint in {options.checkpoint_dir}: starting at step 1")
+        return 0
+    num_done, path = latest
+    checkpoint.load(path, model, optimizer, run, group)
+    say(f"resuming after step {num_done}, from {path}")
+    return num_done
+
+
+def update(model: Transformer, optimizer: AdamW, lr: float) -> float:
+    """One step of the optimizer, alike on all ranks as the gradients are. Returns their norm before clipping."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
+    optimizer.step()
+    return grad_norm.item()
+
+
+def learning_rate(step: int, num_steps: int, peak: float) -> float:
+    """Up to ``peak`` over the first tenth of the steps, then a cosine down to a tenth of it. Steps count from 1."""
+    num_warmup = max(1, num_steps // 10)
+    if step <= num_warmup:
+        return peak * step / num_warmup
+    progress = (step - num_warmup) / (num_steps - num_warmup)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def shape_of(options: argparse.Namespace) -> Shape:
+    return Shape(VOCAB_SIZE, options.layers, options.dim, options.heads, options.kv_heads, DTYPES[options.dtype])
+
+
+def say(text: str) -> None:
+    """Print, on the first rank only."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def parse_options(arguments: list[str]) -> argparse.Namespace:
+    """Options that fit each other; exits with a message otherwise."""
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=_HelpFormatter)
+    add = parser.add_argument
+    add("--seq-len", type=_count, default=8192, help="tokens of a sequence, over all ranks")
+    add("--steps", type=_count, default=60, help="steps of the whole run, one sequence each")
+    add("--layers", type=_count, default=4, help="layers, sliding-window and full attention in turn")
+    add("--dim", type=_count, default=128, help="width of the model")
+    add("--heads", type=_count, default=4, help="query heads")
+    add("--kv-heads", type=_count, default=2, help="heads of keys and values, a divisor of --heads")
+    add("--window", type=_count, default=1024, help="tokens that sliding-window layers see, the query's own included")
+    add("--layout", choices=LAYOUTS, default="balanced", help="which tokens each rank holds")
+    add("--dtype", choices=DTYPES, default="fp32", help="of matmuls and attention; parameters are fp32")
+    add("--lr", type=float, default=8e-3, help="highest learning rate")
+    add("--seed", type=int, default=0, help="of parameters and of the order of documents")
+    add("--data", type=Path, default=Path(get_path("stdlib")), help="directory of text files, one document each")
+    add("--run-dir", type=Path, default=Path("runs/train"), help="for the log and the loss plot")
+    add("--checkpoint-dir", type=Path, help="on a disk that all ranks share; if None, RUN_DIR/checkpoints")
+    add("--save-every", type=_count, default=20, help="steps between checkpoints; the last step is always saved")
+    add("--resume", action="store_true", help="continue from the latest checkpoint, if there is one")
+    options = parser.parse_args(arguments)
+    options.checkpoint_dir = options.checkpoint_dir or options.run_dir / "checkpoints"
+    if options.heads % options.kv_heads:
+        parser.error(f"--heads must be a multiple of --kv-heads; got {options.heads} and {options.kv_heads}")
+    if options.dim % (2 * options.heads):
+        parser.error(
+            f"--dim must be a multiple of 2 * --heads, as RoPE turns pairs; got {options.dim} and {options.heads} heads"
+        )
+    if not options.data.is_dir():
+        parser.error(f"--data must be a directory of text files; got {options.data}")
+    return options
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside each option, the commands as they are written above."""
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_count.__name__ = "positive integer"  # argparse says "invalid positive integer value: '0'"
+
+
+if __name__ == "__main__":
+    main()
