@@ -131,7 +131,7 @@ def _ids_of(cu_seqlens: Tensor) -> Tensor:
             "cu_seqlens must start at 0 and never fall: the start of each document, then the sequence length"
         )
     # repeat_interleave leaves out empty documents: nobody sees them
-    return torch.repeat_interleave(torch.arange(lengths.numel(), device=cu_seqlens.device), lengths)
+    return torch.repeat_interleave(torch.arange(lengths.numel(), dtype=torch.int32, device=cu_seqlens.device), lengths)
 
 
 def _renumber(doc_ids: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def _renumber(doc_ids: Tensor) -> Tensor:
     _, inverse = torch.unique(doc_ids, return_inverse=True)
     first = torch.full((int(inverse.max()) + 1,), doc_ids.numel(), device=doc_ids.device)
     first.scatter_reduce_(0, inverse, torch.arange(doc_ids.numel(), device=doc_ids.device), "amin")
-    return first.argsort().argsort()[inverse]
+    return first.argsort().argsort()[inverse].int()
 
 
 def prefix_lm(prefix_len: int) -> MaskMod:

@@ -286,7 +286,7 @@ class _Recorder(TorchDispatchMode):
             if name == "rsub":
                 a, b = b, a if alpha == 1 else add("mul", a, alpha, dtype=dtype)
             elif alpha != 1:
-                b = add("mul", b, alpha, dtype=dtype)
+                b = add("mul", b, alpha, dtype=dtype) if isinstance(b, Ref) else b * alpha  # type: ignore[operator]
             return add("add" if name == "add" else "sub", a, b, dtype=dtype)
         if name in _BINARY:
             a, b, dtype = self._promote(*args)
