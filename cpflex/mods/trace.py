@@ -68,7 +68,7 @@ _RANDOM = ("rand", "randn", "randint", "bernoulli", "rand_like", "randn_like", "
 SUPPORTED = sorted(
     {*_COMPARE, *_BINARY, *_LOGICAL, *_UNARY, *_CONSTANTS, *_FILLS}
     | {"div", "clamp", "where", "masked_fill", "logical_not", "to", "index", "select", "detach", "rsub", "reciprocal"}
-    | {"square", "relu", "leaky_relu", "gelu", "silu", "isnan", "isinf"}
+    | {"square", "relu", "leaky_relu", "hardtanh", "gelu", "silu", "isnan", "isinf"}
 )
 
 
@@ -363,13 +363,19 @@ class _Recorder(TorchDispatchMode):
     def _clamp(self, name: str, args, kwargs) -> Ref:
         bounds = dict(zip(("min", "max") if name != "clamp_max" else ("max",), args[1:], strict=False)) | kwargs
         if name == "hardtanh":
-            bounds = {"min": bounds.get("min", -1.0), "max": bounds.get("max", 1.0)}
+            return self._hardtanh(args[0], bounds.get("min", -1.0), bounds.get("max", 1.0))
         x: Any = args[0]
         for key, op in (("min", "clamp_min"), ("max", "clamp_max")):
             if bounds.get(key) is not None:
                 a, b, dtype = self._promote(x, bounds[key])
                 x = self._result(self.builder.add(op, a, b, dtype=dtype))
         return self._ref(x)
+
+    def _hardtanh(self, x: Tensor, least: float, greatest: float) -> Ref:
+        # constants at the bounds, where torch's derivative is 0 and that of clamp is 1
+        add, ref = self.builder.add, self._ref(x)
+        above = add("where", add("ge", ref, greatest, dtype=torch.bool), greatest, ref, dtype=x.dtype)
+        return add("where", add("le", ref, least, dtype=torch.bool), least, above, dtype=x.dtype)
 
     # -- captured tensors
 

@@ -93,14 +93,14 @@ _Shares = tuple[Ref | None, ...]
 
 
 def _pow(op: _Op, out: Ref, g: Ref, x: Arg, y: Arg) -> _Shares:
-    d_x = op("mul", g, op("mul", y, op("pow", x, op("sub", y, 1.0) if isinstance(y, Ref) else float(y) - 1.0)))  # type: ignore[arg-type]
-    d_x = op("where", op("eq", y, 0.0), 0.0, d_x) if isinstance(y, Ref) else d_x
-    d_y = op("mul", g, op("mul", out, op("log", x))) if isinstance(y, Ref) and isinstance(x, Ref) else None
-    if isinstance(y, Ref) and not isinstance(x, Ref):
-        d_y = op("mul", g, op("mul", out, math.log(float(x)) if float(x) > 0 else 0.0))
-    elif d_y is not None:
-        d_y = op("where", op("eq", x, 0.0), 0.0, d_y)
-    return d_x, d_y
+    if not isinstance(y, Ref):
+        power = float(y)  # type: ignore[arg-type]
+        return (op("mul", g, op("mul", op("pow", x, power - 1.0), power)) if power else None), None
+    if isinstance(x, Ref):
+        d_x = op("where", op("eq", y, 0.0), 0.0, op("mul", g, op("mul", op("pow", x, op("sub", y, 1.0)), y)))
+        return d_x, op("where", op("eq", x, 0.0), 0.0, op("mul", g, op("mul", out, op("log", x))))
+    base = float(x)  # type: ignore[arg-type]
+    return None, op("mul", g, op("mul", out, math.log(base) if base > 0 else 0.0))
 
 
 def _extremum(wins: str) -> Callable[..., _Shares]:

@@ -24,9 +24,8 @@ _score_mods: weakref.WeakValueDictionary[str, Mod] = weakref.WeakValueDictionary
 
 
 def intern_score_mod(mod: Mod) -> Mod:
-    """Make a score_mod known to the operator by its key, for as long as a mod with that key lives."""
-    _score_mods.setdefault(mod.key, mod)
-    return mod
+    """Make a score_mod known to the operator by its key, for as long as the mod that this returns lives."""
+    return _score_mods.setdefault(mod.key, mod)
 
 
 @torch.library.custom_op("cpflex::attention", mutates_args=())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cpflex.mods.evaluate import evaluate
 from cpflex.mods.graph import POSITIONS, Graph, Mod, Node
-from cpflex.mods.intervals import EMPTY, FULL, PARTIAL, Interval, TileClassifier, _RangeTable
+from cpflex.mods.intervals import EMPTY, FULL, PARTIAL, Interval, TileClassifier, _RangeTable, _stride
 from cpflex.mods.trace import trace_mask_mod
 
 # -- random masks: an expression is a function of the environment {"b", "h", "q", "k"}
@@ -385,7 +385,7 @@ def test_bounds_of_a_table_hold_over_every_box_and_are_exact_over_aligned_ones(
         box = elements[tuple(slice(lo[i], hi[i] + 1) for lo, hi in boxes)]
         assert bounds.lo[i] <= box.min()
         assert bounds.hi[i] >= box.max()
-        stride = max(2 ** max(int(hi[i] - lo[i] + 1).bit_length() - 5, 0) for lo, hi in boxes)
+        stride = max(1 << _stride(int(hi[i] - lo[i] + 1).bit_length() - 1) for lo, hi in boxes)
         if all(lo[i] % stride == 0 and (hi[i] + 1) % stride == 0 for lo, hi in boxes):
             assert (bounds.lo[i], bounds.hi[i]) == (box.min(), box.max())
 
