@@ -93,7 +93,8 @@ def flex_attention(
                 f"the plan has seq_len={plan.seq_len}"
             )
     except (ValueError, TypeError, NotImplementedError, IndexError) as error:
-        plan.refuse(error)
+        if not torch.compiler.is_compiling():  # nothing can be sent while a graph is made
+            plan.refuse(error)
         raise
     captured = [] if mod is None else mod.captured
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *captured))

@@ -85,7 +85,7 @@ def make_plan(
     if not masks:
         raise ValueError("mask must name at least one mask kind; got an empty dict")
     weights = _weights(weights, masks)
-    copies: dict[int, Tensor] = {}  # kinds that capture one tensor share one copy
+    copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
     mods = {kind: _traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
     work = _ChunkWork(mods, weights, batch_size or 1, num_heads or 1)
     table = layout(seq_len, world_size, work)
@@ -298,7 +298,7 @@ def _weights(weights: Mapping[str, float] | None, masks: Mapping[str, Any]) -> d
 
 
 def _traced(
-    mask: MaskFn, seq_len: int, batch_size: int | None, num_heads: int | None, copies: dict[int, Tensor]
+    mask: MaskFn, seq_len: int, batch_size: int | None, num_heads: int | None, copies: dict[int, tuple[Tensor, Tensor]]
 ) -> Mod:
     """The mask as a graph that is also false at pads, its captured tensors copied to the CPU."""
     if not callable(mask):
@@ -308,8 +308,9 @@ def _traced(
 
     def copied(tensor: Tensor) -> Tensor:
         if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
-        return copies[id(tensor)]
+            # with the original: were it gone, another tensor might get its id
+            copies[id(tensor)] = tensor, tensor.detach().to("cpu", copy=True)
+        return copies[id(tensor)][1]
 
     mod = trace_mask_mod(mask).map_captured(copied)
     limits = {"q_idx": ("seq_len", seq_len), "kv_idx": ("seq_len", seq_len)}

@@ -1,0 +1,43 @@
+"""Every test starts from the same seed, and memory that nobody wrote reads as NaN."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from processes import RankProcesses
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In deterministic mode torch fills with NaN what `torch.empty` returns, to its own kernels too."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _processes(world_size: int) -> Iterator[RankProcesses]:
+    ranks = RankProcesses(world_size)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Iterator[RankProcesses]:
+    yield from _processes(2)
+
+
+@pytest.fixture(scope="session")
+def four_processes() -> Iterator[RankProcesses]:
+    yield from _processes(4)
+
+
+@pytest.fixture
+def processes(request: pytest.FixtureRequest) -> RankProcesses:
+    """By `pytest.mark.parametrize("processes", [2, 4], indirect=True)`: the group of that many ranks."""
+    return request.getfixturevalue({2: "two_processes", 4: "four_processes"}[request.param])

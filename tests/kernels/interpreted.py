@@ -1,0 +1,254 @@
+"""The fused kernels on the CPU, interpreted, against their torch twin and the dense oracle.
+
+Triton reads TRITON_INTERPRET when the kernels are imported, so these checks run in a process of their own: see `process`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+from unittest import mock
+
+import torch
+from cases import DIMS, Problem
+from oracle import Attention, assert_within_budget
+from torch import Tensor
+
+import cpflex
+from cpflex.handles import resolve
+from cpflex.kernels import Call, State, attend, attend_and_finish, attend_backward, empty, finish
+from cpflex.mods.graph import Mod
+from cpflex.mods.trace import trace_score_mod
+from cpflex.tile_mask import TileMask
+
+DIMS |= {"d64": (64, 64), "d80": (80, 80), "d96dv64": (96, 64), "d128": (128, 128), "d192dv128": (192, 128), "d256": (256, 256)}  # fmt: skip
+
+ROUNDINGS = {torch.float32: 40, torch.bfloat16: 4, torch.float16: 4}
+"""How far a result may be from its twin, in roundings of the largest number: sums of a few hundred terms, in another order."""
+
+
+@contextlib.contextmanager
+def process() -> Iterator[Callable[..., Any]]:
+    """``call(fn, *args)`` runs a function of this module where kernels are interpreted and memory that nobody wrote is NaN."""
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool.submit(_begin).result()
+    try:
+        yield lambda fn, *args: pool.submit(fn, *args).result()
+    finally:
+        pool.shutdown()
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what torch.empty returns with NaN
+    from cpflex.kernels.launch import INTERPRETED
+
+    assert INTERPRETED
+
+
+# -- whole attentions
+
+
+def check(problem: Problem) -> None:
+    """Every rank's steps, state carried from one to the next: near the twin, and within the error budget of the oracle."""
+    fused, twin = run(problem, "triton"), run(problem, "reference")
+    for name, value in fused.named().items():
+        near = ROUNDINGS[value.dtype] * torch.finfo(value.dtype).eps
+        size = twin.named()[name].float().nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+        torch.testing.assert_close(
+            value, twin.named()[name], rtol=near, atol=near * size, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert_within_budget(fused, problem.dense(torch.float32), problem.dense())
+
+
+def run(problem: Problem, backend: str) -> Attention:
+    """Attention of all tokens by the kernels alone: what ranks exchange is taken from the whole."""
+    captured = problem.captured()
+    score_fn = problem.score_mod(captured)
+    mod = None if score_fn is None else trace_score_mod(score_fn)
+    plans = [
+        cpflex.make_plan(
+            problem.mask_mod, problem.seq_len, rank=rank, world_size=problem.world_size, layout=cpflex.zigzag,
+            batch_size=problem.batch_size, num_heads=problem.num_heads,
+        )
+        for rank in range(problem.world_size)
+    ]  # fmt: skip
+    pads = plans[0].local_len * problem.world_size - problem.seq_len
+    whole = {
+        n: torch.cat([x, x.new_zeros(*x.shape[:2], pads, *x.shape[3:])], dim=2) for n, x in problem.tensors.items()
+    }
+    dtype, q, v = whole["q"].dtype, whole["q"], whole["v"]
+    total = Attention(
+        torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=dtype),
+        torch.full(q.shape[:3], math.nan),
+        *(torch.zeros(whole[name].shape) for name in "qkv"),
+        [torch.zeros(x.shape) for x in captured],
+    )
+    for plan in plans:
+        kind = plan.kinds["mask"]
+        call = Call(kind.mask, 1 / math.sqrt(q.shape[3]), mod and mod.graph, mod.captured if mod else (), tuple(range(len(captured))), backend)  # fmt: skip
+        masks = [step.tile_mask for step in kind.steps]
+        _run_rank(call, masks, plan.positions, whole, total)
+    total.dq, total.dk, total.dv = (x.to(dtype) for x in (total.dq, total.dk, total.dv))
+    cut = {name: x[:, :, : problem.seq_len] for name, x in total.named().items() if not name.startswith("d_captured")}
+    return Attention(**cut, d_captured=total.d_captured)
+
+
+def _run_rank(call: Call, masks: Sequence[TileMask], mine: Tensor, whole: dict[str, Tensor], total: Attention) -> None:
+    q, grad_out, grad_lse = (whole[name][:, :, mine] for name in ("q", "grad_out", "grad_lse"))
+    visits = [mask.kv_positions.long() for mask in masks]
+    blocks = [(whole["k"][:, :, at], whole["v"][:, :, at]) for at in visits]
+    state = empty(q, blocks[0][1].shape[3])
+    for (k, v), mask in list(zip(blocks, masks, strict=True))[:-1]:
+        attend(q, k, v, mask, call, state)
+    out, lse = attend_and_finish(q, *blocks[-1], masks[-1], call, state if len(masks) > 1 else None)
+    delta = (out.float() * grad_out.float()).sum(dim=-1) - grad_lse
+    dq = torch.zeros(q.shape)
+    for at, (k, v), mask in zip(visits, blocks, masks, strict=True):
+        dk, dv = attend_backward(q, k, v, grad_out, lse, delta, mask, call, dq, total.d_captured)
+        total.dk[:, :, at] += dk
+        total.dv[:, :, at] += dv
+    total.out[:, :, mine], total.lse[:, :, mine], total.dq[:, :, mine] = out, lse, dq
+
+
+# -- one step, both backends
+
+
+def tile_mask_of(mask_mod, seq_len: int) -> tuple[Mod, TileMask]:
+    """One rank's mask and its only step."""
+    mask, (step,), _ = resolve(cpflex.make_plan(mask_mod, seq_len).handle).on(torch.device("cpu"))
+    return mask, step.tile_mask
+
+
+def one_step(
+    call: Call, tile_mask: TileMask, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, backend: str
+) -> dict[str, Tensor]:
+    """The finished softmax of one step and all gradients."""
+    call = replace(call, backend=backend)
+    state = empty(q, v.shape[3])
+    attend(q, k, v, tile_mask, call, state)
+    out, lse = finish(state, q.dtype)
+    delta = (out.float() * grad_out.float()).sum(dim=-1)
+    dq = torch.zeros(q.shape)
+    d_captured = [torch.zeros(call.captured[slot].shape) for slot in call.wanted]
+    dk, dv = attend_backward(q, k, v, grad_out, lse, delta, tile_mask, call, dq, d_captured)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, **{f"d{i}": x for i, x in enumerate(d_captured)}}
+
+
+def _same(call: Call, tile_mask: TileMask, *tensors: Tensor) -> dict[str, Tensor]:
+    fused, twin = (one_step(call, tile_mask, *tensors, backend) for backend in ("triton", "reference"))
+    for name, value in fused.items():
+        size = twin[name].nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+        torch.testing.assert_close(value, twin[name], rtol=1e-5, atol=5e-6 * max(size, 1.0), msg=lambda m, n=name: f"{n}: {m}")  # fmt: skip
+    return fused
+
+
+def _tensors(seq_len: int, heads: int = 2, kv_heads: int = 1, dim: int = 16) -> list[Tensor]:
+    return [torch.randn(1, h, seq_len, dim) for h in (heads, kv_heads, kv_heads, heads)]
+
+
+def check_strides() -> None:
+    """Sequence before heads, one tensor for q, k and v, rows apart, an expanded gradient."""
+    mask, tile_mask = tile_mask_of(cpflex.causal(), 144)
+    call = Call(mask, 0.25)
+    packed = torch.randn(1, 144, 4, 16).transpose(1, 2)
+    spread = torch.randn(1, 2, 144, 32)[..., ::2]
+    backwards = torch.randn(1, 1, 16, 144).mT
+    _same(call, tile_mask, packed[:, :2], packed[:, 2:3], packed[:, 3:], torch.ones(()).expand(1, 2, 144, 16))
+    _same(call, tile_mask, spread, backwards, backwards, spread.mT.contiguous().mT)
+
+
+def check_scale(scale: float) -> None:
+    mask, tile_mask = tile_mask_of(cpflex.causal(), 144)
+    _same(Call(mask, scale), tile_mask, *_tensors(144))
+
+
+def check_score_mod(name: str) -> None:
+    """Scores that are -inf, derivatives that are not finite at hidden pairs, captured tensors read in every way."""
+    seq_len = 144
+    mask, tile_mask = tile_mask_of(cpflex.causal(), seq_len)
+    tables = [torch.randn(seq_len), torch.randn(2, 3), torch.randn(3, seq_len), torch.randn(4)]
+    bias, by_head, rows, short = tables
+    score_mods = {
+        "-inf for some queries": lambda s, b, h, q, k: torch.where(q < 40, -torch.inf, s),
+        "-inf for some keys": lambda s, b, h, q, k: torch.where(k % 3 != 0, -torch.inf, s),
+        "the lowest number for all": lambda s, b, h, q, k: s - 1e37,
+        "not finite where hidden": lambda s, b, h, q, k: s + torch.log(q - k + 1.0) + torch.sqrt((q - k).float()) * s,
+        "a number": lambda s, b, h, q, k: s * 0.5 + 1,
+        "without the score": lambda s, b, h, q, k: bias[q] * 1.0,
+        "by query": lambda s, b, h, q, k: s * bias[q],
+        "by key and head": lambda s, b, h, q, k: s + rows[h, k] * by_head[h, 1],
+        "by query and key": lambda s, b, h, q, k: s + short[(q - k).clamp(0, 3)] * rows[2, q],
+        "by the score": lambda s, b, h, q, k: s + short[(s > 0).long()],
+    }
+    mod = trace_score_mod(score_mods[name])
+    call = Call(mask, 0.25, mod.graph, mod.captured, tuple(range(len(mod.captured))))
+    tensors = _tensors(seq_len)
+    if (
+        name == "not finite where hidden"
+    ):  # zero on the diagonal: the derivative of a root is infinite there, and the pair is seen
+        call = replace(call, mask=tile_mask_of(cpflex.causal() & (lambda b, h, q, k: q != k), seq_len)[0])
+    found = _same(call, tile_mask, *tensors)
+    assert not any(x.isnan().any() for x in found.values())
+
+
+def check_refusal_of_atomics() -> None:
+    mask, tile_mask = tile_mask_of(cpflex.causal(), 144)
+    short = torch.randn(4)
+    mod = trace_score_mod(lambda s, b, h, q, k: s + short[(q - k).clamp(0, 3)])
+    call = Call(mask, 0.25, mod.graph, mod.captured, (0,))
+    torch.use_deterministic_algorithms(True)
+    try:
+        one_step(call, tile_mask, *_tensors(144), "triton")
+    except RuntimeError as error:
+        assert "captured tensor 0" in str(error) and "deterministic" in str(error)
+    else:
+        raise AssertionError("atomic additions were not refused")
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    one_step(replace(call, wanted=()), tile_mask, *_tensors(144), "triton")
+
+
+def check_what_is_hidden_reaches_nothing() -> None:
+    """NaN in tiles that the mask empties, and huge numbers in hidden keys of PARTIAL ones."""
+    seq_len = 272
+    mask, tile_mask = tile_mask_of(cpflex.document(torch.arange(seq_len) // 136), seq_len)
+    q, k, v, grad_out = _tensors(seq_len)
+    rows = slice(0, 128)
+    clean = one_step(Call(mask, 0.25), tile_mask, q, k, v, grad_out, "triton")
+    for x in (k, v):
+        x[:, :, 136:256] = 1e30
+        x[:, :, 256:] = math.nan
+    dirty = one_step(Call(mask, 0.25), tile_mask, q, k, v, grad_out, "triton")
+    for name in ("out", "lse", "dq"):
+        assert torch.equal(clean[name][:, :, rows], dirty[name][:, :, rows]), name
+
+
+def check_bits() -> None:
+    """The same inputs give the same bits, and a first step that is also the last those of two functions."""
+    mask, tile_mask = tile_mask_of(cpflex.causal(), 200)
+    call = Call(mask, 0.25, backend="triton")
+    tensors = _tensors(208)
+    first, second = (one_step(call, tile_mask, *tensors, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    out, lse = attend_and_finish(*tensors[:3], tile_mask, call, None)
+    torch.testing.assert_close(out, first["out"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse, first["lse"], rtol=1e-6, atol=1e-6)
+
+
+def check_a_state_of_nothing_is_not_read() -> None:
+    """Memory under the accumulator of a query that has seen no key may hold anything."""
+    mask, tile_mask = tile_mask_of(cpflex.causal(), 144)
+    q, k, v, _ = _tensors(144)
+    clean = empty(q, 16)
+    dirty = State(torch.full_like(clean.acc, math.nan), clean.m.clone(), clean.l.clone())
+    for state in (clean, dirty):
+        attend(q, k, v, tile_mask, Call(mask, 0.25, backend="triton"), state)
+    assert torch.equal(clean.acc, dirty.acc)

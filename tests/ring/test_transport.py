@@ -1,0 +1,248 @@
+"""The transport: bytes as planned, the next step in flight while one computes, the same bits run after run."""
+
+from __future__ import annotations
+
+import random
+import time
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import Problem
+from oracle import Attention
+from runs import assemble, attend_on_rank
+from torch import Tensor
+
+import cpflex
+from cpflex.ring.transport import Pair, Transport
+from cpflex.testing import ThreadLinks, run_ranks
+
+PROBLEMS = [
+    Problem("full", "none", 321, "mha", "d16", "fp32", "zigzag", "ring", 4),
+    Problem("causal", "none", 1000, "gqa", "d16dv24", "bf16", "zigzag", "ring", 3),
+    Problem("doc_sliding_causal", "none", 1000, "mqa", "d24", "bf16", "contiguous", "direct", 5),
+    Problem("global_sliding", "relative_bias", 1000, "gqa", "d16dv24", "fp32", "striped", "direct", 4),
+    Problem("sliding17", "none", 321, "mha", "d16", "fp32", "contiguous", "auto", 2),
+    Problem("full", "none", 127, "mha", "d16", "fp16", "contiguous", "direct", 2),
+    Problem("sliding1", "none", 300, "mha", "d16", "fp32", "contiguous", "ring", 4),
+    Problem("full", "none", 300, "mha", "d16", "fp32", "contiguous", "ring", 1),
+]
+
+
+def bytes_sent(group: ThreadLinks, problem: Problem, backward: bool) -> tuple[int, int]:
+    """(counted, planned)"""
+    plan = problem.plan(group)
+    local = {
+        name: plan.shard(x, dim=2, pad_value=0.0).requires_grad_(backward and name in "qkv")
+        for name, x in problem.tensors.items()
+    }
+    out = cpflex.flex_attention(
+        *(local[x] for x in "qkv"), problem.score_mod(problem.captured()), plan, enable_gqa=True
+    )
+    (batch, heads, _, k_dim), v_dim = local["k"].shape, local["v"].shape[-1]
+    row = batch * heads * (k_dim + v_dim)
+    steps = [step.exchange for step in plan.steps]
+    kv_bytes = sum(t.num_rows for e in steps for t in e.sends) * row * local["k"].element_size()
+    grad_bytes = sum(t.num_rows for e in steps for t in e.grad_sends) * row * 4  # dK/dV travel in fp32
+    if backward:
+        torch.autograd.grad(out, local["k"], local["grad_out"])
+        return group.bytes_sent, 2 * kv_bytes + grad_bytes
+    assert plan.stats["sent_tokens"] * row * local["k"].element_size() == kv_bytes
+    return group.bytes_sent, kv_bytes
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "and backward"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_bytes_sent_are_those_of_the_plan(problem: Problem, backward: bool):
+    for counted, planned in run_ranks(partial(bytes_sent, problem=problem, backward=backward), problem.world_size):
+        assert counted == planned
+
+
+def test_what_a_rank_receives_in_forward_is_what_the_plan_says():
+    for problem in PROBLEMS:
+        plans = [problem.plan(None, rank=r, world_size=problem.world_size) for r in range(problem.world_size)]
+        assert sum(p.stats["sent_tokens"] for p in plans) == sum(p.stats["recv_tokens"] for p in plans)
+
+
+class Logged:
+    """Links that note when transfers are posted and waited for."""
+
+    def __init__(self, links: ThreadLinks, log: list[str]) -> None:
+        self.links = links
+        self.rank, self.world_size = links.rank, links.world_size
+        self.log = log
+        self.posted = 0
+
+    def exchange(self, sends, receives) -> Any:
+        self.posted += 1
+        name = f"{self.posted}"
+        self.log.append(f"post {name}")
+        work = self.links.exchange(sends, receives)
+
+        class Waited:
+            def wait(inner) -> None:
+                self.log.append(f"wait {name}")
+                work.wait()
+
+        return Waited()
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return self.links.all_gather_object(value)
+
+
+def events(group: ThreadLinks, problem: Problem, backward: bool) -> list[str]:
+    log: list[str] = []
+    plan = problem.plan(group)
+    kv = Pair(*(plan.shard(problem.tensors[name], dim=2, pad_value=0.0) for name in "kv"))
+    transport = Transport(Logged(group, log), plan.steps, kv)
+    for index, _, block in transport.circulate():
+        log.append(f"compute {index}")
+        if backward:
+            transport.give_back(index, Pair(*(x.float() for x in block)))
+            log.append(f"gave {index}")
+    if backward:
+        transport.home()
+    return log
+
+
+def test_the_next_step_is_in_flight_while_one_computes():
+    problem = Problem("full", seq_len=128, layout="contiguous", schedule="ring", world_size=4)
+    for log in run_ranks(partial(events, problem=problem, backward=False), 4):
+        assert log == [
+            "post 1",
+            "compute 0",
+            "wait 1",
+            "post 2",
+            "compute 1",
+            "wait 2",
+            "post 3",
+            "compute 2",
+            "wait 3",
+            "compute 3",
+        ]
+
+
+@pytest.mark.parametrize("schedule", ["ring", "direct"])
+def test_in_backward_the_next_step_and_the_last_gradients_are_in_flight_while_one_computes(schedule: str):
+    problem = Problem("full", seq_len=512, layout="contiguous", schedule=schedule, world_size=4)
+    for log in run_ranks(partial(events, problem=problem, backward=True), 4):
+        for step in range(3):
+            before = log[: log.index(f"compute {step}")]
+            # of K/V step + 1, and of gradients one for each step before, but for the first, whose gradients stay
+            assert sum(event.startswith("post") for event in before) == step + 1 + max(0, step - 1)
+        for step in range(2, 4):
+            # the gradients posted after step - 1 are not waited for before step has been computed
+            posted = [event for event in log[: log.index(f"gave {step - 1}")] if event.startswith("post")][-1]
+            assert f"wait {posted.split()[1]}" not in log[: log.index(f"compute {step}")]
+
+
+def attend_with_delays(group: ThreadLinks, problem: Problem, seed: int) -> dict[str, Any]:
+    exchange, delays = group.exchange, random.Random(seed * 100 + group.rank)
+
+    def late(sends, receives):
+        time.sleep(delays.random() * 0.004)
+        return exchange(sends, receives)
+
+    group.exchange = late
+    return attend_on_rank(group, problem)
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.world_size > 2], ids=str)
+def test_the_same_bits_come_out_whoever_is_late(problem: Problem):
+    runs = [
+        assemble(run_ranks(partial(attend_with_delays, problem=problem, seed=seed), problem.world_size)).named()
+        for seed in range(3)
+    ]
+    for run in runs[1:]:
+        for name, tensor in run.items():
+            assert torch.equal(tensor, runs[0][name]), name
+
+
+def returned(group: ThreadLinks, schedule: Any, world_size: int) -> Tensor:
+    """dK of a rank's own shard, where the part that rank r computes for any row is a number of its own."""
+    plan = cpflex.make_plan(cpflex.full(), 128 * world_size, group, layout=cpflex.contiguous, schedule=schedule)
+    shard = torch.zeros(1, 1, plan.local_len, 1)
+    transport = Transport(group, plan.steps, Pair(shard, shard))
+    for index, _, block in transport.circulate():
+        part = torch.full_like(block.k, PARTS[group.rank])
+        transport.give_back(index, Pair(part, part.clone()))
+    return transport.home().k
+
+
+PARTS = [1.0, 1e8, -1e8, 3.0]
+"""Their sum depends on the order."""
+
+
+@pytest.mark.parametrize(
+    ("schedule", "order"), [(cpflex.ring, (1, 2, 3)), (cpflex.direct, (1, 2, 3))], ids=["ring", "direct"]
+)
+def test_gradients_are_summed_in_a_fixed_order(schedule: Any, order: tuple[int, ...]):
+    """Direct: the rank's own, then rank + 1's, rank + 2's ... Ring: rank + 1's, rank + 2's ..., last its own."""
+    for rank, total in enumerate(run_ranks(partial(returned, schedule=schedule, world_size=4), 4)):
+        parts = [torch.tensor(PARTS[(rank + distance) % 4]) for distance in order]
+        own = torch.tensor(PARTS[rank])
+        expected = sum(parts[1:], parts[0]) + own if schedule is cpflex.ring else sum(parts, own)
+        assert (total == expected).all(), (rank, total.unique(), expected)
+
+
+def gradient_dtypes(group: ThreadLinks, problem: Problem) -> set[torch.dtype]:
+    """Of the messages of backward."""
+    found: set[torch.dtype] = set()
+    exchange = group.exchange
+
+    def noted(sends, receives):
+        found.update(x.dtype for _, x in sends)
+        return exchange(sends, receives)
+
+    group.exchange = noted
+    attend_on_rank(group, problem)
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["ring", "direct"])
+def test_kv_travel_in_their_own_dtype_and_their_gradients_in_fp32(schedule: str):
+    problem = Problem("full", seq_len=128, dtype="bf16", schedule=schedule, world_size=2)
+    assert run_ranks(partial(gradient_dtypes, problem=problem), 2) == [{torch.bfloat16, torch.float32}] * 2
+
+
+def test_bf16_gradients_do_not_lose_precision_with_the_number_of_ranks():
+    """A bf16 sum over eight ranks would be several times worse than one rank's rounding."""
+    problem = Problem("full", seq_len=256, dtype="bf16", schedule="ring", layout="contiguous")
+    exact = problem.dense()
+
+    def error(world_size: int) -> float:
+        whole: Attention = assemble(run_ranks(partial(attend_on_rank, problem=problem), world_size))
+        return max((getattr(whole, x).double() - getattr(exact, x)).abs().mean().item() for x in ("dk", "dv"))
+
+    assert error(8) <= 1.05 * error(1)
+
+
+def fail_before_step(group: ThreadLinks, rank: int) -> None:
+    problem = Problem("full", seq_len=128, world_size=3)
+    if group.rank == rank:
+        raise KeyError("a mistake")
+    attend_on_rank(group, problem)
+
+
+def test_a_rank_that_fails_stops_the_others():
+    began = time.monotonic()
+    with pytest.raises(KeyError, match="a mistake"):
+        run_ranks(partial(fail_before_step, rank=1), 3)
+    assert time.monotonic() - began < 10
+
+
+def never_answers(group: ThreadLinks) -> None:
+    problem = Problem("full", seq_len=128, layout="contiguous", schedule="ring")
+    plan = problem.plan(group)
+    kv = Pair(problem.tensors["k"], problem.tensors["v"])
+    if group.rank == 0:
+        for _ in Transport(group, plan.steps, Pair(*(plan.shard(x, 2) for x in kv))).circulate():
+            pass
+    else:
+        time.sleep(1.0)
+
+
+def test_a_peer_that_does_not_answer_is_named_with_the_step():
+    with pytest.raises(TimeoutError, match=r"group rank 0: K/V of step 1 from group ranks \[1\] did not arrive"):
+        run_ranks(never_answers, 2, timeout=0.3)

@@ -1,0 +1,274 @@
+"""Refusals: by name where the mistake is made, and on every rank when one rank makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import Outcome, RankProcesses
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
+
+import cpflex
+
+SEQ_LEN = 64
+Arguments = dict[str, Any]
+
+
+def softcap(s, b, h, q, k):
+    return 20 * torch.tanh(s / 20)
+
+
+def other_softcap(s, b, h, q, k):
+    return 21 * torch.tanh(s / 21)
+
+
+def summed(s, b, h, q, k):
+    return s + LONG.sum()
+
+
+def indexed_too_far(s, b, h, q, k):
+    return s + SHORT[k]
+
+
+LONG, SHORT = torch.zeros(SEQ_LEN), torch.zeros(SEQ_LEN - 1)
+
+
+def arguments(group: Any = None) -> Arguments:
+    """Of a correct call; ``group`` beside them."""
+    ids = torch.arange(SEQ_LEN) // 20
+    plan = cpflex.make_plan(cpflex.causal() & cpflex.document(ids), SEQ_LEN, group, layout=cpflex.zigzag)
+    q, k, v = (torch.randn(2, 4, plan.local_len, 16) for _ in "qkv")
+    return {"query": q, "key": k, "value": v, "score_mod": softcap, "block_mask": plan}
+
+
+def attend(made: Arguments) -> Any:
+    return cpflex.flex_attention(**made)
+
+
+# name -> (change the arguments of a call; the error where it is made; its message)
+Change = Callable[[Arguments, Any], None]
+
+
+def each(fn: Callable) -> Change:
+    """A change of q, k and v alike."""
+
+    def change(made: Arguments, group: Any) -> None:
+        for name in ("query", "key", "value"):
+            made[name] = fn(made[name])
+
+    return change
+
+
+def one(name: str, fn: Callable) -> Change:
+    def change(made: Arguments, group: Any) -> None:
+        made[name] = fn(made[name])
+
+    return change
+
+
+def put(**values: Any) -> Change:
+    return lambda made, group: made.update(values)
+
+
+def as_dtensor(made: Arguments, group: Any) -> None:
+    mesh = DeviceMesh.from_group(group, "cpu")
+    made["query"] = DTensor.from_local(made["query"], mesh, [Replicate()], run_check=False)
+
+
+def shorter_keys(made: Arguments, group: Any) -> None:
+    made["key"], made["value"] = made["key"][:, :, :-1], made["value"][:, :, :-1]
+
+
+LOCAL: dict[str, tuple[Change, type[Exception], str]] = {
+    "mixed dtypes": (one("key", torch.Tensor.bfloat16), ValueError, "one dtype; got torch.float32, torch.bfloat16"),
+    "float64": (
+        each(torch.Tensor.double),
+        NotImplementedError,
+        "must be float32, bfloat16 or float16; got torch.float64",
+    ),
+    "integers": (each(torch.Tensor.long), NotImplementedError, "must be float32"),
+    "cross attention": (shorter_keys, NotImplementedError, "one length .no cross attention, no KV cache."),
+    "keys without values": (one("value", lambda x: x[:, :, :-1]), NotImplementedError, "one length"),
+    "a wrong local length": (each(lambda x: x[:, :, :-1]), ValueError, r"local_len=\d+ for seq_len=64.*plan\.shard"),
+    "the whole sequence": (each(lambda x: torch.cat([x, x, x], 2)), ValueError, r"shard the inputs with plan\.shard"),
+    "three dims": (one("query", lambda x: x[0]), ValueError, r"query must be \[B, H, S_local, D\]"),
+    "no tensor": (put(value=[1.0]), TypeError, "value must be a Tensor; got list"),
+    "batch sizes": (one("value", lambda x: x[:1]), ValueError, "batch sizes differ"),
+    "head dims": (one("key", lambda x: x[..., :8]), ValueError, "one head dim; got 16 and 8"),
+    "heads of keys and values": (one("value", lambda x: x[:, :2]), ValueError, "equally many heads; got 4 and 2"),
+    "grouped queries unasked": (
+        lambda made, group: made.update(key=made["key"][:, :2], value=made["value"][:, :2]),
+        ValueError,
+        "pass enable_gqa=True",
+    ),
+    "heads that do not divide": (
+        lambda made, group: made.update(key=made["key"][:, :3], value=made["value"][:, :3], enable_gqa=True),
+        ValueError,
+        "multiple of those of key; got 4 and 3",
+    ),
+    "an unknown kernel option": (
+        put(kernel_options={"BLOCK_M": 64}),
+        NotImplementedError,
+        "BLOCK_M.*supported: 'backend'",
+    ),
+    "an unknown backend": (
+        put(kernel_options={"backend": "flash"}),
+        (ValueError, NotImplementedError),
+        "flash",
+    ),
+    "the largest scores": (
+        put(return_aux=AuxRequest(max_scores=True)),
+        NotImplementedError,
+        "max_scores is not supported",
+    ),
+    "a score mod that is not pointwise": (put(score_mod=summed), cpflex.UnsupportedMod, "reduction"),
+    "a score mod with a short table": (put(score_mod=indexed_too_far), ValueError, "63 elements .*seq_len=64"),
+    "a score mod that is no function": (put(score_mod=3.0), TypeError, "score_mod must be callable; got float"),
+    "a DTensor": (as_dtensor, TypeError, r"query is a DTensor; pass the local tensor, `query\.to_local\(\)`"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in LOCAL if name != "a DTensor"])
+def test_a_call_that_cannot_be_honoured_is_refused_by_name(name: str):
+    change, kind, message = LOCAL[name]
+    made = arguments()
+    attend(made)
+    change(made, None)
+    with pytest.raises(kind, match=f"(?s){message}"):
+        attend(made)
+
+
+def block_mask() -> Any:
+    return create_block_mask(lambda b, h, q, k: q >= k, 1, 1, SEQ_LEN, SEQ_LEN, device="cpu")
+
+
+WITHOUT_A_PLAN = {
+    "a torch BlockMask": (block_mask, "torch BlockMask, which knows no ranks; pass cpflex.make_plan"),
+    "no mask": (lambda: None, "must be a plan made by cpflex.make_plan; got NoneType"),
+    "a mask": (cpflex.causal, "must be a plan made by cpflex.make_plan; got MaskMod"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_PLAN)
+def test_a_block_mask_that_is_no_plan_is_refused(name: str):
+    make, message = WITHOUT_A_PLAN[name]
+    with pytest.raises(TypeError, match=message):
+        attend(arguments() | {"block_mask": make()})
+
+
+@pytest.mark.parametrize("name", ["dropout_p", "is_causal", "attn_mask", "mask_mod"])
+def test_an_argument_that_does_not_exist_is_refused(name: str):
+    with pytest.raises(TypeError, match=name):
+        attend(arguments() | {name: 0.1})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"), [((3, 4), "batch_size=2; query has batch size 3"), ((2, 5), "num_heads=4; query has 5 heads")]
+)
+def test_other_sizes_than_planned_for_are_refused(sizes: tuple[int, int], message: str):
+    def mask(b, h, q, k):
+        return (q + b) % 3 <= (k + h) % 5
+
+    plan = cpflex.make_plan(mask, SEQ_LEN, batch_size=2, num_heads=4)
+    q = torch.randn(*sizes, SEQ_LEN, 16)
+    with pytest.raises(ValueError, match=message):
+        cpflex.flex_attention(q, q, q, block_mask=plan)
+
+
+def test_sizes_that_the_mask_does_not_depend_on_may_differ():
+    plan = cpflex.make_plan(cpflex.causal(), SEQ_LEN, batch_size=2, num_heads=4)
+    q = torch.randn(3, 5, SEQ_LEN, 16)
+    cpflex.flex_attention(q, q, q, block_mask=plan)
+
+
+# -- on every rank
+
+
+def needs_grad(made: Arguments, group: Any) -> None:
+    made["query"] = made["query"].requires_grad_()
+
+
+def replan(**options: Any) -> Change:
+    def change(made: Arguments, group: Any) -> None:
+        mask = options.get("mask", cpflex.causal() & cpflex.document(torch.arange(SEQ_LEN) // 20))
+        rest = {"layout": cpflex.zigzag, "schedule": cpflex.auto} | {x: y for x, y in options.items() if x != "mask"}
+        made["block_mask"] = cpflex.make_plan(mask, SEQ_LEN, group, **rest)
+
+    return change
+
+
+# name -> (change on one rank; what the ranks disagree about)
+MISMATCHES: dict[str, tuple[Change, str]] = {
+    "another mask": (replan(mask=cpflex.causal()), "plan"),
+    "another captured content": (
+        replan(mask=cpflex.causal() & cpflex.document(torch.arange(SEQ_LEN) // 19)),
+        "plan",
+    ),
+    "another layout": (replan(layout=cpflex.contiguous), "plan"),
+    "another schedule": (replan(schedule=cpflex.direct), "plan"),
+    "another scale": (put(scale=0.5), "scale"),
+    "another score mod": (put(score_mod=other_softcap), "score_mod"),
+    "no score mod": (put(score_mod=None), "score_mod"),
+    "gradients wanted": (needs_grad, "whether gradients are needed"),
+    "another dtype": (each(torch.Tensor.bfloat16), "query"),
+    "another batch size": (each(lambda x: x[:1]), "query"),
+    "another head dim of values": (one("value", lambda x: x[..., :8]), "value"),
+}
+
+
+def call_with_a_mistake(group: dist.ProcessGroup, name: str, culprit: int) -> None:
+    made = arguments(group)
+    if group.rank() == culprit:
+        change = LOCAL[name][0] if name in LOCAL else MISMATCHES[name][0]
+        change(made, group)
+    attend(made)
+
+
+def assert_all_raise(outcomes: list[Outcome]) -> None:
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.error is not None, f"rank {rank} did not raise"
+        assert not isinstance(outcome.error, TimeoutError), f"rank {rank} waited"
+        assert outcome.seconds < 10
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_mistake_of_one_rank_is_raised_on_all(name: str, two_processes: RankProcesses):
+    culprit = list(LOCAL).index(name) % 2
+    outcomes = two_processes.outcomes(call_with_a_mistake, name, culprit, timeout=20)
+    assert_all_raise(outcomes)
+    _, kind, _ = LOCAL[name]
+    assert isinstance(outcomes[culprit].error, kind)
+    other = outcomes[1 - culprit].error
+    assert isinstance(other, cpflex.RankMismatch)
+    assert f"group rank {culprit} raised {type(outcomes[culprit].error).__name__}: {outcomes[culprit].error}" in str(
+        other
+    )
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_a_call_unlike_the_others_is_raised_on_all(name: str, two_processes: RankProcesses):
+    outcomes = two_processes.outcomes(call_with_a_mistake, name, 1, timeout=20)
+    assert_all_raise(outcomes)
+    for outcome in outcomes:
+        assert isinstance(outcome.error, cpflex.RankMismatch)
+        assert f"the ranks disagree about {MISMATCHES[name][1]}: group rank 0" in str(outcome.error)
+
+
+@pytest.mark.parametrize("name", ["float64", "a DTensor", "another mask", "gradients wanted"])
+def test_every_one_of_four_ranks_raises(name: str, four_processes: RankProcesses):
+    outcomes = four_processes.outcomes(call_with_a_mistake, name, 2, timeout=20)
+    assert_all_raise(outcomes)
+    assert all("2" in str(outcome.error) for outcome in outcomes if isinstance(outcome.error, cpflex.RankMismatch))
+
+
+def call_correctly(group: dist.ProcessGroup) -> bool:
+    return bool(attend(arguments(group)).isfinite().all())
+
+
+def test_a_call_without_a_mistake_goes_through(two_processes: RankProcesses):
+    assert two_processes.run(call_correctly) == [True, True]
