@@ -65,8 +65,8 @@ def start(script: str, arguments: Sequence[str], *, num_ranks: int | None = None
 def joined(device_type: str = "auto") -> Iterator[tuple[dist.ProcessGroup, torch.device]]:
     """The group of all ranks, NCCL with GPUs and gloo without, and this rank's device.
 
-    Keep the group in local variables: Python now and then aborts when it exits while a module still holds a gloo group
-    ("terminate called without an active exception", torch 2.13).
+    Let no global variable, nor a frame that calls sys.exit, hold the group: Python now and then aborts when it ends with
+    a gloo group alive ("terminate called without an active exception", torch 2.13).
 
     Args:
         device_type: "cpu", "cuda" or "auto".

@@ -50,9 +50,13 @@ def main() -> None:
         chosen_mods(options)  # a mistake in them is reported once, before any rank runs
         ranks.start(__file__, sys.argv[1:], num_ranks=options.ranks, device_type=options.device)
         return
+    sys.exit(0 if passes(options) else 1)
+
+
+def passes(options: argparse.Namespace) -> bool:
+    """Whether N ranks compute what one would, alike on every rank."""
     with ranks.joined(options.device) as (group, device):
-        passed = verify(options, group, device)
-    sys.exit(0 if passed else 1)
+        return verify(options, group, device)
 
 
 def verify(options: argparse.Namespace, group: dist.ProcessGroup, device: torch.device) -> bool:

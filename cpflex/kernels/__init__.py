@@ -1,7 +1,92 @@
-"""attend and attend_backward on the visiting keys of one step, by the backend of the call."""
+"""attend and attend_backward on the visiting keys of one step, by the backend of the call.
 
-from cpflex.kernels.call import Call
-from cpflex.kernels.reference import attend, attend_backward
+Two backends, the same functions: `reference`, plain torch, and fused Triton kernels (`forward`, `backward`), imported when first needed.
+How to read the code generated for a mod: docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cpflex.kernels import reference
+from cpflex.kernels.call import BACKENDS, Call
 from cpflex.kernels.state import State, empty, finish
+from cpflex.tile_mask import TileMask
 
-__all__ = ["Call", "State", "attend", "attend_backward", "empty", "finish"]
+__all__ = ["BACKENDS", "Call", "State", "attend", "attend_and_finish", "attend_backward", "empty", "finish"]
+
+# B batch, Hq query heads, H heads of keys and values, S local queries, K visiting keys, D and Dv head dims
+
+
+def attend(
+    q: Tensor,  # [B, Hq, S, D]
+    k: Tensor,  # [B, H, K, D]
+    v: Tensor,  # [B, H, K, Dv]
+    tile_mask: TileMask,
+    call: Call,
+    state: State,
+) -> None:
+    """Continue ``state`` with the visiting keys, in place."""
+    if _is_fused(q, call):
+        from cpflex.kernels import forward
+
+        forward.attend(q, k, v, tile_mask, call, state)
+    else:
+        reference.attend(q, k, v, tile_mask, call, state)
+
+
+def attend_and_finish(
+    q: Tensor,  # [B, Hq, S, D]
+    k: Tensor,  # [B, H, K, D]
+    v: Tensor,  # [B, H, K, Dv]
+    tile_mask: TileMask,
+    call: Call,
+    state: State | None,
+) -> tuple[Tensor, Tensor]:
+    """The last step: `attend`, then `finish`, in one pass where the backend can; without a state it is also the first.
+
+    Returns:
+        out [B, Hq, S, Dv] in q's dtype and lse [B, Hq, S] fp32, natural log; 0 and -inf for a query that saw no key.
+    """
+    if _is_fused(q, call):
+        from cpflex.kernels import forward
+
+        return forward.attend_and_finish(q, k, v, tile_mask, call, state)
+    state = empty(q, v.shape[-1]) if state is None else state
+    reference.attend(q, k, v, tile_mask, call, state)
+    return finish(state, q.dtype)
+
+
+def attend_backward(
+    q: Tensor,  # [B, Hq, S, D]
+    k: Tensor,  # [B, H, K, D]
+    v: Tensor,  # [B, H, K, Dv]
+    grad_out: Tensor,  # [B, Hq, S, Dv]
+    lse: Tensor,  # [B, Hq, S] fp32, over the keys of all ranks
+    delta: Tensor,  # [B, Hq, S] fp32, rowsum(out * grad_out) - grad_lse
+    tile_mask: TileMask,
+    call: Call,
+    dq: Tensor,  # [B, Hq, S, D] fp32, added to in place
+    d_captured: list[Tensor],  # fp32, like call.captured at call.wanted, added to in place
+) -> tuple[Tensor, Tensor]:
+    """dk [B, H, K, D] and dv [B, H, K, Dv] of the visiting keys, fp32."""
+    if _is_fused(q, call):
+        from cpflex.kernels import backward as backend
+    else:
+        backend = reference
+    return backend.attend_backward(q, k, v, grad_out, lse, delta, tile_mask, call, dq, d_captured)
+
+
+def _is_fused(q: Tensor, call: Call) -> bool:
+    backend = call.backend or ("triton" if q.is_cuda else "reference")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}; got {backend!r}")
+    if backend == "triton" and not q.is_cuda:
+        from cpflex.kernels.launch import INTERPRETED
+
+        if not INTERPRETED:
+            raise ValueError(
+                f"backend 'triton' needs CUDA tensors; got {q.device} - pass backend='reference', or set TRITON_INTERPRET=1 "
+                "before the first attention"
+            )
+    return backend == "triton"

@@ -11,6 +11,9 @@ from cpflex.mods.graph import Graph, Mod
 from cpflex.mods.vjp import Vjp, vjp
 
 
+BACKENDS = ("triton", "reference")
+
+
 @dataclass(frozen=True)
 class Call:
     """The mods, with their captured tensors on the device of q, and the scale."""
@@ -23,7 +26,7 @@ class Call:
     wanted: tuple[int, ...] = ()
     """Slots of ``captured`` whose gradient is needed."""
     backend: str | None = None
-    """"triton" or "reference"; None: triton for CUDA tensors, reference for others."""
+    """One of BACKENDS; None: triton for CUDA tensors, reference for others."""
 
     @cached_property
     def score_vjp(self) -> Vjp | None:

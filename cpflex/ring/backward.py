@@ -26,8 +26,11 @@ def backward(
     delta = (out.float() * grad_out.float()).sum(
         dim=-1
     ) - grad_lse  # d lse enters as -delta does: ds = p * (dp - delta)
-    dq = torch.zeros_like(q, dtype=torch.float32)
-    d_captured = [torch.zeros_like(call.captured[slot], dtype=torch.float32) for slot in call.wanted]
+    # contiguous, whatever the strides of q: the compiler was promised so
+    dq, *d_captured = (
+        torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for x in (q, *(call.captured[slot] for slot in call.wanted))
+    )
     for index, step, (k, v) in transport.circulate():
         dk, dv = attend_backward(q, k, v, grad_out, lse, delta, step.tile_mask, call, dq, d_captured)
         del k, v  # before the next block is unpacked
