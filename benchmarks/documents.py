@@ -13,7 +13,9 @@ HISTOGRAM = [
 
 
 def draw_documents(seq_len: int, seed: int) -> list[int]:
-    """cu_seqlens of a pack: midpoints of the histogram's ranges in random order, none longer than a quarter of the sequence."""
+    """cu_seqlens of a pack: midpoints of the histogram's ranges in random order, none longer than a quarter of the
+    sequence.
+    """
     rng = np.random.default_rng(seed)
     lengths = np.array([(low + high) // 2 for low, high, _ in HISTOGRAM])
     counts = np.array([count for *_, count in HISTOGRAM], dtype=float)

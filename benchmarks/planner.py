@@ -3,8 +3,9 @@
     python benchmarks/planner.py                 # all sizes, 16k ... 16M tokens; writes benchmarks/results/planner.json
     python benchmarks/planner.py --max-len 64k   # the small ones
 
-Every row runs in a process of its own on one thread, after a warm-up on a short sequence, and reports the median of three plans of
-rank 0. Peers run where they can: eager block masks to 16k, compiled ones to 64k tokens; PTRR on the compiled one.
+Every row runs in a process of its own on one thread, after a warm-up on a short sequence, and reports the median of
+three plans of rank 0. Peers run where they can: eager block masks to 16k, compiled ones to 64k tokens; PTRR on the
+compiled one.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from documents import draw_documents
 
 import cpflex
+from documents import draw_documents
 
 SIZES = [(1 << 14, 8), (1 << 16, 8), (1 << 18, 32), (1 << 20, 64), (1 << 22, 256), (1 << 24, 1024)]
 WINDOW = 1024
 
 
 def block_diffusion(seq_len: int, block: int) -> Callable:
-    """Noisy half, then clean half (arXiv:2503.09573, figure 3): a noisy block sees itself and the clean blocks before it."""
+    """Noisy half, then clean half (arXiv:2503.09573, figure 3): a noisy block sees itself and the clean blocks before
+    it.
+    """
     half = seq_len // 2
 
     def mask_mod(b, h, q_idx, kv_idx):
@@ -49,7 +52,9 @@ def block_diffusion(seq_len: int, block: int) -> Callable:
 def opaque(b, h, q_idx, kv_idx):
     """A user's own lambda: attention sinks, a ragged band and a dilated tail."""
     distance = q_idx - kv_idx
-    return (distance >= 0) & ((kv_idx < 64) | (distance < 2048 + q_idx % 512) | ((distance % 4096 == 0) & (distance < 65536)))
+    return (distance >= 0) & (
+        (kv_idx < 64) | (distance < 2048 + q_idx % 512) | ((distance % 4096 == 0) & (distance < 65536))
+    )
 
 
 def masks(seq_len: int) -> dict[str, Any]:
@@ -133,7 +138,11 @@ def _measure_ptrr(block_mask: Any, world_size: int) -> dict[str, Any]:
     work = np.array([dense[held].sum() for held in blocks])
     needs = [np.setdiff1d(np.flatnonzero(dense[held].any(axis=0)), held).size for held in blocks]
     foreign = dense.shape[1] * (world_size - 1) // world_size
-    return {"ptrr_ms": 1e3 * elapsed, "ptrr_imbalance": work.max() / work.mean(), "ptrr_worst_receive": max(needs) / foreign}
+    return {
+        "ptrr_ms": 1e3 * elapsed,
+        "ptrr_imbalance": work.max() / work.mean(),
+        "ptrr_worst_receive": max(needs) / foreign,
+    }
 
 
 def _reset_peak_bytes() -> int:
@@ -179,7 +188,9 @@ def _show(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max-len", type=_length, default=1 << 24, help="longest sequence, for instance 64k or 1m (default 16m)")
+    parser.add_argument(
+        "--max-len", type=_length, default=1 << 24, help="longest sequence, for instance 64k or 1m (default 16m)"
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave torch's block masks and balancers out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "planner.json")
     options = parser.parse_args()
@@ -191,7 +202,9 @@ def main() -> None:
         for name in masks(1 << 12):
             jobs: list[tuple] = [(measure_plan, name, seq_len, world_size)]
             if not options.no_peers and seq_len <= 1 << 16 and name in ("causal", "documents", "doc+window"):
-                jobs += [(measure_torch, name, seq_len, world_size, c) for c in (False, True) if c or seq_len <= 1 << 14]
+                jobs += [
+                    (measure_torch, name, seq_len, world_size, c) for c in (False, True) if c or seq_len <= 1 << 14
+                ]
             for job in jobs:
                 rows.append(_in_own_process(*job))
                 print(_show(rows[-1]), flush=True)

@@ -36,7 +36,8 @@ class ScoreMod:
 
 
 def score_mod(fn: ScoreFn) -> ScoreMod:
-    """Trace ``fn(score, b, h, q_idx, kv_idx) -> Tensor`` once and for all; positions are global. Required under `torch.compile`.
+    """Trace ``fn(score, b, h, q_idx, kv_idx) -> Tensor`` once and for all; positions are global. Required under
+    `torch.compile`.
 
     Gradients flow to captured tensors that require grad: each rank gets its own part, to be reduced like a parameter's.
 
@@ -61,7 +62,8 @@ def flex_attention(
     *,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
-    """Exact attention of the local queries to all ranks' keys: torch's ``flex_attention`` with a plan as its block mask.
+    """Exact attention of the local queries to all ranks' keys: torch's ``flex_attention`` with a plan as its block
+    mask.
 
     Args:
         query, key, value: this rank's tokens, as `Plan.shard` gives them; float32, bfloat16 or float16, any strides.
@@ -70,14 +72,17 @@ def flex_attention(
         scale: of the scores; 1 / sqrt(D) if None.
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: also return lse; ``return_aux=AuxRequest(lse=True)`` is torch's newer spelling.
-        kernel_options: {"backend": "triton"} or {"backend": "reference"}; None: triton for CUDA tensors, else reference.
+        kernel_options: {"backend": "triton"} or {"backend": "reference"}; None: triton for CUDA tensors, else
+        reference.
 
     Returns:
-        out [B, Hq, S_local, Dv] in the dtype of query; with ``return_lse`` (out, lse), with ``return_aux`` (out, AuxOutput); lse
-        [B, Hq, S_local] is fp32, natural log, differentiable. A query that sees no key gives 0 and -inf.
+        out [B, Hq, S_local, Dv] in the dtype of query; with ``return_lse`` (out, lse), with ``return_aux`` (out,
+        AuxOutput); lse [B, Hq, S_local] is fp32, natural log, differentiable. A query that sees no key gives 0 and
+        -inf.
 
     Raises:
-        ValueError, NotImplementedError, TypeError: arguments that cannot be honoured, before anything is exchanged, on every rank.
+        ValueError, NotImplementedError, TypeError: arguments that cannot be honoured, before anything is exchanged, on
+            every rank.
         RankMismatch: the ranks were given different plans, shapes, dtypes or mods.
     """
     plan = _require_plan(block_mask)

@@ -1,7 +1,7 @@
 """Handles: a 0-d CPU tensor that stands for a Python object, so that the object can cross an operator of torch.
 
-For `torch.compile` a handle is a tensor like any other: another plan is another value, not another program. The object lives as long as
-its tensor does, saved for backward included.
+For `torch.compile` a handle is a tensor like any other: another plan is another value, not another program. The object
+lives as long as its tensor does, saved for backward included.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ class Work(Protocol):
     """A transfer under way."""
 
     def wait(self) -> None:
-        """Return when the received tensors may be read and the sent ones written, in the order of the current stream."""
+        """Return when the received tensors may be read and the sent ones written, in the order of the current
+        stream.
+        """
         ...
 
 
@@ -29,7 +31,9 @@ class Links(Protocol):
     world_size: int
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
-        """Start all transfers at once. Ranks call it in one global order; messages of a pair arrive in the order sent."""
+        """Start all transfers at once. Ranks call it in one global order; messages of a pair arrive in the order
+        sent.
+        """
         ...
 
     def all_gather_object(self, value: Any) -> list[Any]:

@@ -1,13 +1,14 @@
 """Mask_mods on global token positions, and their algebra.
 
-A mask_mod is ``(b, h, q_idx, kv_idx) -> bool Tensor``: True where the query sees the key. Those made here compose with ``&``, ``|``
-and ``~``, with each other and with any plain callable of that signature, and work in torch's own ``flex_attention`` as well.
-Numbers are captured as 0-d tensors, so that a new window or prefix is new data and not a new program.
+A mask_mod is ``(b, h, q_idx, kv_idx) -> bool Tensor``: True where the query sees the key. Those made here compose with
+``&``, ``|`` and ``~``, with each other and with any plain callable of that signature, and work in torch's own
+``flex_attention`` as well. Numbers are captured as 0-d tensors, so that a new window or prefix is new data and not a
+new program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ MaskFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class MaskMod:
     """A mask_mod that composes: ``causal() & sliding_window(4096) | ~document(ids)``."""
 
-    def __init__(self, fn: MaskFn, name: str, lengths: Sequence[int] = ()) -> None:
+    def __init__(self, fn: MaskFn, name: str, lengths: Collection[int] = ()) -> None:
         self.fn = fn
         self.__name__ = name
         self.lengths = frozenset(lengths)
@@ -75,10 +76,10 @@ def full() -> MaskMod:
 def sliding_window(window: int, right: int | None = None) -> MaskMod:
     """A band around the diagonal.
 
-    ``sliding_window(w)`` is ``kv_idx > q_idx - w``: the w latest tokens, the query's own included, as Hugging Face counts them;
-    it is one-sided and hides no future key, so combine it with `causal`. ``sliding_window(left, right)`` is
-    ``q_idx - left <= kv_idx <= q_idx + right``: tokens before and after the query's own, as FlashAttention's ``window_size`` counts them.
-    Hence ``causal() & sliding_window(w)`` equals ``sliding_window(w - 1, 0)``.
+    ``sliding_window(w)`` is ``kv_idx > q_idx - w``: the w latest tokens, the query's own included, as Hugging Face
+    counts them; it is one-sided and hides no future key, so combine it with `causal`. ``sliding_window(left, right)``
+    is ``q_idx - left <= kv_idx <= q_idx + right``: tokens before and after the query's own, as FlashAttention's
+    ``window_size`` counts them. Hence ``causal() & sliding_window(w)`` equals ``sliding_window(w - 1, 0)``.
 
     Args:
         window: tokens; at least 1 (one-sided) or 0 (two-sided).
@@ -106,7 +107,8 @@ def document(doc_ids: Tensor | None = None, *, cu_seqlens: Tensor | Sequence[int
         ...11111  (five such rows)
 
     Args:
-        doc_ids: integers [S] or [B, S], equal within a document; any numbering. A number that comes back later is the same document.
+        doc_ids: integers [S] or [B, S], equal within a document; any numbering. A number that comes back later is the
+            same document.
         cu_seqlens: instead of ``doc_ids``: where documents start, and the end, [num_docs + 1], rising from 0 to S.
 
     Raises:
@@ -135,7 +137,9 @@ def _ids_of(cu_seqlens: Tensor) -> Tensor:
 
 
 def _renumber(doc_ids: Tensor) -> Tensor:
-    """Documents counted by first occurrence: ids rise along the sequence, which makes ranges of them tell tiles apart."""
+    """Documents counted by first occurrence: ids rise along the sequence, which makes ranges of them tell tiles
+    apart.
+    """
     if doc_ids.ndim not in (1, 2) or doc_ids.is_floating_point() or doc_ids.numel() == 0:
         raise ValueError(f"doc_ids must be integers [S] or [B, S]; got {doc_ids.dtype} {tuple(doc_ids.shape)}")
     if doc_ids.ndim == 2:

@@ -1,7 +1,8 @@
 """Needs: which keys each rank's queries see, found tile by tile, from the traced mask and a layout.
 
-Both ends of a transfer must agree on it without talking. They do because every rank classifies the same global tiles along the same
-path of squares: a rank looks at its own rows (what it receives) and its own columns (what it sends), and a tile has one verdict.
+Both ends of a transfer must agree on it without talking. They do because every rank classifies the same global tiles
+along the same path of squares: a rank looks at its own rows (what it receives) and its own columns (what it sends), and
+a tile has one verdict.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def chunk_needs(classify: Classify, blocks: Tiles) -> ChunkNeeds:
 
 
 def _covered(squares: Squares, tiles: Tiles, line_of_row: np.ndarray, num_lines: int) -> np.ndarray:
-    """bool [num_lines, num_tiles]: the columns of the squares' rows, by the line that a row belongs to (-1: to none)."""
+    """bool [num_lines, num_tiles]: the columns of the squares' rows, by the line that a row belongs to (-1: to
+    none).
+    """
     widest = 1 << (tiles.num_tiles - 1).bit_length()
     line_of_row = np.append(line_of_row, np.full(widest - len(line_of_row), -1))  # squares overhang the last tile
     covered = np.zeros((num_lines, widest), dtype=bool)
@@ -73,7 +76,9 @@ class Needs:
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """K/V rows of rank o's shard that rank r needs, by block: never too few. int64 [world_size (r), world_size (o)]."""
+        """K/V rows of rank o's shard that rank r needs, by block: never too few. int64 [world_size (r), world_size
+        (o)].
+        """
         sees = np.stack([self._chunks.sees[list(held)].any(axis=0) for held in self.layout.chunks])
         owner = self.layout.owner[self._chunks.block_chunk]
         return np.stack([np.bincount(owner[row], self._chunks.block_len[row], len(sees)) for row in sees]).astype(

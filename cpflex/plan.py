@@ -62,13 +62,15 @@ def make_plan(
     """Decide which tokens each rank holds, what travels when, and what is computed. Pure: never communicates.
 
     Args:
-        mask: a mask_mod on global positions, or one per layer kind of a hybrid model, ``{"full": m1, "sliding": m2}``; all kinds share
-            one layout. Captured tensors are copied.
+        mask: a mask_mod on global positions, or one per layer kind of a hybrid model, ``{"full": m1, "sliding": m2}``;
+            all kinds share one layout. Captured tensors are copied.
         seq_len: tokens of the whole sequence, below 2**31; any number of them.
-        group: the ranks that share the sequence: a process group, a 1-D device mesh such as ``mesh["cp"]``, or None for one rank.
-        rank, world_size: instead of a group, to plan for any rank of any job, anywhere; `Plan.bind` adds the group later.
+        group: the ranks that share the sequence: a process group, a 1-D device mesh such as ``mesh["cp"]``, or None for
+            one rank.
+        rank, world_size: instead of a group, to plan for any rank of any job, anywhere; `Plan.bind` adds the group.
         weights: layers of each kind; 1 each if None.
-        batch_size, num_heads: needed when the mask depends on ``b`` or ``h``: what is computed and sent is then the union over them.
+        batch_size, num_heads: needed when the mask depends on ``b`` or ``h``: what is computed and sent is then the
+            union over them.
         layout: `balanced`, `zigzag`, `contiguous`, `striped`, or a function like them.
         schedule: `auto`, `ring`, `direct`, or a function like them.
 
@@ -181,9 +183,10 @@ class Plan:
     def stats(self) -> dict[str, Any]:
         """Figures of the one mask kind, or of each: ``stats[kind]``.
 
-        Of all ranks: ``work`` (query, key) pairs in blocks with work, ``imbalance`` max / mean of it, ``needed_tokens`` K/V rows of other
-        ranks that each needs, by block. Of this rank, for one forward: ``recv_tokens`` and ``sent_tokens`` K/V rows, to be compared with
-        ``all_gather_tokens``; ``full_tiles``, ``partial_tiles``, and how many of these are ``unproven_tiles``. ``schedule``, ``reason``.
+        Of all ranks: ``work`` (query, key) pairs in blocks with work, ``imbalance`` max / mean of it, ``needed_tokens``
+        K/V rows of other ranks that each needs, by block. Of this rank, for one forward: ``recv_tokens`` and
+        ``sent_tokens`` K/V rows, to be compared with ``all_gather_tokens``; ``full_tiles``, ``partial_tiles``, and how
+        many of these are ``unproven_tiles``. ``schedule``, ``reason``.
         """
         figures = {name: self._stats_of(kind) for name, kind in self.kinds.items()}
         return figures if len(figures) > 1 else next(iter(figures.values()))
@@ -206,9 +209,9 @@ class Plan:
         }
 
     def shard(self, x: Tensor, dim: int, *, pad_value: float | int | bool | None = None) -> Tensor:
-        """This rank's tokens of ``x``, which every rank holds whole: ``x.shape[dim] == seq_len`` -> ``local_len``. No communication.
+        """This rank's tokens of ``x``, which every rank holds whole: ``x.shape[dim] == seq_len`` -> ``local_len``.
 
-        Differentiable: the gradient is zero at the other ranks' tokens. Shift labels before sharding them.
+        Nothing is sent. Differentiable: the gradient is zero at other ranks' tokens. Shift labels before sharding them.
 
         Raises:
             ValueError: ``x`` has another length, or padding is needed and ``pad_value`` is None.
@@ -216,9 +219,9 @@ class Plan:
         return shard(x, dim, self.layout, self.rank, pad_value)
 
     def unshard(self, x: Tensor, dim: int) -> Tensor:
-        """All ranks' tokens in their original order, pads dropped: ``local_len`` -> ``seq_len``. All ranks must call it.
+        """All ranks' tokens in their original order, pads dropped: ``local_len`` -> ``seq_len``.
 
-        Differentiable: the ranks' gradients are summed in fp32, in rank order.
+        All ranks must call it. Differentiable: the ranks' gradients are summed in fp32, in rank order.
         """
         if self._links is None and self.world_size > 1:
             raise RuntimeError("this plan has no group to gather from; call plan = plan.bind(group) first")
@@ -233,7 +236,8 @@ class Plan:
         links, rank, world_size = _membership(group, None, None)
         if (rank, world_size) != (self.rank, self.world_size):
             raise ValueError(
-                f"the plan was made for rank {self.rank} of {self.world_size}; the group makes this process rank {rank} of {world_size}"
+                f"the plan was made for rank {self.rank} of {self.world_size}; "
+                f"the group makes this process rank {rank} of {world_size}"
             )
         return Plan(self.layout, self.rank, self.kinds, links, self.batch_size, self.num_heads)
 
@@ -323,7 +327,8 @@ def _traced(
         for table_len in table_sizes(mod, [name]):
             if table_len < size:
                 raise ValueError(
-                    f"mask {mod.name!r} indexes a captured tensor of {table_len} elements with {name}; {argument}={size}"
+                    f"mask {mod.name!r} indexes a captured tensor of {table_len} elements with {name}; "
+                    f"{argument}={size}"
                 )
     builder = GraphBuilder(mod.graph.nodes)
     length = builder.add("captured", len(mod.captured), dtype=torch.int64)

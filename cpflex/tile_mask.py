@@ -1,8 +1,8 @@
 """TileMask: what one (local queries, visiting keys) pair has to compute, as runs of tiles.
 
-A tile is at most `TILE` consecutive tokens of one chunk, on either axis. Tiles where the mask is false everywhere are not listed; FULL
-ones skip the mask; PARTIAL ones evaluate it at the tokens' positions. Classification goes from coarse squares to tiles: its cost follows
-the boundary of the mask, not its area.
+A tile is at most `TILE` consecutive tokens of one chunk, on either axis. Tiles where the mask is false everywhere are
+not listed; FULL ones skip the mask; PARTIAL ones evaluate it at the tokens' positions. Classification goes from coarse
+squares to tiles: its cost follows the boundary of the mask, not its area.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from cpflex.mods.intervals import EMPTY, FULL, PARTIAL
 TILE = 128
 """Tokens on a side of a tile."""
 
+CPU = torch.device("cpu")
+
 EXACT_ELEMENTS = 1 << 22
 """Mask elements that the plan of one mask kind may evaluate to settle tiles that intervals left open."""
 
@@ -32,7 +34,9 @@ Classify = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray
 
 @dataclass(frozen=True)
 class Tiles:
-    """The whole padded sequence cut into tiles, none of which straddles two chunks. Both axes of the mask are cut alike."""
+    """The whole padded sequence cut into tiles, none of which straddles two chunks. Both axes of the mask are cut
+    alike.
+    """
 
     chunk_len: int
     num_chunks: int
@@ -75,18 +79,20 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Squares:
-    """The tiles that are not EMPTY: FULL ones as squares of tiles, (first row, first column, side); PARTIAL ones singly."""
+    """The tiles that are not EMPTY: FULL ones as squares of tiles, (first row, first column, side); PARTIAL ones
+    singly.
+    """
 
     full: tuple[np.ndarray, np.ndarray, np.ndarray]
     partial: tuple[np.ndarray, np.ndarray]
 
     def rows(self, tiles: Tiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(row, first column, end column) of each row of each square, PARTIAL and FULL; squares overhang the last tile."""
-        rows, cols, sides = self.full
-        ones = np.ones_like(self.partial[0])
-        return _lines(
-            *(np.append(a, b) for a, b in ((rows, self.partial[0]), (cols, self.partial[1]), (sides, ones))), tiles
-        )
+        """(row, first column, end column) of each row of each square, PARTIAL and FULL; squares overhang the last
+        tile.
+        """
+        (rows, cols, sides), (partial_rows, partial_cols) = self.full, self.partial
+        sides = np.append(sides, np.ones_like(partial_rows))
+        return _lines(np.append(rows, partial_rows), np.append(cols, partial_cols), sides, tiles)
 
 
 def classify_squares(
@@ -149,8 +155,8 @@ class Runs:
 
 @dataclass(frozen=True)
 class TileMask:
-    """Tiles and verdicts of one pair. Tile i of an axis is tokens ``starts[i] : starts[i + 1]`` of that axis, at the positions from
-    ``first[i]`` on. Tables stay on the CPU; positions of all tokens are made where ``device`` says.
+    """Tiles and verdicts of one pair. Tile i of an axis is tokens ``starts[i] : starts[i + 1]`` of that axis, at the
+    positions from ``first[i]`` on. Tables stay on the CPU; positions of all tokens are made where ``device`` says.
     """
 
     q_first: Tensor  # int32 [q_tiles]
@@ -163,7 +169,7 @@ class TileMask:
     partial_by_kv: Runs
     num_unproven: int
     """PARTIAL tiles that were not evaluated exactly, for want of budget."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @cached_property
     def q_positions(self) -> Tensor:
@@ -198,7 +204,8 @@ def make_tile_masks(
     num_heads: int = 1,
     exact_elements: int = EXACT_ELEMENTS,
 ) -> list[TileMask]:
-    """One TileMask per block of visiting keys. Tiles that intervals left open are evaluated, within a budget for all blocks.
+    """One TileMask per block of visiting keys. Tiles that intervals left open are evaluated, within a budget for all
+    blocks.
 
     Args:
         squares: at least the squares whose rows are in ``q_tiles``.
@@ -209,10 +216,15 @@ def make_tile_masks(
     is_local[q_tiles] = True
     open_rows, open_cols = (x[is_local[squares.partial[0]]] for x in squares.partial)
     verdicts, unproven = _evaluate_tiles(mod, tiles, open_rows, open_cols, batch_size, num_heads, exact_elements)
-    ones = np.ones_like(open_rows)
-    partial = tuple(x[verdicts == PARTIAL] for x in (open_rows, open_cols, ones))
-    full = tuple(
-        np.append(a, b[verdicts == FULL]) for a, b in zip(squares.full, (open_rows, open_cols, ones), strict=True)
+    is_full, is_partial = verdicts == FULL, verdicts == PARTIAL
+    full_rows, full_cols, sides = squares.full
+    kinds = (
+        (
+            np.append(full_rows, open_rows[is_full]),
+            np.append(full_cols, open_cols[is_full]),
+            np.append(sides, np.ones_like(open_rows[is_full])),
+        ),
+        (open_rows[is_partial], open_cols[is_partial], np.ones_like(open_rows[is_partial])),
     )
 
     col_of, step_of = (np.full(tiles.num_tiles, -1) for _ in range(2))
@@ -220,10 +232,10 @@ def make_tile_masks(
         col_of[block], step_of[block] = np.arange(len(block)), step
     unproven_steps = np.bincount(step_of[open_cols[unproven]], minlength=len(blocks))
     by_q, by_kv = [], []
-    for kind in (full, partial):
-        rectangles = _rectangles(*kind, tiles, q_tiles, col_of, step_of)
-        by_q.append(_runs(*rectangles, [len(q_tiles)] * len(blocks)))
-        by_kv.append(_runs(rectangles[0], *rectangles[3:], *rectangles[1:3], [len(block) for block in blocks]))
+    for rows, cols, sides in kinds:
+        step, row, num_rows, col, num_cols = _rectangles(rows, cols, sides, tiles, q_tiles, col_of, step_of)
+        by_q.append(_runs(step, row, num_rows, col, num_cols, [len(q_tiles)] * len(blocks)))
+        by_kv.append(_runs(step, col, num_cols, row, num_rows, [len(block) for block in blocks]))
 
     q_first, q_starts = _axis(tiles, q_tiles)
     return [
@@ -259,8 +271,10 @@ def _rectangles(
     q_tiles: np.ndarray,
     col_of: np.ndarray,
     step_of: np.ndarray,
-) -> tuple[np.ndarray, ...]:
-    """Squares of the whole mask -> (step, first row, number of rows, first column, number of columns), local to the step."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Squares of the whole mask -> (step, first row, number of rows, first column, number of columns), local to the
+    step.
+    """
     # local queries are in rising order: the rows that a square has in common with them are neighbours there
     first_row, end_row = np.searchsorted(q_tiles, rows), np.searchsorted(q_tiles, rows + sides)
     local = end_row > first_row

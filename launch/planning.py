@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data import Corpus, Sample
 from torch import Tensor
 from torch.utils.data import Dataset
 
 import cpflex
 from cpflex.sharding.layout import LayoutFn
+from data import Corpus, Sample
 
 LAYOUTS: dict[str, LayoutFn] = {
     "balanced": cpflex.balanced,

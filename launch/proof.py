@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from cpflex.sharding.layout import LayoutFn
 from data import IGNORE, Corpus, Sample
 from model import Transformer
 from planning import layer_masks, plan_layers
 from step import loss_and_gradients, summed_loss
-from torch import Tensor
-
-from cpflex.sharding.layout import LayoutFn
 
 PROOF_LEN = 1021
 """Tokens of the proof's sequence: dense fp64 attention stays cheap, and being prime it needs pads."""

@@ -21,6 +21,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401 - first imported later, it would keep the group for ever: see `joined`
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
@@ -65,8 +66,9 @@ def start(script: str, arguments: Sequence[str], *, num_ranks: int | None = None
 def joined(device_type: str = "auto") -> Iterator[tuple[dist.ProcessGroup, torch.device]]:
     """The group of all ranks, NCCL with GPUs and gloo without, and this rank's device.
 
-    Let no global variable, nor a frame that calls sys.exit, hold the group: Python now and then aborts when it ends with
-    a gloo group alive ("terminate called without an active exception", torch 2.13).
+    Keep the group in local variables, of functions that return before Python ends: a gloo group that is alive then
+    aborts it now and then ("terminate called without an active exception", torch 2.13). torch.distributed.nn, which
+    torch.compile imports, has functions with the group of all ranks as the default of an argument.
 
     Args:
         device_type: "cpu", "cuda" or "auto".

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from data import Sample
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cpflex import Plan
+from data import Sample
 
 LOG_FILE = "log.jsonl"
 PLOT_FILE = "loss.png"

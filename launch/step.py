@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data import IGNORE, Sample
-from model import Attend, Transformer
 from torch import Tensor, nn
 
 import cpflex
+from data import IGNORE, Sample
+from model import Attend, Transformer
 
 
 def loss_and_gradients(

@@ -17,18 +17,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from sysconfig import get_path
 
-import checkpoint
-import ranks
 import torch
 import torch.distributed as dist
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+
+import checkpoint
+import ranks
 from data import VOCAB_SIZE, Corpus, text_files
 from model import Shape, Transformer
 from planning import LAYOUTS, PlannedSamples
 from proof import describe, prove
 from report import LOG_FILE, Report, step_record
 from step import loss_and_gradients
-from torch.optim import AdamW
-from torch.utils.data import DataLoader
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_GRAD_NORM = 1.0

@@ -25,17 +25,17 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import ranks
 import torch
 import torch.distributed as dist
-from dense import Inputs, Oracle, Results, ask, learnt_by
 from torch import Tensor
 
 import cpflex
+import ranks
 from cpflex.attention import ScoreFn, ScoreMod
 from cpflex.masks import MaskFn
 from cpflex.ring.schedule import ScheduleFn
 from cpflex.sharding.layout import LayoutFn
+from dense import Inputs, Oracle, Results, ask, learnt_by
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = (cpflex.contiguous, cpflex.zigzag, cpflex.striped, cpflex.balanced)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oracle import Attention, MaskFn, ScoreFn, dense_attention
 from torch import Tensor
 
 import cpflex
+from oracle import Attention, MaskFn, ScoreFn, dense_attention
 
 LAYOUTS = {layout.__name__: layout for layout in (cpflex.contiguous, cpflex.zigzag, cpflex.striped, cpflex.balanced)}
 SCHEDULES = {schedule.__name__: schedule for schedule in (cpflex.ring, cpflex.direct, cpflex.auto)}

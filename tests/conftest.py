@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from processes import RankProcesses
 
 torch.set_num_threads(1)

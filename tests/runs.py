@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from cases import Problem
-from oracle import Attention
 from torch import Tensor
 
 import cpflex
+from cases import Problem
+from oracle import Attention
 
 NAN = float("nan")
 TOKEN_TENSORS = ("out", "lse", "dq", "dk", "dv")

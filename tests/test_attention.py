@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Problem
-from processes import RankProcesses
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest
 
 import cpflex
+from cases import Problem
 from cpflex import handles
 from cpflex.testing import ThreadLinks, run_ranks
+from processes import RankProcesses
 
 SEQ_LEN = 48
 

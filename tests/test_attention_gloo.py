@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
 from cases import Problem
 from oracle import assert_within_budget
 from processes import RankProcesses
 from runs import assemble, attend_on_rank
-from torch.distributed.device_mesh import init_device_mesh
 
 SAMPLE = [
     Problem("causal", "none", 321, "gqa", "d16dv24", "fp32", "zigzag", "ring"),

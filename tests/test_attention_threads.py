@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+
 from cases import FACTORS, Problem, pairwise, whole_product
+from cpflex.testing import run_ranks
 from oracle import assert_within_budget
 from runs import assemble, attend_on_rank
-
-from cpflex.testing import run_ranks
 
 SAMPLE = [Problem(**row) for row in pairwise(FACTORS)]
 WHOLE = [

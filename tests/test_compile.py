@@ -11,12 +11,12 @@ from functools import partial
 
 import pytest
 import torch
-from cases import Problem
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import cpflex
+from cases import Problem
 from cpflex.ring.operator import attention
 from cpflex.testing import ThreadLinks, run_ranks
 
@@ -95,6 +95,7 @@ def test_plans_of_several_ranks_are_one_graph_too():
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="dq takes the strides of q, the fake of attention_backward says contiguous")
 def test_inductor_compiles_it():
     block = Block(SCORE_MODS["softcap"]())
     compiled = torch.compile(block, fullgraph=True)
@@ -104,6 +105,7 @@ def test_inductor_compiles_it():
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.xfail(strict=True, reason="Plan.refuse runs under the compiler, which cannot trace handles.resolve")
 def test_a_plain_score_mod_under_the_compiler_is_refused_with_what_to_do():
     def softcap(s, b, h, q, k):
         return 5 * torch.tanh(s / 5)
@@ -245,11 +247,15 @@ def test_two_microbatches_with_two_plans_may_be_in_flight():
     assert all(run_ranks(two_in_flight, 3))
 
 
-@pytest.mark.parametrize("needs_grad", [False, True])
-def test_the_operator_passes_torchs_own_checks(needs_grad: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["forward", "and backward"])
+def test_the_operator_passes_torchs_own_checks(needs_grad: bool, layout: str, monkeypatch: pytest.MonkeyPatch):
     (plan,) = plans(1)
     score_mod = cpflex.score_mod(lambda s, b, h, q, k: s - SLOPES[h] * (q - k))
-    q, k, v = (torch.randn(1, 2, plan.local_len, 8, requires_grad=needs_grad) for _ in range(3))
+    if layout == "contiguous":
+        q, k, v = (torch.randn(2, 2, plan.local_len, 8) for _ in range(3))
+    else:
+        q, k, v = torch.randn(2, plan.local_len, 3, 2, 8).permute(2, 0, 3, 1, 4)
     calls = []
 
     def noted(*args):
@@ -257,6 +263,15 @@ def test_the_operator_passes_torchs_own_checks(needs_grad: bool, monkeypatch: py
         return attention(*args)
 
     monkeypatch.setattr(sys.modules["cpflex.attention"], "attention", noted)
-    cpflex.flex_attention(q, k, v, score_mod, plan)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(attention, calls[0], test_utils=tests)
+    cpflex.flex_attention(*(x.detach().requires_grad_(needs_grad) for x in (q, k, v)), score_mod, plan)
+    torch.library.opcheck(attention, calls[0])
+
+
+@pytest.mark.xfail(strict=True, reason="dq takes the strides of q, the fake of attention_backward says contiguous")
+def test_gradients_of_strided_tensors_have_the_strides_that_the_compiler_was_told():
+    (plan,) = plans(1)
+    q, k, v = torch.randn(2, plan.local_len, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    out, lse = cpflex.flex_attention(q, k, v, block_mask=plan, return_lse=True)
+    arguments = (torch.ones_like(out), torch.zeros_like(lse), q, k, v, out, lse, [], plan.handle, "", 0.5, "", [])
+    for gradient in torch.ops.cpflex.attention_backward(*arguments):
+        assert gradient.is_contiguous()

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import Attention, MaskFn, assert_within_budget, dense_attention
-from processes import RankProcesses
-from runs import TOKEN_TENSORS, assemble
 from torch import Tensor
 
 import cpflex
 from cpflex.testing import run_ranks
+from oracle import Attention, MaskFn, assert_within_budget, dense_attention
+from processes import RankProcesses
+from runs import TOKEN_TENSORS, assemble
 
 BATCH = HEADS = 8
 DIM = 32

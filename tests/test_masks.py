@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from cases import MASKS, Problem
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 import cpflex
+from cases import MASKS, Problem
 
 
 def draw(mask, size: int = 8, b: int = 0, h: int = 0) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from cases import Problem, pairwise
 from oracle import assert_within_budget
 

@@ -7,12 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from cases import LAYOUTS, Problem
-from runs import TOKEN_TENSORS, assemble, attend_on_rank
 from torch import Tensor
 
 import cpflex
+from cases import LAYOUTS, Problem
 from cpflex.testing import ThreadLinks, run_ranks
+from runs import TOKEN_TENSORS, assemble, attend_on_rank
 
 SEQ_LEN = 512
 NAN = float("nan")

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Outcome, RankProcesses
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
 import cpflex
+from processes import Outcome, RankProcesses
 
 SEQ_LEN = 64
 Arguments = dict[str, Any]

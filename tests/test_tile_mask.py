@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from cases import FACTORS, MASKS, Problem, pairwise
 
 import cpflex
+from cases import FACTORS, MASKS, Problem, pairwise
 from cpflex.tile_mask import TILE, Runs, TileMask
 
 SAMPLE = [

@@ -1,4 +1,6 @@
-"""attend and attend_backward in plain torch: block-sparse, readable, the CPU backend and the twin of the fused kernels."""
+"""attend and attend_backward in plain torch: block-sparse, readable, the CPU backend and the twin of the fused
+kernels.
+"""
 
 from __future__ import annotations
 

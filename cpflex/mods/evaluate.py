@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ def _logic(on_bool: Callable, on_int: Callable) -> Callable:
     return lambda a, b: on_bool(a, b) if (a if isinstance(a, Tensor) else b).dtype == torch.bool else on_int(a, b)
 
 
-_OPS: dict[str, Callable[..., Tensor]] = {
+_OPS: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul")},
     **{name: getattr(torch, name) for name in ("neg", "abs", "sign", "floor", "ceil", "round", "trunc", "fmod", "pow")},
     **{name: getattr(torch, name) for name in ("exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt")},
@@ -81,6 +82,8 @@ def _execute(
 
 
 def wrapped_indices(table: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Negative indices count from the end, as in torch; the rest is clamped: a pad position never reads out of bounds."""
+    """Negative indices count from the end, as in torch; the rest is clamped: a pad position never reads out of
+    bounds.
+    """
     sizes = table.shape
     return tuple(torch.where(i < 0, i + n, i).clamp(0, n - 1) for i, n in zip(indices, sizes, strict=True))

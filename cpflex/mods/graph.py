@@ -1,7 +1,7 @@
 """A user's mask_mod or score_mod as data: a small, typed, pointwise graph.
 
-Every interpreter (tensors, intervals, generated kernels) reads this one form. It is homogeneous: the operands of a node have
-one dtype and casts are nodes, so that type promotion is decided once, when the mod is traced.
+Every interpreter (tensors, intervals, generated kernels) reads this one form. It is homogeneous: the operands of a node
+have one dtype and casts are nodes, so that type promotion is decided once, when the mod is traced.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Number = bool | int | float
 class Ref(NamedTuple):
     """An earlier node, by its place in the graph."""
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 Arg = Ref | Number | str
@@ -33,8 +33,9 @@ Arg = Ref | Number | str
 class Node(NamedTuple):
     """One pointwise operation.
 
-    ``input (name)`` · ``captured (slot)``: a 0-d captured tensor · ``gather (slot, idx...)``: one element of a captured tensor;
-    indices wrap when negative and are then clamped · ``const (number)`` · ``cast (x)`` · every other op takes operands of one dtype.
+    ``input (name)`` · ``captured (slot)``: a 0-d captured tensor · ``gather (slot, idx...)``: one element of a captured
+    tensor; indices wrap when negative and are then clamped · ``const (number)`` · ``cast (x)`` · every other op takes
+    operands of one dtype.
     """
 
     op: str
@@ -118,7 +119,9 @@ class Mod:
 
     @cached_property
     def key(self) -> str:
-        """Names the computation: the graph and the kind of its captured tensors, neither their values nor the function object."""
+        """Names the computation: the graph and the kind of its captured tensors, neither their values nor the function
+        object.
+        """
         kinds = [(str(t.dtype), t.ndim) for t in self.captured]
         return hashlib.sha256(f"{self.graph}|{kinds}".encode()).hexdigest()[:16]
 
@@ -129,7 +132,7 @@ class Mod:
         for tensor in self.captured:
             data = tensor.detach().cpu().contiguous()
             digest.update(f"{tuple(data.shape)}".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def uses(self, name: str) -> bool:
@@ -160,7 +163,9 @@ def _decompressed(stored: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 
 def table_sizes(mod: Mod, inputs: Collection[str]) -> list[int]:
-    """Sizes of the dims of captured tensors that are indexed by one of the inputs as it is; each must cover that input's range."""
+    """Sizes of the dims of captured tensors that are indexed by one of the inputs as it is; each must cover that
+    input's range.
+    """
     nodes = mod.graph.nodes
     return [
         mod.captured[node.args[0]].shape[dim]  # type: ignore[call-overload]

@@ -1,7 +1,8 @@
-"""Callable -> Mod: a mod is called once, on 0-d meta tensors, and the aten operations that it performs are written down.
+"""Callable -> Mod: a mod is called once, on 0-d meta tensors, and the aten operations that it performs are written
+down.
 
-Nothing is executed on data, so a mod may hold tables of any size on any device. Tensors that the mod did not receive as arguments are
-captured: 0-d ones by value, larger ones through indexing only.
+Nothing is executed on data, so a mod may hold tables of any size on any device. Tensors that the mod did not receive as
+arguments are captured: 0-d ones by value, larger ones through indexing only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from cpflex.mods.graph import POSITIONS, Arg, GraphBuilder, Mod, Ref
 
@@ -87,7 +88,8 @@ def trace_mask_mod(mask_mod: Callable[..., Tensor]) -> Mod:
     """Trace ``mask_mod(b, h, q_idx, kv_idx) -> bool Tensor``.
 
     Raises:
-        UnsupportedMod: an operation that is not pointwise, Python control flow on positions, randomness, a result that is not bool.
+        UnsupportedMod: an operation that is not pointwise, Python control flow on positions, randomness, a result that
+        is not bool.
     """
     return _trace(mask_mod, POSITIONS, "mask_mod")
 
@@ -110,7 +112,8 @@ def _trace(fn: Callable[..., Tensor], names: Sequence[str], kind: str) -> Mod:
     ref = recorder.value(result)
     if not isinstance(ref, Ref) or result.ndim != 0:
         raise UnsupportedMod(
-            f"{recorder.what} must be pointwise: one value for one (b, h, q_idx, kv_idx); got shape {tuple(result.shape)}"
+            f"{recorder.what} must be pointwise: one value for one (b, h, q_idx, kv_idx); "
+            f"got shape {tuple(result.shape)}"
         )
     if kind == "mask_mod" and result.dtype != torch.bool:
         raise UnsupportedMod(
@@ -134,30 +137,19 @@ def _drop_unused_captures(mod: Mod) -> Mod:
     return Mod(builder.graph(*mod.graph.outputs), tuple(mod.captured[s] for s in slots), mod.name)  # type: ignore[index]
 
 
+_TO_NUMBERS = {getattr(Tensor, f"__{name}__") for name in ("bool", "int", "float", "index", "complex", "contains")}
+_TO_NUMBERS |= {Tensor.item, Tensor.tolist, Tensor.numpy}
+
+
 class _PositionsStayTensors(TorchFunctionMode):
     """Indexing with a position becomes a gather; a position that Python wants as a number is an error."""
-
-    NUMBERS = {
-        getattr(Tensor, n)
-        for n in (
-            "__bool__",
-            "__int__",
-            "__float__",
-            "__index__",
-            "__complex__",
-            "item",
-            "tolist",
-            "__contains__",
-            "numpy",
-        )
-    }
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.NUMBERS and self.recorder.is_traced(args[0]):
+        if func in _TO_NUMBERS and self.recorder.is_traced(args[0]):
             raise UnsupportedMod(
                 f"{self.recorder.what} uses Python control flow or a Python number made from a position or score "
                 f"({func.__name__}); use torch.where(condition, a, b), `&`, `|`, `~` instead of if / and / or / not"
@@ -272,7 +264,7 @@ class _Recorder(TorchDispatchMode):
         return self._result(ref)
 
     def _result(self, ref: Ref) -> Tensor:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             return self._track(torch.empty((), dtype=self.builder.dtype(ref), device="meta"), ref)
 
     def _pointwise(self, func, name: str, args, kwargs) -> Ref | None:
@@ -389,7 +381,7 @@ class _Recorder(TorchDispatchMode):
             if isinstance(index, Tensor):
                 if index.ndim or index.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
                     raise UnsupportedMod(
-                        f"{self.what} indexes with a {index.dtype} tensor of shape {tuple(index.shape)}; use 0-d integers"
+                        f"{self.what} indexes with {index.dtype} {tuple(index.shape)}; indices are 0-d integers"
                     )
                 index = self._ref(index, torch.int64)
             chosen[dim] = index
@@ -414,7 +406,7 @@ class _Recorder(TorchDispatchMode):
         if not shape:
             indices = (i for i in table.indices if i is not None)
             return self._result(self.builder.add("gather", table.slot, *indices, dtype=source.dtype))
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             return self._track(torch.empty(shape, dtype=source.dtype, device="meta"), table)
 
     # -- identities, casts, constants
@@ -429,7 +421,7 @@ class _Recorder(TorchDispatchMode):
                 raise UnsupportedMod(
                     f"{self.what} casts a whole captured tensor; cast it outside the mod or after indexing it"
                 )
-            with torch.utils._python_dispatch._disable_current_modes():
+            with _disable_current_modes():
                 return self._track(torch.empty(source.shape, dtype=source.dtype, device="meta"), value)
         self._aliased.add(id(source))
         result = self._result(self.builder.cast(value, dtype or source.dtype))
@@ -471,7 +463,7 @@ class _Recorder(TorchDispatchMode):
 
     def _promote(self, a: Any, b: Any) -> tuple[Arg, Arg, torch.dtype]:
         """Both operands in the dtype in which torch would combine them."""
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             dtype = torch.result_type(*(_scalar_like(x) for x in (a, b)))
         operands = (self._ref(x, dtype) if isinstance(x, Tensor) else _number(x, dtype) for x in (a, b))
         return (*operands, dtype)  # type: ignore[return-value]

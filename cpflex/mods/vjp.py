@@ -31,7 +31,9 @@ class Vjp:
 
 @lru_cache(maxsize=64)
 def vjp(graph: Graph, wanted: tuple[int, ...]) -> Vjp:
-    """Vector-Jacobian product of a traced score_mod: of the score, and of the captured tensors in the ``wanted`` slots."""
+    """Vector-Jacobian product of a traced score_mod: of the score, and of the captured tensors in the ``wanted``
+    slots.
+    """
     builder = GraphBuilder(graph.nodes)
     grad = builder.add("input", "grad", dtype=torch.float32)
     adjoints: dict[int, Ref] = {graph.outputs[0].index: grad}

@@ -1,7 +1,7 @@
 """Agreement: before the first exchange on a plan, all ranks compare what they are about to do.
 
-A rank that finds a mistake in its own arguments says so here, and all ranks raise together: one that raised alone would leave the others
-waiting. The comparison also warms up the communicator.
+A rank that finds a mistake in its own arguments says so here, and all ranks raise together: one that raised alone would
+leave the others waiting. The comparison also warms up the communicator.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ def forward(q: Tensor, v_dim: int, call: Call, transport: Transport) -> tuple[Te
         q: [B, Hq, S_local, D].
 
     Returns:
-        out [B, Hq, S_local, Dv] in q's dtype and lse [B, Hq, S_local] fp32, natural log; 0 and -inf for a query that sees no key.
+        out [B, Hq, S_local, Dv] in q's dtype and lse [B, Hq, S_local] fp32, natural log; 0 and -inf for a query that
+        sees no key.
     """
     state = empty(q, v_dim)
     for _, step, (k, v) in transport.circulate():

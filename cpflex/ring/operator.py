@@ -1,6 +1,8 @@
-"""The one operator of torch: ``cpflex::attention`` and its backward, opaque to autograd, checkpointing and the compiler.
+"""The one operator of torch: ``cpflex::attention`` and its backward, opaque to autograd, checkpointing and the
+compiler.
 
-The plan crosses as a handle, the score_mod as the key of its graph and its captured tensors: twenty plans compile to one graph.
+The plan crosses as a handle, the score_mod as the key of its graph and its captured tensors: twenty plans compile to
+one graph.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def attention(
     backend: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, S_local, Dv] in q's dtype and lse [B, Hq, S_local] fp32. Exchanges K/V with the ranks of the plan's group."""
+    """out [B, Hq, S_local, Dv] in q's dtype and lse [B, Hq, S_local] fp32. Exchanges K/V with the ranks of the plan's
+    group.
+    """
     bound: Bound = resolve(plan)
     bound.agree(
         {

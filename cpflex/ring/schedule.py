@@ -1,13 +1,14 @@
 """Who sends which rows to whom at each step: pure data, made alike on every rank.
 
-The block of step t is the K/V that is visiting at that step; block 0 is the rank's own shard. A schedule function fills in where each
-block comes from and, for backward, where its dK/dV goes.
+The block of step t is the K/V that is visiting at that step; block 0 is the rank's own shard. A schedule function fills
+in where each block comes from and, for backward, where its dK/dV goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -65,9 +66,11 @@ class Step:
 class Needs(Protocol):
     """What a schedule may ask: how many K/V rows ranks need of one another, and which."""
 
-    @property
+    @cached_property
     def tokens(self) -> np.ndarray:
-        """Rows of rank o's shard that rank r needs, never too few, the same on every rank; int64 [world_size (r), world_size (o)]."""
+        """Rows of rank o's shard that rank r needs, never too few, the same on every rank; int64 [world_size (r),
+        world_size (o)].
+        """
         ...
 
     def rows_from(self, owner: int) -> Rows:
@@ -94,8 +97,8 @@ ScheduleFn = Callable[[Layout, int, Needs], Schedule]
 def ring(layout: Layout, rank: int, needs: Needs) -> Schedule:
     """Whole shards travel from each rank to the next (Ring Attention, arXiv:2310.01889).
 
-    All ranks make the same number of hops, the largest that any needs. In backward dK/dV follow their shard one hop behind, each rank
-    adding its own, and the last one sends the sum home in one message.
+    All ranks make the same number of hops, the largest that any needs. In backward dK/dV follow their shard one hop
+    behind, each rank adding its own, and the last one sends the sum home in one message.
     """
     world_size, shard = layout.world_size, ((0, layout.local_len),)
     num_hops = _hops_needed(needs.tokens)
@@ -124,8 +127,9 @@ def ring(layout: Layout, rank: int, needs: Needs) -> Schedule:
 def direct(layout: Layout, rank: int, needs: Needs) -> Schedule:
     """Each owner sends exactly the tiles that a rank needs, straight to it; dK/dV return the same way.
 
-    A local stage first, then as few remote ones as keep what a rank receives, and what it sends, within one shard a stage: with the next
-    stage in flight while one computes, receive buffers stay within two shards. Stage by stage, ranks serve rank + 1, rank + 2, ...
+    A local stage first, then as few remote ones as keep what a rank receives, and what it sends, within one shard a
+    stage: with the next stage in flight while one computes, receive buffers stay within two shards. Stage by stage,
+    ranks serve rank + 1, rank + 2, ...
     """
     shard = ((0, layout.local_len),)
     exchanges = [Exchange(sources=(Source(rank, shard),))]
@@ -154,7 +158,9 @@ def _direct_stage(index: int, distances: list[int], world_size: int, rank: int, 
 
 
 def _stages(tokens: np.ndarray, limit: int) -> list[list[int]]:
-    """Distances packed, the heaviest first, into the first stage where no rank receives or sends more than ``limit`` rows."""
+    """Distances packed, the heaviest first, into the first stage where no rank receives or sends more than ``limit``
+    rows.
+    """
     ranks = np.arange(len(tokens))
     received = [tokens[ranks, (ranks - distance) % len(tokens)] for distance in range(len(tokens))]
     sent = [tokens[(ranks + distance) % len(tokens), ranks] for distance in range(len(tokens))]

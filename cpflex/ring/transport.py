@@ -1,7 +1,9 @@
-"""Moves K/V and dK/dV between ranks as a plan's steps say, the next step's messages in flight while the caller computes.
+"""Moves K/V and dK/dV between ranks as a plan's steps say, the next step's messages in flight while the caller
+computes.
 
-Every rank runs the same sequence: post step t + 1, compute step t, post step t's gradients. One packed contiguous message per
-(source, destination, step, direction), so the messages between two ranks match in number, order and size on both ends.
+Every rank runs the same sequence: post step t + 1, compute step t, post step t's gradients. One packed contiguous
+message per (source, destination, step, direction), so the messages between two ranks match in number, order and size on
+both ends.
 """
 
 from __future__ import annotations
@@ -88,8 +90,8 @@ class Transport:
     def give_back(self, index: int, grads: Pair) -> None:
         """Hand over dK, dV (fp32) of step ``index``'s block; they travel to the owner of its rows.
 
-        What arrived for the block is added first. Parts for the rank's own shard are added one step after they were sent for, in a fixed
-        order: the rank's own, then by step, then by peer.
+        What arrived for the block is added first. Parts for the rank's own shard are added one step after they were
+        sent for, in a fixed order: the rank's own, then by step, then by peer.
         """
         exchange = self.steps[index].exchange
         if index == 0:
@@ -162,9 +164,14 @@ def _row_elements(pair: Pair) -> int:
 
 def _pack(pair: Pair, rows: Rows) -> Tensor:
     """All K rows, then all V rows, as one contiguous 1-D message."""
-    pieces = [torch.cat([x[:, :, start:stop] for start, stop in rows], dim=2) if len(rows) > 1 else
-              x[:, :, rows[0][0] : rows[0][1]] for x in pair]  # fmt: skip
-    return torch.cat([piece.reshape(-1) for piece in pieces])
+    num_rows = sum(stop - start for start, stop in rows)
+    message = pair.k.new_empty(num_rows * _row_elements(pair))
+    for x, packed in zip(pair, _split(message, num_rows, pair), strict=True):
+        offset = 0
+        for start, stop in rows:
+            packed[:, :, offset : offset + stop - start] = x[:, :, start:stop]
+            offset += stop - start
+    return message
 
 
 def _split(message: Tensor, num_rows: int, like: Pair) -> Pair:

@@ -1,8 +1,9 @@
 """balanced: one layout with equal work and few foreign keys on every rank, for all mask kinds at once.
 
-Full and sliding layers of a model share their tokens' places, so a layout has to suit each kind of mask. Chunks are dealt out by
-longest-processing-time-first with equal counts, then chunks of two ranks are swapped while that lowers what the busier ranks compute and
-receive. Integers only, ties by id, no random numbers, no clock: every rank on every host computes the same table.
+Full and sliding layers of a model share their tokens' places, so a layout has to suit each kind of mask. Chunks are
+dealt out by longest-processing-time-first with equal counts, then chunks of two ranks are swapped while that lowers
+what the busier ranks compute and receive. Integers only, ties by id, no random numbers, no clock: every rank on every
+host computes the same table.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ SLACK_PERMILLE = 45
 """How far above the mean work a rank may go for the sake of less traffic."""
 
 PAIRS_PER_TOKEN = 2000
-"""Pairs that take as long to compute as one K/V row to receive: 400 TFLOP/s against 50 GB/s at four query heads per key head."""
+"""Pairs that take as long to compute as one K/V row to receive: 400 TFLOP/s against 50 GB/s at four query heads per key
+head.
+"""
 
 MAX_GROUPS = 512
 """Groups of neighbouring blocks in which foreign keys are counted while chunks are swapped."""
@@ -46,9 +49,9 @@ MAX_PARTNERS = 24
 def balanced(seq_len: int, world_size: int, work: ChunkWork | None = None) -> Layout:
     """Equal work per rank for every mask kind, then as little K/V traffic as that allows.
 
-    Deals up to 16 chunks to each rank: the cheapest of contiguous, zigzag, and what refining these and a longest-first deal gives, where
-    a deal costs the sum over kinds of weight x max over ranks of max(compute, receive), compute above the mean by more than the slack
-    counting first. Never worse than zigzag by that measure.
+    Deals up to 16 chunks to each rank: the cheapest of contiguous, zigzag, and what refining these and a longest-first
+    deal gives, where a deal costs the sum over kinds of weight x max over ranks of max(compute, receive), compute above
+    the mean by more than the slack counting first. Never worse than zigzag by that measure.
     """
     if work is None:
         return zigzag(seq_len, world_size)
@@ -97,7 +100,9 @@ def _received(layout: Layout, needs: ChunkNeeds) -> np.ndarray:
 
 
 def _chunks_per_rank(seq_len: int, world_size: int) -> int:
-    """The fewest tokens in padding and in unfilled tiles, then nearest to 8; even, as zigzag pairs them, unless the sequence is short."""
+    """The fewest tokens in padding and in unfilled tiles, then nearest to 8; even, as zigzag pairs them, unless the
+    sequence is short.
+    """
 
     def waste(count: int) -> tuple[int, int]:
         chunk_len = aligned_chunk_len(seq_len, world_size * count)
@@ -150,7 +155,9 @@ def _packed(bits: np.ndarray) -> np.ndarray:
 
 
 def _longest_first(problem: _Problem) -> np.ndarray:
-    """Longest processing time first, to the rank whose busiest kind is least busy; equal counts. int64 [world_size, per_rank]."""
+    """Longest processing time first, to the rank whose busiest kind is least busy; equal counts. int64 [world_size,
+    per_rank].
+    """
     mean = np.maximum(problem.work.sum(axis=1), 1)[:, None]
     share = problem.work * 1_000_000_000 // mean  # integers, so that every host rounds alike
     load = np.zeros((len(share), problem.world_size), dtype=np.int64)
@@ -206,7 +213,9 @@ class _Deal:
         self._update(np.array([rank, other]))
 
     def partners(self, rank: int) -> np.ndarray:
-        """Ranks to swap with: all if they are few, else those that hold the neighbours of the rank's chunks, then the least busy."""
+        """Ranks to swap with: all if they are few, else those that hold the neighbours of the rank's chunks, then the
+        least busy.
+        """
         ranks = self.chunks.shape[0]
         if ranks <= MAX_PARTNERS:
             return np.array([other for other in range(ranks) if other != rank])

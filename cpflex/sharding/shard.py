@@ -1,4 +1,6 @@
-"""shard and unshard along the sequence dim, differentiable, exact adjoints under "total loss = sum of the ranks' losses"."""
+"""shard and unshard along the sequence dim, differentiable, exact adjoints under "total loss = sum of the ranks'
+losses".
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,16 @@ def shard(x: Tensor, dim: int, layout: Layout, rank: int, pad_value: float | int
         return local
     if pad_value is None:
         raise ValueError(
-            f"seq_len={layout.seq_len} is padded to {layout.num_chunks * layout.chunk_len} tokens for equal local lengths; "
-            "pass pad_value=..., for instance 0 for token ids and -100 for labels"
+            f"seq_len={layout.seq_len} is padded to {layout.num_chunks * layout.chunk_len} tokens, for equal local "
+            "lengths; pass pad_value=..., for instance 0 for token ids and -100 for labels"
         )
     is_pad = (positions >= layout.seq_len).view([-1] + [1] * (x.ndim - 1 - dim % x.ndim))
     return local.masked_fill(is_pad, pad_value)
 
 
 def unshard(x: Tensor, dim: int, layout: Layout, rank: int, links: Links | None) -> Tensor:
-    """All ranks' tokens in their original order, pads dropped. Backward sums the ranks' gradients in fp32, in rank order.
+    """All ranks' tokens in their original order, pads dropped. Backward sums the ranks' gradients in fp32, in rank
+    order.
 
     Args:
         x: ``x.shape[dim] == local_len``; equal shapes and dtypes on all ranks.

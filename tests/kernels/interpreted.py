@@ -16,16 +16,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cases import DIMS, Problem
-from oracle import Attention, assert_within_budget
 from torch import Tensor
 
 import cpflex
+from cases import DIMS, Problem
 from cpflex.handles import resolve
 from cpflex.kernels import Call, State, attend, attend_and_finish, attend_backward, empty, finish
 from cpflex.mods.graph import Mod
 from cpflex.mods.trace import trace_score_mod
 from cpflex.tile_mask import TileMask
+from oracle import Attention, assert_within_budget
 
 DIMS |= {"d64": (64, 64), "d80": (80, 80), "d96dv64": (96, 64), "d128": (128, 128), "d192dv128": (192, 128), "d256": (256, 256)}  # fmt: skip
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from cases import Problem
-from oracle import Attention, assert_within_budget, dense_attention
 from torch import Tensor
 
 import cpflex
+from cases import Problem
 from cpflex.kernels import Call, attend, attend_backward, empty, finish
 from cpflex.mods.trace import trace_score_mod
 from cpflex.ring.schedule import Exchange, Schedule, Source, Step
+from oracle import Attention, assert_within_budget, dense_attention
 
 
 def at_once(layout: cpflex.Layout, rank: int, needs: object) -> Schedule:

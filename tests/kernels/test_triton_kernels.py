@@ -8,6 +8,7 @@ from typing import Any
 import interpreted
 import pytest
 import torch
+
 from cases import Problem, pairwise
 
 Run = Callable[..., Any]

@@ -11,9 +11,10 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import checkpoint
 import pytest
 import torch
+
+import checkpoint
 from data import IGNORE, Corpus, pack, read, text_files
 from model import Shape, Transformer
 from planning import plan_layers

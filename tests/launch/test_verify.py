@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import dense
 import pytest
 import torch
-import verify
 from torch import Tensor
 
 import cpflex
+import dense
+import verify
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--seq-len", "45", "--batch-size", "1", "--heads", "2", "--kv-heads", "1", "--head-dim", "16"]

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from cases import MASKS, SCORES, Problem
 from torch import Tensor
 
+from cases import MASKS, SCORES, Problem
 from cpflex.mods.evaluate import evaluate, wrapped_indices
 from cpflex.mods.graph import Graph, Mod, Ref
 from cpflex.mods.trace import trace_mask_mod, trace_score_mod

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Problem
 
 import cpflex
+from cases import Problem
 from cpflex.links import Message
 from cpflex.ring.schedule import Transfer
 from cpflex.ring.transport import Pair, Transport

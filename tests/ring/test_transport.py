@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Problem
-from oracle import Attention
-from runs import assemble, attend_on_rank
 from torch import Tensor
 
 import cpflex
+from cases import Problem
 from cpflex.ring.transport import Pair, Transport
 from cpflex.testing import ThreadLinks, run_ranks
+from oracle import Attention
+from runs import assemble, attend_on_rank
 
 PROBLEMS = [
     Problem("full", "none", 321, "mha", "d16", "fp32", "zigzag", "ring", 4),

@@ -6,9 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import LAYOUTS
 
 import cpflex
+from cases import LAYOUTS
 from cpflex.sharding.layout import ALIGNMENT, STRIPE
 
 WORLDS = (1, 2, 3, 4, 8, 16)

@@ -7,12 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from cases import LAYOUTS
-from processes import RankProcesses
 from torch import Tensor
 
 import cpflex
+from cases import LAYOUTS
 from cpflex.testing import ThreadLinks, run_ranks
+from processes import RankProcesses
 
 LENGTHS = (1, 5, 127, 128, 300, 321)
 SHAPES = {0: (), 1: (3,), -1: (2, 3), -2: (2,), 2: (2, 2)}
