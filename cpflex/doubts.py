@@ -64,7 +64,7 @@ def _doubts_of(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[str]:
             f"the mask shows {density:.0%} of all pairs, but ranks need {share:.0%} of all K/V: "
             f"the layout scatters what belongs together{balancing}"
         )
-    received, least = stats["recv_tokens"], int(needed.max())
+    received, least = max(stats["recv_tokens"]), int(needed.max())
     if received > 2 * max(least, 1):
         found.append(
             f"{stats['schedule']} moves {received:,} K/V rows to each rank where {least:,} are needed at most - "

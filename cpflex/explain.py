@@ -99,7 +99,7 @@ def _kind(plan: Plan, name: str) -> list[str]:
 
 
 def _received(plan: Plan, stats: dict[str, Any], least: int) -> str:
-    received, all_gather = stats["recv_tokens"], stats["all_gather_tokens"]
+    received, all_gather = stats["recv_tokens"][plan.rank], stats["all_gather_tokens"]
     share = f"{_percent(received / all_gather)} of an all-gather ({all_gather:,} rows)"
     moved = f"{received:,} K/V rows by rank {plan.rank}, {stats['sent_tokens']:,} sent; {share}"
     if not received:
@@ -330,7 +330,7 @@ def _draw_work(ax: Axes, stats: dict[str, Any], colors: np.ndarray) -> None:
 
 def _draw_traffic(ax: Axes, plan: Plan, stats: dict[str, Any], colors: np.ndarray) -> None:
     all_gather = max(stats["all_gather_tokens"], 1)
-    needed, received = np.array(stats["needed_tokens"]) / all_gather, stats["recv_tokens"] / all_gather
+    needed, received = np.array(stats["needed_tokens"]) / all_gather, stats["recv_tokens"][plan.rank] / all_gather
     title = f"worst {_percent(needed.max())} of an all-gather" if plan.world_size > 1 else "one rank, nothing travels"
     ax.set_title(f"K/V per rank: {title}", loc="left", color=INK, fontsize=10, pad=14)
     _draw_bars(ax, needed, colors)

@@ -42,6 +42,7 @@ class MaskKind:
     """Equal on two ranks iff their plans belong together."""
     schedule: str
     reason: str
+    recv_tokens: tuple[int, ...]  # K/V rows that each rank receives in one forward
     work: np.ndarray  # (query, key) pairs to compute in blocks that are not EMPTY, int64 [world_size]
     tokens: np.ndarray  # K/V rows of rank o's shard that rank r needs, by block, int64 [world_size (r), world_size (o)]
 
@@ -102,7 +103,9 @@ def make_plan(
         fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         steps = _steps(mod, needs, chosen.exchanges, batch_size or 1, num_heads or 1)
         loads = work_per_rank(table, chunks)
-        planned[kind] = MaskKind(mod, steps, fingerprint, chosen.name, chosen.reason, loads, needs.tokens)
+        planned[kind] = MaskKind(
+            mod, steps, fingerprint, chosen.name, chosen.reason, chosen.recv_tokens, loads, needs.tokens
+        )
     by_b, by_h = (any(mod.uses(name) for mod in mods.values()) for name in "bh")
     return Plan(table, rank, planned, links, batch_size if by_b else None, num_heads if by_h else None)
 
@@ -183,10 +186,11 @@ class Plan:
     def stats(self) -> dict[str, Any]:
         """Figures of the one mask kind, or of each: ``stats[kind]``.
 
-        Of all ranks: ``work`` (query, key) pairs in blocks with work, ``imbalance`` max / mean of it, ``needed_tokens``
-        K/V rows of other ranks that each needs, by block. Of this rank, for one forward: ``recv_tokens`` and
-        ``sent_tokens`` K/V rows, to be compared with ``all_gather_tokens``; ``full_tiles``, ``partial_tiles``, and how
-        many of these are ``unproven_tiles``. ``schedule``, ``reason``.
+        Of each rank: ``work`` (query, key) pairs in blocks with work, ``recv_tokens`` K/V rows received in one forward
+        (exact for this rank, by block for others), ``needed_tokens`` K/V rows of other ranks that it needs, by block.
+        ``imbalance`` max / mean work, ``all_gather_tokens`` what an all-gather would bring to each rank. Of this rank:
+        ``sent_tokens``, ``full_tiles``, ``partial_tiles``, and how many of these are ``unproven_tiles``. ``schedule``
+        and ``reason``.
         """
         figures = {name: self._stats_of(kind) for name, kind in self.kinds.items()}
         return figures if len(figures) > 1 else next(iter(figures.values()))
@@ -194,10 +198,12 @@ class Plan:
     def _stats_of(self, kind: MaskKind) -> dict[str, Any]:
         masks = [step.tile_mask for step in kind.steps]
         exchanges = [step.exchange for step in kind.steps]
+        received = list(kind.recv_tokens)
+        received[self.rank] = sum(t.num_rows for exchange in exchanges for t in exchange.receives)
         return {
             "work": kind.work.tolist(),
             "imbalance": float(kind.work.max() / kind.work.mean()) if kind.work.any() else 1.0,
-            "recv_tokens": sum(t.num_rows for exchange in exchanges for t in exchange.receives),
+            "recv_tokens": received,
             "sent_tokens": sum(t.num_rows for exchange in exchanges for t in exchange.sends),
             "needed_tokens": (kind.tokens.sum(axis=1) - np.diag(kind.tokens)).tolist(),
             "all_gather_tokens": self.local_len * (self.world_size - 1),

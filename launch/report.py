@@ -53,7 +53,7 @@ def step_record(
         layout=plan.layout.name,
         imbalance={kind: figures["imbalance"] for kind, figures in stats.items()},
         kv_moved={
-            kind: figures["recv_tokens"] / max(1, figures["all_gather_tokens"]) for kind, figures in stats.items()
+            kind: max(figures["recv_tokens"]) / max(1, figures["all_gather_tokens"]) for kind, figures in stats.items()
         },
     )
 

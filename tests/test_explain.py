@@ -83,7 +83,7 @@ def test_explain_gives_the_figures_of_stats(case: Case):
         ]
         if plan.world_size > 1:
             said += [
-                f"received {stats['recv_tokens']:,} K/V rows by rank {plan.rank}, {stats['sent_tokens']:,} sent",
+                f"received {stats['recv_tokens'][plan.rank]:,} K/V rows by rank {plan.rank}, {stats['sent_tokens']:,} sent",
                 f" of an all-gather ({stats['all_gather_tokens']:,} rows)",
                 f"schedule {stats['schedule']}, ",
                 flowing(stats["reason"]),

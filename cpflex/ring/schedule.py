@@ -89,6 +89,8 @@ class Schedule:
     name: str
     reason: str
     exchanges: tuple[Exchange, ...]
+    recv_tokens: tuple[int, ...]
+    """K/V rows that each rank receives, [world_size]; of other ranks never too few."""
 
 
 ScheduleFn = Callable[[Layout, int, Needs], Schedule]
@@ -121,7 +123,8 @@ def ring(layout: Layout, rank: int, needs: Needs) -> Schedule:
                 grad_receives=(grad_receives,),
             )
         )
-    return Schedule("ring", f"asked for; {num_hops} of {world_size - 1} hops are needed", tuple(exchanges))
+    moved = (num_hops * layout.local_len,) * world_size
+    return Schedule("ring", f"asked for; {num_hops} of {world_size - 1} hops are needed", tuple(exchanges), moved)
 
 
 def direct(layout: Layout, rank: int, needs: Needs) -> Schedule:
@@ -136,7 +139,10 @@ def direct(layout: Layout, rank: int, needs: Needs) -> Schedule:
     for distances in _stages(needs.tokens, layout.local_len):
         stage = _direct_stage(len(exchanges), distances, layout.world_size, rank, needs)
         exchanges.append(stage)
-    return Schedule("direct", f"asked for; {len(exchanges) - 1} remote stages", tuple(exchanges))
+    foreign = needs.tokens.sum(axis=1) - np.diag(needs.tokens)
+    return Schedule(
+        "direct", f"asked for; {len(exchanges) - 1} remote stages", tuple(exchanges), tuple(foreign.tolist())
+    )
 
 
 def _direct_stage(index: int, distances: list[int], world_size: int, rank: int, needs: Needs) -> Exchange:
