@@ -95,7 +95,6 @@ def test_plans_of_several_ranks_are_one_graph_too():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="dq takes the strides of q, the fake of attention_backward says contiguous")
 def test_inductor_compiles_it():
     block = Block(SCORE_MODS["softcap"]())
     compiled = torch.compile(block, fullgraph=True)
@@ -105,7 +104,6 @@ def test_inductor_compiles_it():
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="Plan.refuse runs under the compiler, which cannot trace handles.resolve")
 def test_a_plain_score_mod_under_the_compiler_is_refused_with_what_to_do():
     def softcap(s, b, h, q, k):
         return 5 * torch.tanh(s / 5)
@@ -267,7 +265,6 @@ def test_the_operator_passes_torchs_own_checks(needs_grad: bool, layout: str, mo
     torch.library.opcheck(attention, calls[0])
 
 
-@pytest.mark.xfail(strict=True, reason="dq takes the strides of q, the fake of attention_backward says contiguous")
 def test_gradients_of_strided_tensors_have_the_strides_that_the_compiler_was_told():
     (plan,) = plans(1)
     leaves = [x.detach().requires_grad_() for x in torch.randn(2, plan.local_len, 3, 2, 8).permute(2, 0, 3, 1, 4)]

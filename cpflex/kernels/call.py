@@ -10,7 +10,6 @@ from torch import Tensor
 from cpflex.mods.graph import Graph, Mod
 from cpflex.mods.vjp import Vjp, vjp
 
-
 BACKENDS = ("triton", "reference")
 
 
