@@ -80,6 +80,11 @@ def as_dtensor(made: Arguments, group: Any) -> None:
     made["query"] = DTensor.from_local(made["query"], mesh, [Replicate()], run_check=False)
 
 
+def several_kinds(made: Arguments, group: Any) -> None:
+    masks = {"full": cpflex.full(), "causal": cpflex.causal()}
+    made["block_mask"] = cpflex.make_plan(masks, SEQ_LEN, group, layout=cpflex.zigzag)
+
+
 def shorter_keys(made: Arguments, group: Any) -> None:
     made["key"], made["value"] = made["key"][:, :, :-1], made["value"][:, :, :-1]
 
@@ -129,6 +134,8 @@ LOCAL: dict[str, tuple[Change, type[Exception], str]] = {
     "a score mod that is not pointwise": (put(score_mod=summed), cpflex.UnsupportedMod, "reduction"),
     "a score mod with a short table": (put(score_mod=indexed_too_far), ValueError, "63 elements .*seq_len=64"),
     "a score mod that is no function": (put(score_mod=3.0), TypeError, "score_mod must be callable; got float"),
+    "a scale that is no number": (put(scale="half"), ValueError, "half"),
+    "a plan of several kinds": (several_kinds, ValueError, "index it first"),
     "a DTensor": (as_dtensor, TypeError, r"query is a DTensor; pass the local tensor, `query\.to_local\(\)`"),
 }
 
@@ -236,10 +243,21 @@ def assert_all_raise(outcomes: list[Outcome]) -> None:
         assert outcome.seconds < 10
 
 
-@pytest.mark.parametrize("name", LOCAL)
+UNTOLD = pytest.mark.xfail(
+    strict=True, reason="raised before or after the part of flex_attention that tells the others"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=UNTOLD if name in ("a scale that is no number", "a plan of several kinds") else ())
+        for name in LOCAL
+    ],
+)
 def test_a_mistake_of_one_rank_is_raised_on_all(name: str, two_processes: RankProcesses):
     culprit = list(LOCAL).index(name) % 2
-    outcomes = two_processes.outcomes(call_with_a_mistake, name, culprit, timeout=20)
+    outcomes = two_processes.outcomes(call_with_a_mistake, name, culprit, timeout=12)
     assert_all_raise(outcomes)
     _, kind, _ = LOCAL[name]
     assert isinstance(outcomes[culprit].error, kind)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import cpflex
-from cases import DIMS, Problem
+from cases import DIMS, DTYPES, Problem
 from cpflex.handles import resolve
 from cpflex.kernels import Call, State, attend, attend_and_finish, attend_backward, empty, finish
 from cpflex.mods.graph import Mod
@@ -36,7 +36,7 @@ ROUNDINGS = {torch.float32: 40, torch.bfloat16: 4, torch.float16: 4}
 @contextlib.contextmanager
 def process() -> Iterator[Callable[..., Any]]:
     """``call(fn, *args)`` runs a function of this module where kernels are interpreted and memory that nobody wrote is NaN."""
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1"):
         pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         pool.submit(_begin).result()
     try:
@@ -57,15 +57,25 @@ def _begin() -> None:
 
 
 def check(problem: Problem) -> None:
-    """Every rank's steps, state carried from one to the next: near the twin, and within the error budget of the oracle."""
+    """Every rank's steps, state carried from one to the next: near the twin, and as near the oracle as promised."""
     fused, twin = run(problem, "triton"), run(problem, "reference")
+    dtype = DTYPES[problem.dtype]
+    near = ROUNDINGS[dtype] * torch.finfo(dtype).eps
     for name, value in fused.named().items():
-        near = ROUNDINGS[value.dtype] * torch.finfo(value.dtype).eps
-        size = twin.named()[name].float().nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-        torch.testing.assert_close(
-            value, twin.named()[name], rtol=near, atol=near * size, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    assert_within_budget(fused, problem.dense(torch.float32), problem.dense())
+        size = max(1.0, twin.named()[name].float().nan_to_num(0.0, 0.0, 0.0).abs().max().item())
+        _assert_close(name, value, twin.named()[name], rtol=near, atol=near * size)
+    exact = problem.dense()
+    if dtype == torch.float32:
+        for name in ("out", "lse", "dq", "dk", "dv"):  # the bar of torch's own tests of context parallelism
+            _assert_close(name, getattr(fused, name), getattr(exact, name).float(), rtol=1e-5, atol=2e-6)
+    elif problem.seq_len > 1:  # the error of a single score is luck, the reference's too
+        for attention in (fused, exact, reference := problem.dense(torch.float32)):
+            attention.d_captured = []  # which remembers that probabilities were rounded; it is near its twin
+        assert_within_budget(fused, reference, exact)
+
+
+def _assert_close(name: str, actual: Tensor, expected: Tensor, **tolerance: float) -> None:
+    torch.testing.assert_close(actual, expected, **tolerance, msg=lambda said: f"{name}: {said}")
 
 
 def run(problem: Problem, backend: str) -> Attention:
@@ -146,7 +156,7 @@ def _same(call: Call, tile_mask: TileMask, *tensors: Tensor) -> dict[str, Tensor
     fused, twin = (one_step(call, tile_mask, *tensors, backend) for backend in ("triton", "reference"))
     for name, value in fused.items():
         size = twin[name].nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-        torch.testing.assert_close(value, twin[name], rtol=1e-5, atol=5e-6 * max(size, 1.0), msg=lambda m, n=name: f"{n}: {m}")  # fmt: skip
+        _assert_close(name, value, twin[name], rtol=1e-5, atol=5e-6 * max(size, 1.0))
     return fused
 
 

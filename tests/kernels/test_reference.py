@@ -20,7 +20,8 @@ from oracle import Attention, assert_within_budget, dense_attention
 def at_once(layout: cpflex.Layout, rank: int, needs: object) -> Schedule:
     """All ranks' keys in one step."""
     shard = ((0, layout.local_len),)
-    return Schedule("at_once", "", (Exchange(tuple(Source(r, shard) for r in range(layout.world_size))),))
+    exchange = Exchange(tuple(Source(r, shard) for r in range(layout.world_size)))
+    return Schedule("at_once", "", (exchange,), (0,) * layout.world_size)
 
 
 SPLITS = {"at once": at_once, "by shard": cpflex.ring, "by need": cpflex.direct}
