@@ -72,8 +72,9 @@ def flex_attention(
         scale: of the scores; 1 / sqrt(D) if None.
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: also return lse; ``return_aux=AuxRequest(lse=True)`` is torch's newer spelling.
-        kernel_options: {"backend": "triton"} or {"backend": "reference"}; None: triton for CUDA tensors, else
-        reference.
+        kernel_options: {"backend": "reference"}, plain torch, which is also what None means; or {"backend": "triton"},
+        fused
+            kernels for CUDA tensors, experimental: they are tested in Triton's interpreter, not yet on a GPU.
 
     Returns:
         out [B, Hq, S_local, Dv] in the dtype of query; with ``return_lse`` (out, lse), with ``return_aux`` (out,

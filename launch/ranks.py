@@ -1,12 +1,14 @@
 """One process per rank: starts them when nobody else has, and joins them in a group.
 
-def main() -> None:
-    options = parse_options()    # a mistake in them is reported once, before any rank runs
-    if ranks.started():
-        with ranks.joined() as (group, device):
-            ...
-    else:
-        ranks.start(__file__, sys.argv[1:])
+A script's own part of it, after which `python script.py` and `torchrun script.py` do the same:
+
+    def main() -> None:
+        options = parse_options()    # a mistake in them is reported once, before any rank runs
+        if ranks.started():
+            with ranks.joined() as (group, device):
+                ...
+        else:
+            ranks.start(__file__, sys.argv[1:])
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def main() -> None:
     options = parse_options(sys.argv[1:])
     sys.path.insert(0, os.getcwd())  # the user's modules
     if not ranks.started():
-        chosen_mods(options)  # a mistake in them is reported once, before any rank runs
+        chosen_mods(options, torch.device("cpu"))  # a mistake in them is reported once, before any rank runs
         ranks.start(__file__, sys.argv[1:], num_ranks=options.ranks, device_type=options.device)
         return
     sys.exit(0 if passes(options) else 1)
@@ -64,8 +64,7 @@ def verify(options: argparse.Namespace, group: dist.ProcessGroup, device: torch.
     began = time.perf_counter()
     is_first = group.rank() == 0
     torch.manual_seed(SEED)  # what the user's module draws is equal on every rank, like the inputs
-    with device:
-        mask_fns, score_mods = chosen_mods(options)
+    mask_fns, score_mods = chosen_mods(options, device)
     inputs = random_inputs(options, device)
     if is_first:
         print(header(options, group, device))
@@ -170,27 +169,31 @@ def _cuts(seq_len: int, count: int) -> list[int]:
 # -- the user's own
 
 
-def chosen_mods(options: argparse.Namespace) -> tuple[dict[str, MaskFn], dict[str, ScoreMod | None]]:
-    """The masks and score_mods to verify, by name: the user's, or those of the table.
+def chosen_mods(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, MaskFn], dict[str, ScoreMod | None]]:
+    """The masks and score_mods to verify, by name: the user's, or those of the table; their tensors on ``device``.
 
     Raises:
         SystemExit: what the user named is not there, or is no mod that cpflex can trace; the message says why.
     """
     sizes = {"batch_size": options.batch_size, "num_heads": options.heads}
     try:
-        if options.mask is None:
-            mask_fns = masks(options.seq_len, **sizes)
-        else:
-            mask_fns = {options.mask: load(options.mask, "b, h, q_idx, kv_idx", options.seq_len)}
+        with device:
+            if options.mask is None:
+                mask_fns = masks(options.seq_len, **sizes)
+            else:
+                mask_fns = {options.mask: load(options.mask, "b, h, q_idx, kv_idx", options.seq_len)}
         for mask in mask_fns.values():
             cpflex.make_plan(mask, options.seq_len, **sizes)
     except (ValueError, TypeError, NotImplementedError) as problem:
         sys.exit(f"verify: --mask {options.mask}: {problem}")
     try:
-        if options.score_mod is None:
-            fns = score_mods(options.seq_len, options.heads)
-        else:
-            fns = {options.score_mod: load(options.score_mod, "score, b, h, q_idx, kv_idx", options.seq_len)}
+        with device:
+            if options.score_mod is None:
+                fns = score_mods(options.seq_len, options.heads)
+            else:
+                fns = {options.score_mod: load(options.score_mod, "score, b, h, q_idx, kv_idx", options.seq_len)}
         return mask_fns, {name: None if fn is None else cpflex.score_mod(fn) for name, fn in fns.items()}
     except (ValueError, TypeError, NotImplementedError) as problem:
         sys.exit(f"verify: --score-mod {options.score_mod}: {problem}")

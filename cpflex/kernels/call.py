@@ -25,7 +25,7 @@ class Call:
     wanted: tuple[int, ...] = ()
     """Slots of ``captured`` whose gradient is needed."""
     backend: str | None = None
-    """One of BACKENDS; None: triton for CUDA tensors, reference for others."""
+    """One of BACKENDS; None: reference."""
 
     @cached_property
     def score_vjp(self) -> Vjp | None:

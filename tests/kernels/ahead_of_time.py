@@ -53,7 +53,7 @@ def launches_compile(capability: int) -> Iterator[list[Variant]]:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         if ONLY and not self.fn.__name__.startswith(ONLY):
-            return
+            return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if all(known.kernel is not kernel for known in compiled):
             compiled.append(Variant(self.fn.__name__, kernel))

@@ -11,6 +11,8 @@ import torch
 
 from cases import Problem, pairwise
 
+pytestmark = pytest.mark.slow  # the interpreter takes seconds a case
+
 Run = Callable[..., Any]
 
 FACTORS = {
@@ -28,7 +30,10 @@ FACTORS = {
 
 
 PROBLEMS = [Problem(**row, batch_size=1) for row in pairwise(FACTORS)]
-PROBLEMS += [Problem("head_and_batch", "key_bias", 160, "gqa"), Problem("doc_per_batch", "alibi", 200, "mqa", world_size=2)]
+PROBLEMS += [
+    Problem("head_and_batch", "key_bias", 160, "gqa"),
+    Problem("doc_per_batch", "alibi", 200, "mqa", world_size=2),
+]
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,7 @@ def test_a_mistake_in_a_mod_is_named(
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "my_mods", raising=False)
     with pytest.raises(SystemExit, match=f"^verify: {option} {place}: .*{message}") as failure:
-        verify.chosen_mods(verify.parse_options([*TINY, option, place]))
+        verify.chosen_mods(verify.parse_options([*TINY, option, place]), torch.device("cpu"))
     assert failure.value.code != 0
 
 

@@ -1,0 +1,96 @@
+"""What every launch of a fused kernel passes: tensors whose rows are whole, the mods as device functions, the heads and
+their order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from cpflex.kernels import tuning
+from cpflex.kernels.call import Call
+from cpflex.kernels.scores import identity
+from cpflex.mods import triton_source
+
+NOT_SPECIALIZED = ["q_len", "kv_len", "num_items", "num_heads", "num_kv_heads", "heads_at_once", "group_size"]
+"""Arguments whose value, 1 or a multiple of 16 or not, must not compile another variant."""
+
+
+INTERPRETED = not isinstance(identity, triton.JITFunction)
+"""TRITON_INTERPRET was set when the kernels were imported: they run on the CPU, slowly, for tests."""
+
+
+class Mods(NamedTuple):
+    """In the order of the kernels' arguments."""
+
+    mask_mod: Any
+    mask_buffers: tuple[Tensor, ...]
+    mask_sizes: Tensor
+    score_mod: Any
+    score_vjp: Any
+    score_buffers: tuple[Tensor, ...]
+    score_sizes: Tensor
+
+    @classmethod
+    def of(cls, call: Call, device: torch.device, *, backward: bool) -> Mods:
+        score_mod = score_vjp = None
+        if call.score_graph is not None:
+            score_mod = triton_source.score_function(call.score_graph)
+        elif call.scale <= 0 and not backward:
+            score_mod = identity  # without a score_mod the maximum of a block is taken before it is scaled
+        if backward and call.score_vjp is not None:
+            score_vjp = triton_source.vjp_function(call.score_vjp)
+        mask = (triton_source.mask_function(call.mask.graph), *triton_source.pack_captured(call.mask.captured, device))
+        return cls(*mask, score_mod, score_vjp, *triton_source.pack_captured(call.captured, device))
+
+
+class Heads(NamedTuple):
+    """In the order of the kernels' arguments."""
+
+    num_heads: int  # Hq
+    num_kv_heads: int  # B * H
+    heads_at_once: int  # of keys and values: that many run to their end before the next ones begin
+    group_size: int  # Hq / H
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Heads:
+        head_bytes = k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
+        fit = tuning.l2_bytes(q.device) // max(1, head_bytes)
+        num_kv_heads = k.shape[0] * k.shape[1]
+        return cls(q.shape[1], num_kv_heads, min(max(1, fit), num_kv_heads), q.shape[1] // k.shape[1])
+
+
+def with_whole_rows(x: Tensor) -> Tensor:
+    """x [B, H, S, D] of any strides, copied only if the elements of a row are not adjacent."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides_of(*tensors: Tensor) -> Sequence[int]:
+    """Strides of batch, head and row of each; 0 where there is only one, so that an arbitrary stride there compiles
+    nothing anew.
+
+    They are arguments of their own: in a tuple, Triton 3.6 does not see that they are multiples of 16, and loads 4
+    bytes at a time.
+    """
+    return [x.stride(dim) if x.shape[dim] > 1 else 0 for x in tensors for dim in range(3)]
+
+
+def columns(dim: int) -> int:
+    """Columns of a block of rows: a power of two, as all of Triton's blocks are, and 16 at least, for tensor cores."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def shape_options(q: Tensor, v: Tensor) -> dict[str, Any]:
+    """The constexprs that all kernels have."""
+    dims = {"HEAD_DIM": q.shape[3], "V_DIM": v.shape[3], "DIM_COLS": columns(q.shape[3]), "V_COLS": columns(v.shape[3])}
+    return dims | {"INTERPRETED": INTERPRETED}
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current CUDA device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
