@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 import cpflex
 from documents import draw_documents
@@ -102,7 +104,8 @@ def plan_torch(mask: str, tokens: Tokens) -> Planned:
         balancer = cp._HeadTailLoadBalancer(seq_len, NUM_RANKS, "cpu")
     else:
         balancer = cp._PTRRLoadBalancer(block_mask, NUM_RANKS)
-    *local, local_mask = cp._context_parallel_shard(mesh, [*tokens, block_mask], [2] * 5, balancer)
+    shards: list[Any] = cp._context_parallel_shard(mesh, [*tokens, block_mask], [2] * 5, balancer)
+    *local, local_mask = shards
     style = cp._ContextParallel(seq_dim=2, attention_type=cp._ContextParallel.AttentionType.FLEX)
     attend = parallelize_module(_FlexAttention(), mesh, style)
 
@@ -129,8 +132,8 @@ class _FlexAttention(torch.nn.Module):
 PEERS: dict[str, PlanFn] = {"cpflex": plan_cpflex, "torch": plan_torch}
 
 
-def missing_from_torch() -> str:
-    """What `plan_torch` needs and this torch has not; empty if nothing."""
+def missing() -> str:
+    """What `plan_torch` needs and is not here; empty if nothing."""
     import torch.nn.attention.flex_attention as flex
 
     try:
@@ -139,7 +142,10 @@ def missing_from_torch() -> str:
         return str(problem)
     private = [(cp, "_ContextParallel"), (cp, "_context_parallel_shard"), (cp, "context_parallel_unshard")]
     private += [(cp, "_HeadTailLoadBalancer"), (cp, "_PTRRLoadBalancer"), (flex, "_validate_device")]
-    return ", ".join(f"{module.__name__}.{name}" for module, name in private if not hasattr(module, name))
+    absent = [f"{module.__name__}.{name}" for module, name in private if not hasattr(module, name)]
+    if not any(shutil.which(compiler) for compiler in ("g++", "clang++")):
+        absent.append("a C++ compiler, for torch.compile")
+    return ", ".join(absent)
 
 
 # -- one turn of one peer, in processes of its own
@@ -148,7 +154,7 @@ def missing_from_torch() -> str:
 def take_turn(peer: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Rows of figures, one for each mask, and the results, by "mask result"."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (peer, options, folder), NUM_RANKS)
+        spawn(_rank, (peer, options, folder), NUM_RANKS)
         return torch.load(Path(folder) / "turn.pt")
 
 
@@ -256,8 +262,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="turns of each peer (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_peers.json")
     options = parser.parse_args()
-    if missing := missing_from_torch():
-        sys.exit(f"cpu_peers: torch {torch.__version__} has no {missing}; the benchmark was written for torch 2.13")
+    if absent := missing():
+        sys.exit(f"cpu_peers: torch {torch.__version__} is here without {absent}; the benchmark was written for 2.13")
     if options.seq_len % (128 * NUM_RANKS):
         parser.error(f"--seq-len must be a multiple of {128 * NUM_RANKS}, torch's limit; got {options.seq_len}")
     described = machine()

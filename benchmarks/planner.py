@@ -175,9 +175,11 @@ def _length(text: str) -> int:
 def _show(row: dict[str, Any]) -> str:
     size = f"{row['seq_len'] >> 10:>6}k x {row['ranks']:<5}{row['mask']:<22}"
     if "peer" in row:
-        text = f"{row['peer']:<28}first {row['first_ms']:9.1f} ms, then {row['steady_ms']:9.1f} ms, {row['peak_mb']:8.1f} MB"
+        text = f"{row['peer']:<28}first {row['first_ms']:9.1f} ms, then {row['steady_ms']:9.1f} ms"
+        text += f", {row['peak_mb']:8.1f} MB"
         if row["ptrr_ms"] is not None:
-            text += f", PTRR {row['ptrr_ms']:.0f} ms: work {row['ptrr_imbalance']:.2f}, receive {row['ptrr_worst_receive']:.2f}"
+            text += f", PTRR {row['ptrr_ms']:.0f} ms: work {row['ptrr_imbalance']:.2f}"
+            text += f", receive {row['ptrr_worst_receive']:.2f}"
         return size + text
     per_kind = ", ".join(
         f"{schedule}: work {work:.2f}, receive {receive:.3f}"

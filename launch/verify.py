@@ -64,12 +64,12 @@ def verify(options: argparse.Namespace, group: dist.ProcessGroup, device: torch.
     began = time.perf_counter()
     is_first = group.rank() == 0
     torch.manual_seed(SEED)  # what the user's module draws is equal on every rank, like the inputs
-    mask_fns, score_mods = chosen_mods(options, device)
+    mask_fns, mods = chosen_mods(options, device)
     inputs = random_inputs(options, device)
     if is_first:
         print(header(options, group, device))
     verdicts: list[Verdict] = []
-    for (mask_name, mask), (mod_name, score_mod) in product(mask_fns.items(), score_mods.items()):
+    for (mask_name, mask), (mod_name, score_mod) in product(mask_fns.items(), mods.items()):
         oracle = ask(inputs, mask, score_mod) if is_first else None
         if oracle is not None:
             print(heading(f"{mask_name}, {mod_name}", oracle))

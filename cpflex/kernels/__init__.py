@@ -86,7 +86,7 @@ def _is_fused(q: Tensor, call: Call) -> bool:
 
         if not INTERPRETED:
             raise ValueError(
-                f"backend 'triton' needs CUDA tensors; got {q.device} - pass backend='reference', or set TRITON_INTERPRET=1 "
-                "before the first attention"
+                f"backend 'triton' needs CUDA tensors; got {q.device} - pass backend='reference', or set "
+                "TRITON_INTERPRET=1 before the first attention"
             )
     return backend == "triton"
