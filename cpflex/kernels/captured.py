@@ -83,7 +83,8 @@ def _refuse_if_deterministic(read: CapturedGradient) -> None:
         return
     message = (
         f"the gradient of captured tensor {read.slot} of the score_mod has no deterministic algorithm: its place "
-        "depends on both q_idx and kv_idx, so it is added atomically; turn off torch.use_deterministic_algorithms, or pass "
+        "depends on both q_idx and kv_idx, so it is added atomically; turn off torch.use_deterministic_algorithms, or "
+        "pass "
         'kernel_options={"backend": "reference"}'
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():
