@@ -25,7 +25,7 @@ TILE = 128
 
 CPU = torch.device("cpu")
 
-EXACT_ELEMENTS = 1 << 22
+EXACT_ELEMENTS = 1 << 21
 """Mask elements that the plan of one mask kind may evaluate to settle tiles that intervals left open."""
 
 Classify = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]

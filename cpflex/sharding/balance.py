@@ -65,7 +65,9 @@ def balanced(seq_len: int, world_size: int, work: ChunkWork | None = None) -> La
         if (problem.work.max(axis=1) <= problem.limit).all():
             break  # no chunk alone is more than a rank's share
     plain = [_contiguous_deal(problem), _zigzag_deal(problem)]
-    refined = [_refine(problem, start) for start in (*plain, _longest_first(problem))]
+    # the contiguous start is seldom the best one, and large problems have no time to spare
+    starts = plain if num_chunks < MAX_GROUPS else plain[1:]
+    refined = [_refine(problem, start) for start in (*starts, _longest_first(problem))]
     layouts = [
         Layout(seq_len, chunk_len, tuple(tuple(sorted(held)) for held in deal.tolist()), "balanced")
         for deal in (*plain, *refined)

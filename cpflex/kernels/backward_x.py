@@ -1,0 +1,291 @@
+"""attend_backward as fused kernels, deterministic: each gradient is summed by one program in a fixed order, nothing is
+added atomically.
+
+dQ by blocks of queries that walk over keys; dK and dV by blocks of keys that walk over the queries of all heads of
+their group (the two passes of FlashAttention-2, arXiv:2307.08691, without its atomics). Scores are computed again in
+each pass. Captured tensors take one more pass (captured.py) for each place where the score_mod reads one whose gradient
+is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cpflex.kernels import tuning
+from cpflex.kernels.call import Call
+from cpflex.kernels.captured import add_captured_gradients
+from cpflex.kernels.launch import (
+    NOT_SPECIALIZED,
+    Heads,
+    Mods,
+    on_device_of,
+    shape_options,
+    strides_of,
+    with_whole_rows,
+)
+from cpflex.kernels.scores import dot, load_rows, load_vector, modified, through_score_mod
+from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_key, work_by_query
+from cpflex.tile_mask import TileMask
+
+# B batch, Hq query heads, H heads of keys and values, S local queries, K visiting keys, D and Dv head dims
+
+
+def attend_backward(
+    q: Tensor,  # [B, Hq, S, D]
+    k: Tensor,  # [B, H, K, D]
+    v: Tensor,  # [B, H, K, Dv]
+    grad_out: Tensor,  # [B, Hq, S, Dv]
+    lse: Tensor,  # [B, Hq, S] fp32, over the keys of all ranks
+    delta: Tensor,  # [B, Hq, S] fp32, rowsum(out * grad_out) - grad_lse
+    tile_mask: TileMask,
+    call: Call,
+    dq: Tensor,  # [B, Hq, S, D] fp32, added to in place
+    d_captured: list[Tensor],  # fp32, like call.captured at call.wanted, added to in place
+) -> tuple[Tensor, Tensor]:
+    """dk [B, H, K, D] and dv [B, H, K, Dv] of the visiting keys, fp32.
+
+    Raises:
+        RuntimeError: torch wants deterministic algorithms, and the gradient of a captured tensor needs atomic
+        additions.
+    """
+    assert dq.is_contiguous(), "dq was made by the loop"
+    q, k, v, grad_out = (with_whole_rows(x) for x in (q, k, v, grad_out))
+    dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    # in base 2; a query that sees no key has probabilities exp2(score - inf) = 0
+    lse2 = torch.where(lse == -torch.inf, torch.inf, lse) * math.log2(math.e)
+    heads, mods, options = Heads.of(q, k, v), Mods.of(call, q.device, backward=True), shape_options(q, v)
+    shared = (
+        *(q, k, v, grad_out, lse2, delta.contiguous()),
+        *strides_of(q, k, v, grad_out),
+        *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions, *heads, float(call.scale), *mods),
+    )
+    with on_device_of(q):
+        add_captured_gradients(q, k, v, tile_mask, call, shared, options, d_captured)
+        config = tuning.lookup("dq", q, v)
+        work = work_by_query(tile_mask, q.device, config.block_q, config.block_kv, idle_rows=False)
+        if work.num_items:
+            dq_kernel[(work.num_items * q.shape[0] * q.shape[1],)](
+                *shared, work.items, work.runs, work.num_items, dq, **options, **config.options
+            )
+        config = tuning.lookup("dkdv", q, v)
+        work = work_by_key(tile_mask, q.device, config.block_kv, config.block_q, idle_rows=True)
+        if work.num_items:
+            dkdv_kernel[(work.num_items * k.shape[0] * k.shape[1],)](
+                *shared, work.items, work.runs, work.num_items, k.shape[2], dk, dv, **options, **config.options
+            )
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def dq_kernel(
+    q_ptr,  # [B, Hq, S, D]
+    k_ptr,  # [B, H, K, D]
+    v_ptr,  # [B, H, K, Dv]
+    grad_out_ptr,  # [B, Hq, S, Dv]
+    lse_ptr,  # [B, Hq, S] fp32, base 2, inf for a query that sees no key; this and all below contiguous
+    delta_ptr,  # [B, Hq, S] fp32
+    q_stride_b,
+    q_stride_h,
+    q_stride_s,
+    k_stride_b,
+    k_stride_h,
+    k_stride_s,
+    v_stride_b,
+    v_stride_h,
+    v_stride_s,
+    grad_out_stride_b,
+    grad_out_stride_h,
+    grad_out_stride_s,
+    q_len,
+    q_positions_ptr,
+    kv_positions_ptr,
+    num_heads,  # Hq
+    num_kv_heads,  # B * H
+    heads_at_once,
+    group_size,  # Hq / H
+    scale,
+    mask_mod: tl.constexpr,
+    mask_buffers,
+    mask_sizes,
+    score_mod: tl.constexpr,
+    score_vjp: tl.constexpr,
+    score_buffers,
+    score_sizes,
+    items_ptr,
+    runs_ptr,
+    num_items,
+    dq_ptr,  # [B, Hq, S, D] fp32
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    DIM_COLS: tl.constexpr,
+    V_COLS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    item, head = locate(num_items, num_kv_heads, heads_at_once, group_size)
+    item_ptr = items_ptr + item * ITEM_FIELDS
+    first, end = tl.load(item_ptr), tl.load(item_ptr + 1)
+    b, h = head // num_heads, head % num_heads
+    batch, q_head, kv_head = b.to(tl.int64), h.to(tl.int64), (h // group_size).to(tl.int64)
+    before = head.to(tl.int64) * q_len  # queries of the heads before this one
+    q_ptr += batch * q_stride_b + q_head * q_stride_h
+    k_ptr += batch * k_stride_b + kv_head * k_stride_h
+    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    grad_out_ptr += batch * grad_out_stride_b + q_head * grad_out_stride_h
+
+    q_idx = load_vector(q_positions_ptr, first, end, 0, BLOCK_Q, True)[:, None]
+    q = load_rows(q_ptr, q_stride_s, first, end, HEAD_DIM, BLOCK_Q, DIM_COLS, True)
+    grad_out = load_rows(grad_out_ptr, grad_out_stride_s, first, end, V_DIM, BLOCK_Q, V_COLS, True)
+    lse = load_vector(lse_ptr + before, first, end, float("inf"), BLOCK_Q, True)[:, None]
+    delta = load_vector(delta_ptr + before, first, end, 0.0, BLOCK_Q, True)[:, None]
+    dq = tl.zeros([BLOCK_Q, DIM_COLS], tl.float32)
+    for FULL in tl.static_range(2):
+        first_run, end_run = tl.load(item_ptr + 2 + 3 * FULL), tl.load(item_ptr + 3 + 3 * FULL)
+        num_blocks = tl.load(item_ptr + 4 + 3 * FULL)
+        kv, kv_end, next_run, next_kv, next_end = begin_walk(runs_ptr, first_run, end_run)
+        for _ in range(num_blocks):
+            # positions come first, as in the forward kernel
+            kv_idx = load_vector(kv_positions_ptr, kv, kv_end, 0, BLOCK_KV, FULL == 0)[None, :]
+            k = load_rows(k_ptr, k_stride_s, kv, kv_end, HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0)
+            v = load_rows(v_ptr, v_stride_s, kv, kv_end, V_DIM, BLOCK_KV, V_COLS, FULL == 0)
+            s = dot(q, tl.trans(k), None, INTERPRETED)
+            dp = dot(grad_out, tl.trans(v), None, INTERPRETED)
+            x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_mod)
+            ds = tl.exp2(x * unit - lse) * (dp - delta)
+            ds = through_score_mod(ds, s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_vjp)
+            if FULL == 0:  # last of all: a derivative that is not finite at a hidden pair would turn its zero into NaN
+                inside = (tl.arange(0, BLOCK_KV) < kv_end - kv)[None, :]
+                seen = inside & mask_mod(b, h, q_idx, kv_idx, mask_buffers, mask_sizes)
+                ds = tl.where(seen, ds, 0.0)
+            dq = dot(ds.to(k.dtype), k, dq, INTERPRETED)
+            kv, kv_end, next_run, next_kv, next_end, _anew = advance(
+                kv, kv_end, next_run, next_kv, next_end, runs_ptr, first_run, end_run, BLOCK_KV
+            )
+
+    rows = tl.arange(0, BLOCK_Q)[:, None]
+    cols = tl.arange(0, DIM_COLS)[None, :]
+    inside = (rows < end - first) & (cols < HEAD_DIM)
+    ptrs = dq_ptr + (before + first + rows) * HEAD_DIM + cols
+    tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) + dq * scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def dkdv_kernel(
+    q_ptr,  # [B, Hq, S, D]
+    k_ptr,  # [B, H, K, D]
+    v_ptr,  # [B, H, K, Dv]
+    grad_out_ptr,  # [B, Hq, S, Dv]
+    lse_ptr,  # [B, Hq, S] fp32, base 2, inf for a query that sees no key; this and all below contiguous
+    delta_ptr,  # [B, Hq, S] fp32
+    q_stride_b,
+    q_stride_h,
+    q_stride_s,
+    k_stride_b,
+    k_stride_h,
+    k_stride_s,
+    v_stride_b,
+    v_stride_h,
+    v_stride_s,
+    grad_out_stride_b,
+    grad_out_stride_h,
+    grad_out_stride_s,
+    q_len,
+    q_positions_ptr,
+    kv_positions_ptr,
+    num_heads,  # Hq
+    num_kv_heads,  # B * H
+    heads_at_once,
+    group_size,  # Hq / H
+    scale,
+    mask_mod: tl.constexpr,
+    mask_buffers,
+    mask_sizes,
+    score_mod: tl.constexpr,
+    score_vjp: tl.constexpr,
+    score_buffers,
+    score_sizes,
+    items_ptr,
+    runs_ptr,
+    num_items,
+    kv_len,
+    dk_ptr,  # [B, H, K, D] fp32
+    dv_ptr,  # [B, H, K, Dv] fp32
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    DIM_COLS: tl.constexpr,
+    V_COLS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    item, head = locate(num_items, num_kv_heads, heads_at_once, 1)
+    item_ptr = items_ptr + item * ITEM_FIELDS
+    first, end = tl.load(item_ptr), tl.load(item_ptr + 1)
+    heads_per_batch = num_heads // group_size
+    b, kv_h = head // heads_per_batch, head % heads_per_batch
+    batch, kv_head = b.to(tl.int64), kv_h.to(tl.int64)
+    k_ptr += batch * k_stride_b + kv_head * k_stride_h
+    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    q_ptr += batch * q_stride_b
+    grad_out_ptr += batch * grad_out_stride_b
+
+    # scores are [keys, queries] here: their products with grad_out and q then take them as they come out of the tensor
+    # cores
+    kv_idx = load_vector(kv_positions_ptr, first, end, 0, BLOCK_KV, True)[:, None]
+    k = load_rows(k_ptr, k_stride_s, first, end, HEAD_DIM, BLOCK_KV, DIM_COLS, True)
+    v = load_rows(v_ptr, v_stride_s, first, end, V_DIM, BLOCK_KV, V_COLS, True)
+    dk = tl.zeros([BLOCK_KV, DIM_COLS], tl.float32)
+    dv = tl.zeros([BLOCK_KV, V_COLS], tl.float32)
+    for FULL in tl.static_range(2):
+        first_run, end_run = tl.load(item_ptr + 2 + 3 * FULL), tl.load(item_ptr + 3 + 3 * FULL)
+        num_blocks = tl.load(item_ptr + 4 + 3 * FULL)
+        at, at_end, next_run, next_at, next_end = begin_walk(runs_ptr, first_run, end_run)
+        head_at = head * group_size
+        # one loop for all heads of the group: where the walk begins anew the next head begins, and the pipeline never
+        # drains
+        for _ in range(num_blocks * group_size):
+            # positions come first, as in the forward kernel
+            q_idx = load_vector(q_positions_ptr, at, at_end, 0, BLOCK_Q, FULL == 0)[None, :]
+            h = head_at % num_heads
+            q_head = h.to(tl.int64)
+            before = head_at.to(tl.int64) * q_len  # queries of the heads before this one
+            q = load_rows(q_ptr + q_head * q_stride_h, q_stride_s, at, at_end, HEAD_DIM, BLOCK_Q, DIM_COLS, FULL == 0)
+            lse = load_vector(lse_ptr + before, at, at_end, float("inf"), BLOCK_Q, FULL == 0)[None, :]
+            s = dot(k, tl.trans(q), None, INTERPRETED)
+            grad_out_rows = grad_out_ptr + q_head * grad_out_stride_h
+            grad_out = load_rows(grad_out_rows, grad_out_stride_s, at, at_end, V_DIM, BLOCK_Q, V_COLS, FULL == 0)
+            # before dv: a product that begins while dv is under way would, with its zeros, serialise both (ptxas C7515)
+            dp = dot(v, tl.trans(grad_out), None, INTERPRETED)
+            x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_mod)
+            x = x * unit - lse
+            if FULL == 0:
+                inside = (tl.arange(0, BLOCK_Q) < at_end - at)[None, :]
+                seen = inside & mask_mod(b, h, q_idx, kv_idx, mask_buffers, mask_sizes)
+                x = tl.where(seen, x, float("-inf"))
+            p = tl.exp2(x)
+            dv = dot(p.to(grad_out.dtype), grad_out, dv, INTERPRETED)
+            delta = load_vector(delta_ptr + before, at, at_end, 0.0, BLOCK_Q, FULL == 0)[None, :]
+            ds = p * (dp - delta)
+            ds = through_score_mod(ds, s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_vjp)
+            if FULL == 0 and score_vjp is not None:
+                # hidden pairs have p = 0, and what a derivative that is not finite made of it; keeping the mask itself
+                # until here would take more registers than there are
+                ds = tl.where(p != 0, ds, 0.0)
+            dk = dot(ds.to(q.dtype), q, dk, INTERPRETED)
+            at, at_end, next_run, next_at, next_end, anew = advance(
+                at, at_end, next_run, next_at, next_end, runs_ptr, first_run, end_run, BLOCK_Q
+            )
+            head_at += anew.to(tl.int32)
+
+    rows = tl.arange(0, BLOCK_KV)[:, None]
+    row = head.to(tl.int64) * kv_len + first + rows
+    cols = tl.arange(0, DIM_COLS)[None, :]
+    tl.store(dk_ptr + row * HEAD_DIM + cols, dk * scale, mask=(rows < end - first) & (cols < HEAD_DIM))
+    cols = tl.arange(0, V_COLS)[None, :]
+    tl.store(dv_ptr + row * V_DIM + cols, dv, mask=(rows < end - first) & (cols < V_DIM))
