@@ -98,13 +98,13 @@ def flex_attention(
                 f"the score_mod indexes a captured tensor of {mod.table_len} elements with a position; "
                 f"the plan has seq_len={plan.seq_len}"
             )
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     except (ValueError, TypeError, NotImplementedError, IndexError) as error:
         if not torch.compiler.is_compiling():  # nothing can be sent while a graph is made
             plan.refuse(error)
         raise
     captured = [] if mod is None else mod.captured
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *captured))
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     score_key = "" if mod is None else mod.key
     out, lse = attention(query, key, value, captured, plan.handle, score_key, scale, backend, needs_grad)
     if return_aux is not None:
@@ -114,7 +114,10 @@ def flex_attention(
 
 def _require_plan(block_mask: object) -> Plan:
     if isinstance(block_mask, Plan):
-        block_mask.require_callable()
+        if error := block_mask.why_not_callable:
+            if not torch.compiler.is_compiling():
+                block_mask.refuse(ValueError(error))
+            raise ValueError(error)
         return block_mask
     if isinstance(block_mask, BlockMask):
         raise TypeError(

@@ -136,9 +136,10 @@ class Plan:
         self.local_len = layout.local_len
         self._links = links
         self._one_kind: dict[str, Plan] = {}
-        self._why_not_callable = ""
+        self.why_not_callable = ""
+        """What to do first, where `flex_attention` cannot take this plan."""
         if len(kinds) > 1:
-            self._why_not_callable = (
+            self.why_not_callable = (
                 f"this plan has the mask kinds {sorted(kinds)}; index it first, for instance plan[{min(kinds)!r}]"
             )
             self._one_kind = {
@@ -146,7 +147,7 @@ class Plan:
             }
             return
         if links is None and self.world_size > 1:
-            self._why_not_callable = (
+            self.why_not_callable = (
                 "this plan was made for inspection, without a group; call plan = plan.bind(group) first"
             )
         (kind,) = self.kinds.values()
@@ -178,7 +179,7 @@ class Plan:
     @property
     def _kind(self) -> MaskKind:
         if len(self.kinds) > 1:
-            raise TypeError(self._why_not_callable)
+            raise TypeError(self.why_not_callable)
         (kind,) = self.kinds.values()
         return kind
 
@@ -253,14 +254,11 @@ class Plan:
             handles.resolve(plan.handle).on(torch.device(device))
         return self
 
-    def require_callable(self) -> None:
-        """Raise unless `flex_attention` can take this plan."""
-        if self._why_not_callable:
-            raise ValueError(self._why_not_callable)
-
     def refuse(self, error: Exception) -> None:
         """Make the other ranks' first attention on this plan raise too, before this one raises ``error``."""
-        handles.resolve(self.handle).refuse(error)
+        bounds = [handles.resolve(plan.handle) for plan in self._one_kind.values() or [self]]
+        if not any(bound.agreed for bound in bounds):
+            bounds[0].refuse(error)
 
     def explain(self) -> str:
         """The plan in words: layout, work per rank, K/V received, tiles, schedule, and warnings."""

@@ -92,7 +92,8 @@ def check(bar: Bar, results: list[dict[str, Any]]) -> None:
 
 def of_heads(attention: Attention, heads: list[tuple[int, int]]) -> Attention:
     at = tuple(torch.tensor(heads).T)
-    return Attention(**{name: x[at] for name, x in attention.named().items()})
+    terms = None if attention.terms is None else of_heads(attention.terms, heads)
+    return Attention(**{name: x[at] for name, x in attention.named().items()}, terms=terms)
 
 
 def assert_meets_the_bar(found: Attention, expected: Attention) -> None:

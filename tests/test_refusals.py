@@ -243,18 +243,7 @@ def assert_all_raise(outcomes: list[Outcome]) -> None:
         assert outcome.seconds < 10
 
 
-UNTOLD = pytest.mark.xfail(
-    strict=True, reason="raised before or after the part of flex_attention that tells the others"
-)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=UNTOLD if name in ("a scale that is no number", "a plan of several kinds") else ())
-        for name in LOCAL
-    ],
-)
+@pytest.mark.parametrize("name", LOCAL)
 def test_a_mistake_of_one_rank_is_raised_on_all(name: str, two_processes: RankProcesses):
     culprit = list(LOCAL).index(name) % 2
     outcomes = two_processes.outcomes(call_with_a_mistake, name, culprit, timeout=12)

@@ -1,12 +1,14 @@
-"""KernelConfig per architecture, pass, head dim and dtype: a plain table, nothing is tuned at run time.
+"""KernelConfig per architecture, pass, head dim and dtype: a plain table; nothing is tuned at run time.
 
-Block sizes change speed, not results beyond rounding. `python launch/tune.py` searches on a GPU and prints rows for
-this table.
+Block sizes change speed, and results only by rounding. Rows were chosen by what ptxas makes of them with a document
+mask and ALiBi, the heaviest common mods (registers, spills, shared memory), not yet by time: `python launch/tune.py`
+times candidates on a GPU and prints rows for this table.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """How a kernel cuts its work; blocks divide a tile (128)."""
+    """How a kernel cuts its work. Blocks divide a tile (128)."""
 
     block_q: int
     block_kv: int
@@ -23,49 +25,119 @@ class KernelConfig:
 
     @property
     def options(self) -> dict[str, int]:
-        """As the kernel's launch takes them."""
+        """As a launch takes them."""
         blocks = {"BLOCK_Q": self.block_q, "BLOCK_KV": self.block_kv}
         return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 PASSES = ("forward", "dq", "dkdv", "captured")
 WIDTHS = (64, 128, 256)
-"""Head dims that have rows of their own; others take the next one up."""
-_Rows = dict[tuple[str, int], KernelConfig]
+"""Head dims with rows of their own; others use the next one up, the larger of those of q and v deciding."""
 
-_INTERPRETED = KernelConfig(64, 64, 4, 1)
-"""Two blocks to a tile, on both axes, so that tests see them."""
+Rows = dict[tuple[str, int], KernelConfig]
 
-_SM90: _Rows = {
+SM80: Rows = {  # A100: 163 KiB of shared memory, mma from registers
     ("forward", 64): KernelConfig(128, 64, 8, 3),
+    ("forward", 128): KernelConfig(128, 64, 8, 2),
+    ("forward", 256): KernelConfig(64, 64, 8, 2),
+    ("dq", 64): KernelConfig(64, 64, 4, 2),
+    ("dq", 128): KernelConfig(64, 64, 8, 2),
+    ("dq", 256): KernelConfig(64, 32, 8, 2),
+    ("dkdv", 64): KernelConfig(64, 128, 8, 2),
+    ("dkdv", 128): KernelConfig(64, 64, 8, 2),  # 128 keys would spill: dk and dv take 128 registers a thread
+    ("dkdv", 256): KernelConfig(32, 64, 8, 2),
+    ("captured", 64): KernelConfig(64, 64, 4, 2),
+    ("captured", 128): KernelConfig(64, 64, 4, 2),
+    ("captured", 256): KernelConfig(64, 32, 8, 2),
+}
+SM86: Rows = SM80 | {  # RTX 30, 40 and 50, L4, L40: 99 KiB of shared memory
+    ("forward", 256): KernelConfig(64, 32, 8, 2),
+    ("dq", 256): KernelConfig(32, 32, 4, 2),
+    ("dkdv", 256): KernelConfig(32, 32, 4, 2),
+    ("captured", 256): KernelConfig(32, 32, 4, 2),
+}
+SM90: Rows = {  # H100, H200: 227 KiB, wgmma; two warpgroups of 64 rows each
+    ("forward", 64): KernelConfig(128, 64, 8, 3),  # 128 keys at once spill with Triton 3.6
     ("forward", 128): KernelConfig(128, 64, 8, 3),
-    ("forward", 256): KernelConfig(128, 32, 8, 2),
+    ("forward", 256): KernelConfig(64, 64, 8, 2),  # 128 queries spill: their output takes 128 registers a thread
     ("dq", 64): KernelConfig(128, 64, 8, 3),
     ("dq", 128): KernelConfig(128, 64, 8, 2),
     ("dq", 256): KernelConfig(64, 32, 8, 2),
-    ("dkdv", 64): KernelConfig(64, 128, 8, 3),
+    ("dkdv", 64): KernelConfig(64, 128, 8, 2),
+    # spills up to 48 bytes, around the loops; 32 queries would not, but a 64 x 32 wgmma waits for shared memory
+    ("dkdv", 128): KernelConfig(64, 128, 8, 2),
+    ("dkdv", 256): KernelConfig(32, 32, 8, 2),
+    ("captured", 64): KernelConfig(64, 64, 4, 2),
+    ("captured", 128): KernelConfig(64, 64, 4, 2),
+    ("captured", 256): KernelConfig(64, 32, 8, 2),
+}
+SM100: Rows = {  # B200: 227 KiB, accumulators in tensor memory
+    ("forward", 64): KernelConfig(128, 64, 8, 3),
+    ("forward", 128): KernelConfig(128, 64, 8, 3),
+    ("forward", 256): KernelConfig(64, 64, 8, 2),
+    ("dq", 64): KernelConfig(128, 64, 8, 3),
+    ("dq", 128): KernelConfig(128, 64, 8, 2),
+    ("dq", 256): KernelConfig(64, 64, 8, 2),
+    ("dkdv", 64): KernelConfig(64, 128, 8, 2),
     ("dkdv", 128): KernelConfig(64, 128, 8, 2),
     ("dkdv", 256): KernelConfig(32, 64, 8, 2),
     ("captured", 64): KernelConfig(64, 64, 4, 2),
     ("captured", 128): KernelConfig(64, 64, 4, 2),
     ("captured", 256): KernelConfig(64, 32, 8, 2),
 }
+FP32: Rows = {  # any GPU: no tensor cores (tf32 is not fp32), so each thread holds its operands
+    ("forward", 64): KernelConfig(32, 32, 4, 1),
+    ("forward", 128): KernelConfig(32, 32, 8, 1),
+    ("forward", 256): KernelConfig(32, 16, 8, 1),
+    ("dq", 64): KernelConfig(32, 32, 4, 1),
+    ("dq", 128): KernelConfig(32, 32, 8, 1),
+    ("dq", 256): KernelConfig(16, 16, 8, 1),
+    ("dkdv", 64): KernelConfig(32, 32, 8, 1),
+    ("dkdv", 128): KernelConfig(16, 16, 8, 1),
+    ("dkdv", 256): KernelConfig(16, 16, 8, 1),
+    ("captured", 64): KernelConfig(32, 32, 4, 1),
+    ("captured", 128): KernelConfig(32, 32, 8, 1),
+    ("captured", 256): KernelConfig(16, 16, 8, 1),
+}
+INTERPRETED = KernelConfig(64, 64, 4, 1)
+"""On the CPU: two blocks to a tile, on both axes, so that tests see them."""
 
 
+def rows_for(capability: int, dtype: torch.dtype) -> Rows:
+    """The rows of an architecture (90: sm_90); one without rows of its own gets those of the last before it."""
+    if dtype == torch.float32:
+        return FP32
+    if capability in (86, 87, 89) or capability >= 120:
+        return SM86
+    return SM80 if capability < 90 else SM90 if capability < 100 else SM100
+
+
+def lookup(which: str, q: Tensor, v: Tensor) -> KernelConfig:
+    """The row of one of PASSES for queries [B, Hq, S, D] and values [B, H, K, Dv].
+
+    Raises:
+        NotImplementedError: a head dim above 256, or a GPU before sm_80.
+    """
+    head_dim = max(q.shape[3], v.shape[3])
+    if head_dim > WIDTHS[-1]:
+        raise NotImplementedError(f"backend 'triton' has head dims up to {WIDTHS[-1]}; got {head_dim}")
+    if (capability := capability_of(q.device)) == 0:
+        return INTERPRETED
+    if capability < 80:
+        raise NotImplementedError(f"backend 'triton' needs sm_80 (A100) or later; {q.device} is sm_{capability}")
+    return rows_for(capability, q.dtype)[which, next(width for width in WIDTHS if head_dim <= width)]
+
+
+@lru_cache
 def capability_of(device: torch.device) -> int:
-    """80 for sm_80; 0 where there is no GPU: the interpreter."""
+    """90 for sm_90; 0 on the CPU, where kernels are interpreted."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-def lookup(which: str, q: Tensor, v: Tensor) -> KernelConfig:
-    width = next(w for w in WIDTHS if max(q.shape[3], v.shape[3]) <= w)
-    if capability_of(q.device) == 0:
-        return _INTERPRETED
-    return _SM90[which, width]
-
-
+@lru_cache
 def l2_bytes(device: torch.device) -> int:
-    return 40 << 20
+    """Size of the L2 cache."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 25

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpflex.sharding.layout import (
+    ALIGNMENT,
     STRIPE,
     ChunkNeeds,
     ChunkWork,
@@ -57,13 +58,12 @@ def balanced(seq_len: int, world_size: int, work: ChunkWork | None = None) -> La
         return zigzag(seq_len, world_size)
     if world_size == 1:
         return contiguous(seq_len, world_size)
-    for chunks_per_rank in (_chunks_per_rank(seq_len, world_size), MAX_CHUNKS_PER_RANK):
-        num_chunks = world_size * chunks_per_rank
-        chunk_len = aligned_chunk_len(seq_len, num_chunks)
-        needs = work(chunk_len, num_chunks)
-        problem = _Problem.of(needs, work.weights, world_size)
-        if (problem.work.max(axis=1) <= problem.limit).all():
-            break  # no chunk alone is more than a rank's share
+    problem, needs = _problem(seq_len, world_size, _chunks_per_rank(seq_len, world_size), work)
+    if (problem.work.max(axis=1) > problem.limit).any() and _fits(seq_len, world_size, MAX_CHUNKS_PER_RANK):
+        # one chunk alone is more than a rank's share: cut finer
+        problem, needs = _problem(seq_len, world_size, MAX_CHUNKS_PER_RANK, work)
+    num_chunks = world_size * problem.per_rank
+    chunk_len = aligned_chunk_len(seq_len, num_chunks)
     plain = [_contiguous_deal(problem), _zigzag_deal(problem)]
     # the contiguous start is seldom the best one, and large problems have no time to spare
     starts = plain if num_chunks < MAX_GROUPS else plain[1:]
@@ -101,16 +101,33 @@ def _received(layout: Layout, needs: ChunkNeeds) -> np.ndarray:
     ])  # fmt: skip
 
 
+def _problem(
+    seq_len: int, world_size: int, chunks_per_rank: int, work: ChunkWork
+) -> tuple[_Problem, Mapping[str, ChunkNeeds]]:
+    num_chunks = world_size * chunks_per_rank
+    needs = work(aligned_chunk_len(seq_len, num_chunks), num_chunks)
+    return _Problem.of(needs, work.weights, world_size), needs
+
+
 def _chunks_per_rank(seq_len: int, world_size: int) -> int:
-    """The fewest tokens in padding and in unfilled tiles, then nearest to 8; even, as zigzag pairs them, unless the
-    sequence is short.
-    """
+    """Even, as zigzag pairs them, up to 16: the fewest tokens in padding and in unfilled tiles, then nearest to 8."""
+    if seq_len <= ALIGNMENT * world_size:
+        return 1
+    return min(
+        range(2, MAX_CHUNKS_PER_RANK + 1, 2),
+        key=lambda count: (_tile_tokens(seq_len, world_size, count), abs(count - 8)),
+    )
 
-    def waste(count: int) -> tuple[int, int]:
-        chunk_len = aligned_chunk_len(seq_len, world_size * count)
-        return world_size * count * -(-chunk_len // STRIPE) * STRIPE, abs(count - 8)
 
-    return min((1, *range(2, MAX_CHUNKS_PER_RANK + 1, 2)), key=waste)
+def _fits(seq_len: int, world_size: int, count: int) -> bool:
+    """So many chunks a rank cost little padding: at most a tenth of the sequence, and their tiles are filled."""
+    return _tile_tokens(seq_len, world_size, count) * 10 <= seq_len * 11
+
+
+def _tile_tokens(seq_len: int, world_size: int, count: int) -> int:
+    """Tokens that the tiles of ``count`` chunks per rank have room for."""
+    chunk_len = aligned_chunk_len(seq_len, world_size * count)
+    return world_size * count * -(-chunk_len // STRIPE) * STRIPE
 
 
 @dataclass(frozen=True)

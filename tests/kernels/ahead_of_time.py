@@ -1,28 +1,39 @@
-"""Compile the launches of the fused kernels for GPUs that are not here, and read what ptxas made of them."""
+"""Compile the launches of the fused kernels for GPUs that are not here, and read what ptxas made of them.
+
+``python tests/kernels/ahead_of_time.py`` prints a table of all that the suite compiles.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
+import io
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from cpflex.kernels import tuning
+import cpflex
+from cpflex.handles import resolve
+from cpflex.kernels import Call, backward, empty, forward, tuning
+from cpflex.mods.trace import trace_score_mod
 
-ONLY = None
-TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TENSOR_CORE_OP = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+"""What a tl.dot of 16-bit numbers must become."""
 
 
 class AbsentGpu:
-    """As much of a Triton driver as compiling needs. Each capability is a device of its own, so that none finds another's kernels."""
+    """As much of a Triton driver as compiling needs. Each capability is a device with kernels of its own."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -39,64 +50,154 @@ class AbsentGpu:
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled variant of a kernel."""
+    """One compiled variant of a kernel, and what ptxas said unless it came from the disk cache."""
 
     name: str
-    kernel: object
+    kernel: Any
+    log: str
 
 
 @contextlib.contextmanager
-def launches_compile(capability: int) -> Iterator[list[Variant]]:
-    """Inside, a launch of any kernel compiles it for ``capability`` (90: sm_90) and runs nothing; the list gets each new variant once."""
+def launches_compile(capability: int, only: str = "") -> Iterator[list[Variant]]:
+    """Inside, a launch of a kernel compiles it for ``capability`` (90: sm_90) and runs nothing; each variant is listed
+    once.
+
+    Args:
+        only: kernels whose name begins so; others are passed over.
+    """
     compiled: list[Variant] = []
-    run = JITFunction.run
+    launch = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        if ONLY and not self.fn.__name__.startswith(ONLY):
+        if not self.fn.__name__.startswith(only):
             return None
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
         if all(known.kernel is not kernel for known in compiled):
-            compiled.append(Variant(self.fn.__name__, kernel))
+            compiled.append(Variant(self.fn.__name__, kernel, said.getvalue()))
         return kernel
 
-    before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(AbsentGpu(capability))
-    try:
-        with (
-            mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(tuning, "capability_of", lambda device: capability),
-        ):
-            yield compiled
-    finally:
-        triton.runtime.driver._active = before
+    driver, knobs = triton.runtime.driver, triton.knobs.nvidia
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(driver, "_active", AbsentGpu(capability)),
+        mock.patch.object(tuning, "capability_of", return_value=capability),
+        knobs.scope(),
+    ):
+        knobs.dump_ptxas_log = True
+        yield compiled
+
+
+# -- what a kernel became
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a kernel."""
+    """Figures of one kernel. Loops are those with tensor-core operations."""
 
+    name: str
     registers: int
-    spilled_bytes: int  # on the stack, per thread
+    spilled_bytes: int  # of stack, per thread
     shared_bytes: int
-    tensor_core_ops: dict[str, int]
-    waits_at_once: int
+    tensor_core_ops: int
+    instructions: list[int]  # per loop
+    spills_in_loops: int  # instructions
+    is_serialised: bool
+    """Each wgmma is waited for before the next begins: about half the speed, and nothing else to see (ptxas C7510-C7515)."""
 
-    @property
-    def shared_kib(self) -> float:
-        return self.shared_bytes / 1024
+    def __str__(self) -> str:
+        loops = " + ".join(map(str, self.instructions))
+        figures = f"{self.registers:9} {self.spilled_bytes:7} {self.shared_bytes / 1024:11.0f} {self.tensor_core_ops:5}"
+        return f"{self.name:15} {figures}  {loops}"
 
 
-def report(kernel) -> Report:
+HEADER = f"{'kernel':15} registers spilled shared(KiB)   mma  instructions of its loops"
+
+
+def report(variant: Variant, capability: int) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(variant.kernel.asm["cubin"])
         file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        sass = _cuobjdump("-sass", file.name)
+        usage, sass = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    ops = {name: len(re.findall(rf"\b{name}", sass)) for name in ("HGMMA", "HMMA", "UTCHMMA", "STL", "LDL", "LDGSTS")}
-    return Report(int(registers), int(stack), kernel.metadata.shared, {k: v for k, v in ops.items() if v}, 0)
+    op = TENSOR_CORE_OP[capability]
+    loops = [loop for loop in _loops(sass) if _count(loop, op)]
+    waits = any(_count(loop, "WARPGROUP.DEPBAR") > _count(loop, op) / 2 for loop in loops)
+    return Report(
+        variant.name,
+        int(registers),
+        int(stack),
+        variant.kernel.metadata.shared,
+        len(re.findall(rf"\b{op}\b", sass)),
+        [len(loop) for loop in loops],
+        sum(_count(loop, "STL") + _count(loop, "LDL") for loop in loops),
+        waits or "(C75" in variant.log,
+    )
 
 
 def _cuobjdump(option: str, path: str) -> str:
-    done = subprocess.run([os.path.join(TOOLS, "cuobjdump"), option, path], capture_output=True, text=True, check=True)
-    return done.stdout
+    tool = str(TOOLS / "cuobjdump")
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def _loops(sass: str) -> list[list[str]]:
+    """The instructions from the target of each backward branch to the branch; not those that enclose another loop."""
+    lines = [m.groups() for m in re.finditer(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
+    at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    spans = []
+    for i, (address, text) in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < int(address, 16) and int(branch[1], 16) in at:
+            spans.append((at[int(branch[1], 16)], i + 1))
+    return [[text for _, text in lines[begin:end]] for begin, end in spans]
+
+
+def _count(loop: list[str], op: str) -> int:
+    return sum(bool(re.search(rf"\b{re.escape(op)}\b", text)) for text in loop)
+
+
+# -- what the suite compiles
+
+SEQ_LEN = 256
+SLOPES = torch.rand(4)
+MASKS = {
+    "causal": lambda: cpflex.causal(),
+    "doc_causal": lambda: cpflex.document(torch.arange(SEQ_LEN) // 50) & cpflex.causal(),
+}
+SCORES = {
+    "none": None,
+    "softcap": lambda score, b, h, q, k: 30.0 * torch.tanh(score / 30.0),
+    "alibi": lambda score, b, h, q, k: score - SLOPES[h] * (q - k).abs(),
+}
+MODS = [("causal", "none"), ("doc_causal", "alibi"), ("doc_causal", "softcap")]
+CAPABILITIES = (80, 90, 100)
+HEAD_DIMS = (64, 128)
+
+
+def compile_all(
+    capability: int, head_dim: int, mask: str, score: str, dtype: torch.dtype = torch.bfloat16, only: str = ""
+) -> list[Report]:
+    """The kernels of a training step of one rank: its only forward step, and backward."""
+    plan = cpflex.make_plan(MASKS[mask](), SEQ_LEN)
+    mod, (step,), _ = resolve(plan.handle).on(torch.device("cpu"))
+    score_mod = None if SCORES[score] is None else trace_score_mod(SCORES[score])
+    call = Call(mod, 0.125, score_mod and score_mod.graph, score_mod.captured if score_mod else ())
+    q, k, v, grad_out = (torch.zeros(2, heads, SEQ_LEN, head_dim, dtype=dtype) for heads in (4, 2, 2, 4))
+    lse = torch.zeros(q.shape[:3])
+    with launches_compile(capability, only) as variants:
+        forward.attend_and_finish(q, k, v, step.tile_mask, call, empty(q, head_dim))
+        backward.attend_backward(q, k, v, grad_out, lse, lse, step.tile_mask, call, torch.zeros(q.shape), [])
+    return [report(variant, capability) for variant in variants]
+
+
+def main() -> None:
+    print(f"Triton {triton.__version__}, bf16\n{'':32}{HEADER}")
+    for capability in CAPABILITIES:
+        for head_dim in HEAD_DIMS:
+            for mods in MODS:
+                for row in compile_all(capability, head_dim, *mods):
+                    print(f"sm_{capability:<4} D{head_dim:<4} {'-'.join(mods):20}{row}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

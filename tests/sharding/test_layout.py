@@ -37,11 +37,6 @@ def test_chunks_are_aligned_and_little_is_padded(name: str, seq_len: int, world_
     assert 0 <= num_pads < max(layout.num_chunks * ALIGNMENT, world_size * STRIPE)
 
 
-PADDED = pytest.mark.xfail(
-    strict=True, reason="balanced pads to whole tiles of 128, and short sequences to 16 chunks a rank"
-)
-
-
 @pytest.mark.parametrize(
     ("seq_len", "world_size"),
     [
@@ -49,10 +44,10 @@ PADDED = pytest.mark.xfail(
         (300, 2),
         (1000, 4),
         (8192, 8),
-        pytest.param(1, 8, marks=PADDED),
-        pytest.param(64, 2, marks=PADDED),
-        pytest.param(1000, 8, marks=PADDED),
-        pytest.param(4097, 8, marks=PADDED),
+        (1, 8),
+        (64, 2),
+        (1000, 8),
+        (4097, 8),
     ],
 )
 def test_balanced_pads_no_more_than_four_chunks_a_rank_would(seq_len: int, world_size: int):

@@ -1,0 +1,82 @@
+"""The fused kernels as GPUs that are not here would run them: compiled ahead of time, read as machine code."""
+
+from __future__ import annotations
+
+import itertools
+
+import ahead_of_time
+import pytest
+import torch
+from ahead_of_time import CAPABILITIES, HEAD_DIMS, MODS, launches_compile
+
+import cpflex
+from cpflex.handles import resolve
+from cpflex.kernels import Call, backward, empty, forward
+
+SPILL_ALLOWED = {("dkdv_kernel", 90, 128): 64}
+"""Bytes of stack. dK and dV of 128 keys take 128 of 255 registers of a thread; a few scalars wait on the stack while the
+loops run. The smaller blocks that would not spill cost more."""
+
+
+def _cases():
+    for capability, head_dim, mods in itertools.product(CAPABILITIES, HEAD_DIMS, MODS):
+        quick = capability == 90 and mods != MODS[-1]
+        name = f"sm_{capability}-D{head_dim}-{'-'.join(mods)}"
+        yield pytest.param(capability, head_dim, *mods, id=name, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("capability", "head_dim", "mask", "score"), _cases())
+def test_kernels_use_tensor_cores_do_not_spill_and_do_not_wait(capability: int, head_dim: int, mask: str, score: str):
+    rows = ahead_of_time.compile_all(capability, head_dim, mask, score)
+    print(ahead_of_time.HEADER, *rows, sep="\n")
+    assert [row.name for row in rows] == ["attend_kernel", "dq_kernel", "dkdv_kernel"]
+    for row in rows:
+        assert row.tensor_core_ops > 0, row
+        assert len(row.instructions) >= 2, f"the masked and the full loop are not both there: {row}"
+        assert not row.is_serialised, row
+        assert row.spilled_bytes <= SPILL_ALLOWED.get((row.name, capability, head_dim), 0), row
+        assert row.spills_in_loops <= 2, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_fp32_kernels_compile_without_tensor_cores(head_dim: int):
+    """tf32 keeps 10 bits of 23."""
+    for row in ahead_of_time.compile_all(90, head_dim, "causal", "none", torch.float32):
+        assert row.tensor_core_ops == 0
+        assert row.spilled_bytes == 0
+
+
+def test_new_lengths_documents_windows_ranks_and_batches_compile_nothing():
+    mask_mod = None
+    with launches_compile(90) as variants:
+        for length, world_size, cuts, window, batch, heads in [
+            (256, 1, [0, 100, 256], 64, 1, 2),
+            (256, 1, [0, 1, 2, 16, 256], 1, 1, 2),
+            (256, 4, [0, 37, 256], 100, 1, 2),
+            (300, 3, [0, 299, 300], 16, 2, 2),
+            (1009, 2, [0, 1009], 2048, 1, 8),
+            (2048, 8, [0, 16, 32, 2048], 17, 16, 4),
+        ]:
+            mask_mod = cpflex.document(cu_seqlens=cuts) & cpflex.sliding_window(window) & cpflex.causal()
+            for rank in {0, world_size - 1}:
+                plan = cpflex.make_plan(mask_mod, length, rank=rank, world_size=world_size)
+                for step in plan.steps:
+                    _launch_all(plan.kinds["mask"].mask, step.tile_mask, batch, heads)
+    assert sorted(variant.name for variant in variants) == ["attend_kernel", "dkdv_kernel", "dq_kernel"]
+
+
+def _launch_all(mask, tile_mask, batch: int, heads: int) -> None:
+    q = torch.zeros(batch, heads, len(tile_mask.q_positions), 64, dtype=torch.bfloat16)
+    k = torch.zeros(batch, heads // 2, len(tile_mask.kv_positions), 64, dtype=torch.bfloat16)
+    call, lse = Call(mask, 0.125), torch.zeros(q.shape[:3])
+    forward.attend(q, k, k, tile_mask, call, empty(q, 64))
+    backward.attend_backward(q, k, k, q, lse, lse, tile_mask, call, torch.zeros(q.shape), [])
+
+
+def test_the_order_of_programs_begins_with_the_most_work():
+    _, (step,), _ = resolve(cpflex.make_plan(cpflex.causal(), 1024).handle).on(torch.device("cpu"))
+    work = forward.work_by_query(step.tile_mask, torch.device("cpu"), 128, 64, idle_rows=False)
+    items = work.items.view(-1, 8)
+    assert items[:, 0].tolist() == list(range(896, -1, -128))
+    assert (items[:, 7] + items[:, 4]).tolist() == list(range(16, 0, -2))
