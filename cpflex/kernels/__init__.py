@@ -1,7 +1,8 @@
 """attend and attend_backward on the visiting keys of one step, by the backend of the call.
 
 Two backends, the same functions: `reference`, plain torch, and fused Triton kernels (`forward`, `backward`), imported
-when first needed. How to read the code generated for a mod: docs/kernels.md.
+when first needed. `mods.triton_source.source_of` prints the
+code generated for a mod.
 """
 
 from __future__ import annotations

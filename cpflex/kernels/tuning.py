@@ -1,8 +1,8 @@
 """KernelConfig per architecture, pass, head dim and dtype: a plain table; nothing is tuned at run time.
 
 Block sizes change speed, and results only by rounding. Rows were chosen by what ptxas makes of them with a document
-mask and ALiBi, the heaviest common mods (registers, spills, shared memory), not yet by time: `python launch/tune.py`
-times candidates on a GPU and prints rows for this table.
+mask and ALiBi, the heaviest common mods (registers, spills, shared memory), not yet by
+time on a GPU.
 """
 
 from __future__ import annotations
