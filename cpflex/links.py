@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
+
+# before there is a group: imported after, it would hold the group until Python exits, and gloo threads abort then
+import torch.distributed.nn  # noqa: F401
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 

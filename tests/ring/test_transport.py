@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import cpflex
 from cases import Problem
+from cpflex.links import ProcessLinks
 from cpflex.ring.transport import Pair, Transport
 from cpflex.testing import ThreadLinks, run_ranks
 from oracle import Attention
+from processes import RankProcesses
 from runs import assemble, attend_on_rank
 
 PROBLEMS = [
@@ -30,7 +33,7 @@ PROBLEMS = [
 ]
 
 
-def bytes_sent(group: ThreadLinks, problem: Problem, backward: bool) -> tuple[int, int]:
+def bytes_sent(group: ThreadLinks | CountingLinks, problem: Problem, backward: bool) -> tuple[int, int]:
     """(counted, planned)"""
     plan = problem.plan(group)
     local = {
@@ -57,6 +60,27 @@ def bytes_sent(group: ThreadLinks, problem: Problem, backward: bool) -> tuple[in
 def test_bytes_sent_are_those_of_the_plan(problem: Problem, backward: bool):
     for counted, planned in run_ranks(partial(bytes_sent, problem=problem, backward=backward), problem.world_size):
         assert counted == planned
+
+
+class CountingLinks(ProcessLinks):
+    bytes_sent = 0
+
+    def exchange(self, sends, receives):
+        self.bytes_sent += sum(tensor.numel() * tensor.element_size() for _, tensor in sends)
+        return super().exchange(sends, receives)
+
+
+def bytes_sent_by_processes(group: dist.ProcessGroup, problem: Problem, backward: bool) -> tuple[int, int]:
+    return bytes_sent(CountingLinks(group), problem, backward)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "and backward"])
+@pytest.mark.parametrize("schedule", ["ring", "direct", "auto"])
+@pytest.mark.parametrize("processes", [2, 4], indirect=True)
+def test_bytes_sent_by_processes_are_those_of_the_plan(processes: RankProcesses, schedule: str, backward: bool):
+    problem = Problem("doc_sliding_causal", "none", 1000, "gqa", "d16dv24", "bf16", "striped", schedule)
+    for counted, planned in processes.run(bytes_sent_by_processes, problem, backward):
+        assert counted == planned > 0
 
 
 def test_what_a_rank_receives_in_forward_is_what_the_plan_says():
