@@ -38,12 +38,12 @@ Rows = dict[tuple[str, int], KernelConfig]
 
 SM80: Rows = {  # A100: 163 KiB of shared memory, mma from registers
     ("forward", 64): KernelConfig(128, 64, 8, 3),
-    ("forward", 128): KernelConfig(128, 64, 8, 2),
+    ("forward", 128): KernelConfig(64, 64, 4, 2),  # two programs fit a multiprocessor; 128 queries would spill
     ("forward", 256): KernelConfig(64, 64, 8, 2),
     ("dq", 64): KernelConfig(64, 64, 4, 2),
     ("dq", 128): KernelConfig(64, 64, 8, 2),
     ("dq", 256): KernelConfig(64, 32, 8, 2),
-    ("dkdv", 64): KernelConfig(64, 128, 8, 2),
+    ("dkdv", 64): KernelConfig(64, 64, 4, 3),
     ("dkdv", 128): KernelConfig(64, 64, 8, 2),  # 128 keys would spill: dk and dv take 128 registers a thread
     ("dkdv", 256): KernelConfig(32, 64, 8, 2),
     ("captured", 64): KernelConfig(64, 64, 4, 2),
@@ -61,11 +61,11 @@ SM90: Rows = {  # H100, H200: 227 KiB, wgmma; two warpgroups of 64 rows each
     ("forward", 128): KernelConfig(128, 64, 8, 3),
     ("forward", 256): KernelConfig(64, 64, 8, 2),  # 128 queries spill: their output takes 128 registers a thread
     ("dq", 64): KernelConfig(128, 64, 8, 3),
-    ("dq", 128): KernelConfig(128, 64, 8, 2),
+    ("dq", 128): KernelConfig(128, 64, 8, 3),
     ("dq", 256): KernelConfig(64, 32, 8, 2),
-    ("dkdv", 64): KernelConfig(64, 128, 8, 2),
-    # spills up to 48 bytes, around the loops; 32 queries would not, but a 64 x 32 wgmma waits for shared memory
-    ("dkdv", 128): KernelConfig(64, 128, 8, 2),
+    ("dkdv", 64): KernelConfig(64, 128, 8, 3),
+    # spills up to 56 bytes, around the loops; 32 queries would not, but a 64 x 32 wgmma waits for shared memory
+    ("dkdv", 128): KernelConfig(64, 128, 8, 3),
     ("dkdv", 256): KernelConfig(32, 32, 8, 2),
     ("captured", 64): KernelConfig(64, 64, 4, 2),
     ("captured", 128): KernelConfig(64, 64, 4, 2),
