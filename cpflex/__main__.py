@@ -45,7 +45,7 @@ examples:
   python -m cpflex explain --mask causal --seq-len 64k --ranks 8
   python -m cpflex explain --mask causal,window:4096,doc:lengths.txt --seq-len 1m --ranks 64 --plot plan.png
   python -m cpflex explain --mask full=causal,doc:lengths.txt --mask sliding=causal,window:1k,doc:lengths.txt \\
-      --seq-len 256k --ranks 32 --rank 5 --layout zigzag --schedule direct"""
+      --weights full=8,sliding=40 --seq-len 256k --ranks 32 --rank 5 --layout zigzag --schedule direct"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,6 +73,7 @@ def _add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mask", action="append", required=True, metavar="[NAME=]TERM,...", help="a mask kind; may be repeated")
     add("--seq-len", type=_size, required=True, metavar="S", help="tokens of the whole sequence")
     add("--ranks", type=_size, required=True, metavar="P", help="ranks that share the sequence")
+    add("--weights", default="", metavar="NAME=N,...", help="layers of each kind (default: 1 each)")
     add("--rank", type=int, default=0, metavar="R", help="the rank to look from (default: 0)")
     add("--layout", choices=LAYOUTS, default="balanced", help="who holds which tokens (default: balanced)")
     add("--schedule", choices=SCHEDULES, default="auto", help="how K/V travel (default: auto)")
@@ -87,6 +88,7 @@ def _explain(args: argparse.Namespace) -> None:
         args.seq_len,
         rank=args.rank,
         world_size=args.ranks,
+        weights=_weights(args.weights),
         batch_size=args.batch_size,
         num_heads=args.num_heads,
         layout=LAYOUTS[args.layout],
@@ -110,6 +112,14 @@ def _masks(specs: Sequence[str], seq_len: int) -> dict[str, MaskFn]:
             raise ValueError(f"mask kinds must have different names; got {name!r} twice")
         masks[name] = reduce(and_, [_mask(term, seq_len) for term in terms.split(",")])
     return masks
+
+
+def _weights(spec: str) -> dict[str, float] | None:
+    """full=8,sliding=40"""
+    found = [re.fullmatch(r"(\w+)=(\d+(?:\.\d+)?)", part.strip()) for part in spec.split(",")] if spec else []
+    if not all(found):
+        raise ValueError(f"--weights must look like full=8,sliding=40; got {spec!r}")
+    return {match[1]: float(match[2]) for match in found if match} or None
 
 
 def _mask(term: str, seq_len: int) -> MaskMod:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from cases import Problem
+from cases import FACTORS, Problem, whole_product
 from oracle import assert_within_budget
 from processes import RankProcesses
 from runs import assemble, attend_on_rank
@@ -27,12 +27,40 @@ SAMPLE = [
     Problem("nothing", "relative_bias", 321, "mha", "d16", "fp32", "contiguous", "auto"),
     Problem("two_sided", "none", 1, "mha", "d16", "fp32", "contiguous", "direct"),
 ]
+PLANS = ("mask", "layout", "schedule", "world_size")
+WHOLE = [
+    Problem(**row)
+    for row in whole_product(
+        {name: FACTORS[name] for name in PLANS} | {"world_size": [1, 2, 4]},
+        {name: values for name, values in FACTORS.items() if name not in PLANS},
+    )
+]
 
 
 @pytest.mark.parametrize("processes", [2, 4], indirect=True)
 @pytest.mark.parametrize("problem", SAMPLE, ids=str)
 def test_processes_compute_what_one_dense_attention_does(problem: Problem, processes: RankProcesses):
     results = processes.run(attend_on_rank, problem)
+    assert_within_budget(assemble(results), problem.dense(torch.float32), problem.dense())
+
+
+def attend_alone(group: dist.ProcessGroup, problem: Problem) -> dict[str, Any]:
+    """In a gloo group of one rank."""
+    alone = [dist.new_group([rank]) for rank in range(group.size())][group.rank()]
+    try:
+        return attend_on_rank(alone, problem)
+    finally:
+        dist.destroy_process_group(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", WHOLE, ids=str)
+def test_every_mask_in_every_layout_and_schedule_on_processes(problem: Problem, request: pytest.FixtureRequest):
+    processes: RankProcesses = request.getfixturevalue("four_processes" if problem.world_size == 4 else "two_processes")
+    if problem.world_size == 1:
+        results = processes.run(attend_alone, problem)[:1]
+    else:
+        results = processes.run(attend_on_rank, problem)
     assert_within_budget(assemble(results), problem.dense(torch.float32), problem.dense())
 
 

@@ -67,10 +67,14 @@ def test_plot_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_layout_schedule_and_kinds_reach_the_plan(capsys: pytest.CaptureFixture[str]):
     kinds = ["--mask", "full=causal", "--mask", "sliding=causal,window:100"]
-    main(["explain", *kinds, "--seq-len", "2000", "--ranks", "4", "--layout", "striped", "--schedule", "direct"])
+    where = ["--seq-len", "2000", "--ranks", "4"]
+    main(["explain", *kinds, *where, "--layout", "striped", "--schedule", "direct"])
     masks: dict[str, MaskFn] = {"full": cpflex.causal(), "sliding": cpflex.causal() & cpflex.sliding_window(100)}
     plan = cpflex.make_plan(masks, 2000, rank=0, world_size=4, layout=cpflex.striped, schedule=cpflex.direct)
     assert capsys.readouterr().out == plan.explain() + "\n"
+    main(["explain", *kinds, *where, "--weights", "full=1, sliding=2.5"])
+    weighed = cpflex.make_plan(masks, 2000, rank=0, world_size=4, weights={"full": 1, "sliding": 2.5})
+    assert capsys.readouterr().out == weighed.explain() + "\n"
 
 
 # -- masks
@@ -124,6 +128,14 @@ ERRORS = {
     "empty_term": (["--mask", "causal,,full", *SIZES], "unknown mask term ''"),
     "wrong_count": (["--mask", "window", *SIZES], "unknown mask term 'window'"),
     "no_size": (["--mask", "window:3x", *SIZES], "a size must be a number, or one such as 64k or 1m; got '3x'"),
+    "wrong_weights": (
+        ["--mask", "causal", "--weights", "causal:3", *SIZES],
+        "--weights must look like full=8,sliding=40",
+    ),
+    "unknown_weight": (
+        ["--mask", "causal", "--weights", "full=3", *SIZES],
+        "weights must give each mask kind of ['mask']",
+    ),
     "no_seq_len": (["--mask", "causal", "--seq-len", "1mb", "--ranks", "2"], "argument --seq-len: a size must be"),
     "window_of_none": (["--mask", "window:0", *SIZES], "window must be an integer of at least 1; got 0"),
     "no_mask_mod": (["--mask", "sys:path", *SIZES], "mask term 'sys:path' must name a mask_mod"),

@@ -157,3 +157,22 @@ def test_tiles_beyond_the_budget_stay_partial_and_are_counted(monkeypatch: pytes
     stats = large.stats
     assert stats["unproven_tiles"] == stats["partial_tiles"] > 0
     assert stats["full_tiles"] + stats["partial_tiles"] == 1600
+
+
+NAMED = ["full", "causal", "doc_full", "doc_causal", "sliding17", "sliding1024", "doc_sliding_causal", "two_sided"]
+
+
+@pytest.mark.parametrize("mask", [*NAMED, "prefix_lm", "other_documents_or_window"])
+def test_named_masks_evaluate_hardly_more_tiles_at_16k_than_they_must(mask: str):
+    problem = Problem(mask, seq_len=16384)
+    plan = cpflex.make_plan(problem.mask_mod, problem.seq_len)
+    tiles, kv = problem.seq_len // TILE, torch.arange(problem.seq_len)
+    full = partial = 0
+    for row in torch.arange(problem.seq_len).view(tiles, TILE, 1):
+        seen = problem.mask_mod(torch.tensor(0), torch.tensor(0), row, kv).expand(TILE, -1).reshape(TILE, tiles, TILE)
+        some, every = seen.any(dim=2).any(dim=0), seen.all(dim=2).all(dim=0)
+        full += int(every.sum())
+        partial += int((some & ~every).sum())
+    assert plan.stats["full_tiles"] <= full
+    assert plan.stats["partial_tiles"] <= 1.1 * partial
+    assert plan.stats["full_tiles"] + plan.stats["partial_tiles"] >= full + partial

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import weakref
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch import Tensor
 
 import cpflex
 from cases import Problem
+from cpflex.kernels import Call
 from cpflex.links import ProcessLinks
+from cpflex.ring.backward import backward
+from cpflex.ring.forward import forward
 from cpflex.ring.transport import Pair, Transport
 from cpflex.testing import ThreadLinks, run_ranks
 from oracle import Attention
@@ -159,6 +163,70 @@ def test_in_backward_the_next_step_and_the_last_gradients_are_in_flight_while_on
             # the gradients posted after step - 1 are not waited for before step has been computed
             posted = [event for event in log[: log.index(f"gave {step - 1}")] if event.startswith("post")][-1]
             assert f"wait {posted.split()[1]}" not in log[: log.index(f"compute {step}")]
+
+
+class Weighed(Transport):
+    """A transport that counts the bytes of other ranks' K and V in memory: buffers of messages, and blocks made of them."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.own = {x.untyped_storage().data_ptr() for x in self.shard}
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def _start(self, sends, receives, like) -> Any:
+        arrival = super()._start(sends, receives, like)
+        if like is self.shard:  # not gradients
+            self._weigh(arrival.buffers)
+        return arrival
+
+    def _unpack(self, arrival, like) -> Pair:
+        block = super()._unpack(arrival, like)
+        if like is self.shard:
+            self._weigh(block)
+        return block
+
+    def _weigh(self, tensors) -> None:
+        for storage in {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}.values():
+            if storage.data_ptr() not in self.own and storage.data_ptr() not in self.alive:
+                self.alive[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage.data_ptr())
+        self.peak = max(self.peak, sum(self.alive.values()))
+
+
+SEQ_LEN = 8 * 3 * 128
+FOREIGN = {
+    "full": cpflex.full(),
+    "causal": cpflex.causal(),
+    "documents": cpflex.document(torch.arange(SEQ_LEN) // 700),
+    "every third tile": lambda b, h, q, k: k // 128 % 3 == 0,  # direct: blocks of three parts, a shard together
+    "dilated": lambda b, h, q, k: (k <= q) & ((q - k) % 5 == 0),
+}
+
+
+def most_foreign_kv(group: ThreadLinks, mask: str, layout: Any, schedule: Any) -> tuple[float, float, int]:
+    """(in forward, in backward, steps) of a rank, in shards, through the loops themselves."""
+    plan = cpflex.make_plan(FOREIGN[mask], SEQ_LEN, group, layout=layout, schedule=schedule)
+    q, k, v = (torch.randn(1, 1, plan.local_len, dim) for dim in (16, 16, 24))
+    call = Call(plan.kinds["mask"].mask, 0.25)
+    there = Weighed(group, plan.steps, Pair(k, v))
+    out, lse = forward(q, v.shape[-1], call, there)
+    back = Weighed(group, plan.steps, Pair(k, v))
+    backward(torch.ones_like(out), torch.zeros_like(lse), q, out, lse, call, back)
+    assert not there.alive, "and nothing is kept"
+    assert not back.alive
+    shard = k.nbytes + v.nbytes
+    return there.peak / shard, back.peak / shard, len(plan.steps)
+
+
+@pytest.mark.parametrize("schedule", [cpflex.ring, cpflex.direct], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layout", [cpflex.contiguous, cpflex.balanced], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mask", FOREIGN)
+def test_two_shards_of_other_ranks_keys_and_values_are_in_memory_at_most(mask: str, layout: Any, schedule: Any):
+    for there, back, num_steps in run_ranks(partial(most_foreign_kv, mask=mask, layout=layout, schedule=schedule), 8):
+        assert max(there, back) <= 2.0
+        if num_steps > 2 and mask in ("full", "every third tile"):
+            assert min(there, back) == 2.0, "one computed, one on its way"
 
 
 def attend_with_delays(group: ThreadLinks, problem: Problem, seed: int) -> dict[str, Any]:
