@@ -26,8 +26,12 @@ import numpy as np
 import torch
 
 import cpflex
+from cpflex.mods.trace import trace_mask_mod
+from cpflex.needs import classifier
+from cpflex.tile_mask import Tiles, classify_squares
 from documents import draw_documents
 
+SCALING = ("causal", "documents", "doc+window", "block diffusion")
 SIZES = [(1 << 14, 8), (1 << 16, 8), (1 << 18, 32), (1 << 20, 64), (1 << 22, 256), (1 << 24, 1024)]
 WINDOW = 1024
 
@@ -96,6 +100,31 @@ def measure_plan(name: str, seq_len: int, world_size: int) -> dict[str, Any]:
         "schedule": [stats["schedule"] for stats in every_stats.values()],
         "imbalance": [stats["imbalance"] for stats in every_stats.values()],
         "worst_receive": [max(stats["needed_tokens"]) / stats["all_gather_tokens"] for stats in every_stats.values()],
+    }
+
+
+def measure_scaling(name: str, seq_len: int) -> dict[str, Any]:
+    """The whole mask in tiles of 128, one rank holding all tokens: squares looked at, beside all tiles there are."""
+    torch.set_num_threads(1)
+    mask, classified = masks(seq_len)[name], 0
+    classify, tiles = classifier(trace_mask_mod(mask), 1, 1), Tiles(seq_len, 1)
+
+    def counted(q_lo: np.ndarray, *others: np.ndarray) -> np.ndarray:
+        nonlocal classified
+        classified += len(q_lo)
+        return classify(q_lo, *others)
+
+    classify_squares(counted, tiles)
+    classified = 0
+    start = time.process_time()
+    squares = classify_squares(counted, tiles)
+    return {
+        "mask": name,
+        "seq_len": seq_len,
+        "classify_ms": 1e3 * (time.process_time() - start),
+        "classified": classified,
+        "boundary_tiles": len(squares.partial[0]),
+        "all_tiles": tiles.num_tiles**2,
     }
 
 
@@ -173,6 +202,10 @@ def _length(text: str) -> int:
 
 
 def _show(row: dict[str, Any]) -> str:
+    if "classified" in row:
+        share = row["classified"] / row["all_tiles"]
+        text = f"{row['classify_ms']:8.1f} ms, {row['classified']:>9,} squares looked at, {share:.1e} of all tiles"
+        return f"{row['seq_len'] >> 10:>6}k, whole {row['mask']:<20}{text}, {row['boundary_tiles']:>9,} PARTIAL"
     size = f"{row['seq_len'] >> 10:>6}k x {row['ranks']:<5}{row['mask']:<22}"
     if "peer" in row:
         text = f"{row['peer']:<28}first {row['first_ms']:9.1f} ms, then {row['steady_ms']:9.1f} ms"
@@ -194,13 +227,16 @@ def main() -> None:
         "--max-len", type=_length, default=1 << 24, help="longest sequence, for instance 64k or 1m (default 16m)"
     )
     parser.add_argument("--no-peers", action="store_true", help="leave torch's block masks and balancers out")
+    parser.add_argument("--only-scaling", action="store_true", help="only how classification grows with the length")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "planner.json")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     rows = []
-    for seq_len, world_size in SIZES:
-        if seq_len > options.max_len:
-            continue
+    sizes = [(seq_len, world_size) for seq_len, world_size in SIZES if seq_len <= options.max_len]
+    for seq_len, name in [(seq_len, name) for name in SCALING for seq_len, _ in sizes]:
+        rows.append(_in_own_process(measure_scaling, name, seq_len))
+        print(_show(rows[-1]), flush=True)
+    for seq_len, world_size in () if options.only_scaling else sizes:
         for name in masks(1 << 12):
             jobs: list[tuple] = [(measure_plan, name, seq_len, world_size)]
             if not options.no_peers and seq_len <= 1 << 16 and name in ("causal", "documents", "doc+window"):

@@ -11,7 +11,9 @@ import torch
 
 import cpflex
 from cases import FACTORS, MASKS, Problem, pairwise
-from cpflex.tile_mask import TILE, Runs, TileMask
+from cpflex.mods.trace import trace_mask_mod
+from cpflex.needs import classifier
+from cpflex.tile_mask import TILE, Runs, TileMask, Tiles, classify_squares
 
 SAMPLE = [
     Problem(**row, heads="gqa")
@@ -176,3 +178,21 @@ def test_named_masks_evaluate_hardly_more_tiles_at_16k_than_they_must(mask: str)
     assert plan.stats["full_tiles"] <= full
     assert plan.stats["partial_tiles"] <= 1.1 * partial
     assert plan.stats["full_tiles"] + plan.stats["partial_tiles"] >= full + partial
+
+
+def squares_looked_at(problem: Problem) -> int:
+    classify, looked_at = classifier(trace_mask_mod(problem.mask_mod), 1, 1), []
+
+    def counted(*bounds):
+        looked_at.append(len(bounds[0]))
+        return classify(*bounds)
+
+    classify_squares(counted, Tiles(problem.seq_len, 1))
+    return sum(looked_at)
+
+
+@pytest.mark.parametrize("mask", ["causal", "doc_sliding_causal", "block_diffusion", "prefix_lm"])
+def test_the_planner_looks_along_the_boundary_and_not_at_the_area(mask: str):
+    """Four times the tokens, four times the squares; all tiles are sixteen times as many."""
+    short, long = (squares_looked_at(Problem(mask, seq_len=seq_len)) for seq_len in (1 << 15, 1 << 17))
+    assert long <= 4.2 * short
