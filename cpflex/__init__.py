@@ -8,8 +8,7 @@ from cpflex.ring.agreement import RankMismatch
 from cpflex.ring.schedule import auto, direct, ring
 from cpflex.sharding.balance import balanced
 from cpflex.sharding.layout import Layout, contiguous, striped, zigzag
-
-__version__ = "0.1.0"
+from cpflex.version import __version__ as __version__
 
 __all__ = [
     "Layout",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 import torch.distributed as dist
 
 # before there is a group: imported after, it would hold the group until Python exits, and gloo threads abort then
-import torch.distributed.nn  # noqa: F401
+import torch.distributed.nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from cpflex.whereabouts import Watch
 
 Message = tuple[int, Tensor]
 """(peer, by rank within the group; contiguous 1-D tensor to send, or to receive into)."""
@@ -39,6 +42,14 @@ class Links(Protocol):
         """
         ...
 
+    def all_gather_number(self, value: int, plan: str) -> Tensor:
+        """Every rank's number, by rank, int64 [world_size]; on a GPU the host does not wait for it.
+
+        Args:
+            plan: what is to be computed, told to ranks that wait in vain.
+        """
+        ...
+
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
         ...
@@ -51,6 +62,9 @@ class ProcessLinks:
         self.group = group
         self.rank = group.rank()
         self.world_size = group.size()
+        by_nccl = "cuda:nccl" in dist.get_backend_config(group)
+        self.device = torch.device("cuda" if by_nccl else "cpu")
+        """Of the messages about a call; its tensors may be elsewhere on a rank that is mistaken."""
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
         operations = [
@@ -59,6 +73,17 @@ class ProcessLinks:
             for peer, tensor in messages
         ]
         return _ProcessWork(dist.batch_isend_irecv(operations) if operations else [], sends, receives)
+
+    def all_gather_number(self, value: int, plan: str) -> Tensor:
+        mine = torch.full((1,), value, device=self.device)
+        numbers = list(torch.empty(self.world_size, 1, dtype=torch.int64, device=self.device))
+        work = dist.all_gather(numbers, mine, group=self.group, async_op=True)
+        assert work is not None, "this process is a member of the group"
+        if self.device.type == "cpu":
+            Watch(self.group, plan).until_done(work)
+        else:
+            work.wait()
+        return torch.cat(numbers)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size
@@ -69,16 +94,20 @@ class ProcessLinks:
 class _ProcessWork:
     def __init__(self, handles: list[Any], sends: Sequence[Message], receives: Sequence[Message]) -> None:
         self.handles = handles
-        self.peers = sorted({peer for peer, _ in (*sends, *receives)})
+        self.messages = [*(("to", peer) for peer, _ in sends), *(("from", peer) for peer, _ in receives)]
         self.buffers = (sends, receives)  # alive until the transfer is done
 
     def wait(self) -> None:
-        try:
-            for handle in self.handles:
+        for place, handle in enumerate(self.handles):
+            try:
                 handle.wait()
-            self.handles = []  # gloo would wait for a second message
-        except RuntimeError as error:
-            raise ConnectionError(f"the exchange with group ranks {self.peers} failed: {error}") from error
+            except RuntimeError as error:
+                # NCCL has one handle for all
+                alone = len(self.handles) == len(self.messages)
+                which = self.messages[place : place + 1] if alone else self.messages
+                said = ", ".join(f"{direction} group rank {peer}" for direction, peer in dict.fromkeys(which))
+                raise ConnectionError(f"the message {said} failed: {error}") from error
+        self.handles = []  # gloo would wait for a second message
         self.buffers = ()
 
 

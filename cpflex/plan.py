@@ -26,6 +26,7 @@ from cpflex.sharding.balance import balanced, work_per_rank
 from cpflex.sharding.layout import ChunkNeeds, Layout, LayoutFn
 from cpflex.sharding.shard import shard, unshard
 from cpflex.tile_mask import make_tile_masks
+from cpflex.version import __version__
 
 Group = dist.ProcessGroup | DeviceMesh | Links
 FORMAT = 1
@@ -38,13 +39,17 @@ class MaskKind:
 
     mask: Mod
     steps: tuple[Step, ...]
-    fingerprint: str
+    facts: dict[str, Any]
     """Equal on two ranks iff their plans belong together."""
     schedule: str
     reason: str
     recv_tokens: tuple[int, ...]  # K/V rows that each rank receives in one forward
     work: np.ndarray  # (query, key) pairs to compute in blocks that are not EMPTY, int64 [world_size]
     tokens: np.ndarray  # K/V rows of rank o's shard that rank r needs, by block, int64 [world_size (r), world_size (o)]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self.facts).encode()).hexdigest()[:16]
 
 
 def make_plan(
@@ -99,13 +104,21 @@ def make_plan(
         chunks = work(table.chunk_len, table.num_chunks)[kind]
         needs = Needs(work.classifiers[kind], table, rank, chunks)
         chosen = schedule(table, rank, needs)
-        facts = (FORMAT, table.key, mod.content_key, chosen.name, kind, batch_size, num_heads)
-        fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        facts = {
+            "cpflex version": __version__,
+            "plan format": FORMAT,
+            "seq_len": seq_len,
+            "layout": f"{table.name}, {len(table.chunks[0])} chunks of {table.chunk_len} tokens per rank, {table.key}",
+            "schedule": chosen.name,
+            "mask kind": kind,
+            "batch_size of the plan": batch_size,
+            "num_heads of the plan": num_heads,
+            "mask": f"{mod.name}, graph {mod.key}",
+            "tensors captured by the mask": mod.content_key,
+        }
         steps = _steps(mod, needs, chosen.exchanges, batch_size or 1, num_heads or 1)
         loads = work_per_rank(table, chunks)
-        planned[kind] = MaskKind(
-            mod, steps, fingerprint, chosen.name, chosen.reason, chosen.recv_tokens, loads, needs.tokens
-        )
+        planned[kind] = MaskKind(mod, steps, facts, chosen.name, chosen.reason, chosen.recv_tokens, loads, needs.tokens)
     by_b, by_h = (any(mod.uses(name) for mod in mods.values()) for name in "bh")
     return Plan(table, rank, planned, links, batch_size if by_b else None, num_heads if by_h else None)
 
@@ -151,7 +164,7 @@ class Plan:
                 "this plan was made for inspection, without a group; call plan = plan.bind(group) first"
             )
         (kind,) = self.kinds.values()
-        bound = Bound(kind.mask, kind.steps, links, kind.fingerprint, self.seq_len, self.positions)
+        bound = Bound(kind.mask, kind.steps, links, kind.facts, kind.fingerprint, self.seq_len, self.positions)
         self.handle = handles.register(bound)
         """Stands for this plan in the operator, int64 []."""
 
@@ -255,10 +268,8 @@ class Plan:
         return self
 
     def refuse(self, error: Exception) -> None:
-        """Make the other ranks' first attention on this plan raise too, before this one raises ``error``."""
-        bounds = [handles.resolve(plan.handle) for plan in self._one_kind.values() or [self]]
-        if not any(bound.agreed for bound in bounds):
-            bounds[0].refuse(error)
+        """Make the other ranks' next attention on this plan raise too, before this one raises ``error``."""
+        handles.resolve(next(iter(self._one_kind.values()), self).handle).refuse(error)
 
     def explain(self) -> str:
         """The plan in words: layout, work per rank, K/V received, tiles, schedule, and warnings."""

@@ -85,7 +85,7 @@ class _Board:
 
 
 class ThreadLinks:
-    """A group of threads as one of them sees it; counts what it sends."""
+    """A group of threads as one of them sees it; counts what it sends, and how often it gathers objects."""
 
     def __init__(self, rank: int, world_size: int, board: _Board) -> None:
         self.rank = rank
@@ -93,6 +93,7 @@ class ThreadLinks:
         self.board = board
         self.bytes_sent = 0
         self.num_exchanges = 0
+        self.num_gathered = 0
         self._gathered = 0
         self._received: dict[int, int] = {}
 
@@ -106,7 +107,14 @@ class ThreadLinks:
             self.board.changed.notify_all()
         return _Delivery(self, receives)
 
+    def all_gather_number(self, value: int, plan: str) -> torch.Tensor:
+        return torch.tensor(self._all_gather(value))
+
     def all_gather_object(self, value: Any) -> list[Any]:
+        self.num_gathered += 1
+        return self._all_gather(value)
+
+    def _all_gather(self, value: Any) -> list[Any]:
         self._gathered += 1
         values = self.board.values
         with self.board.changed:

@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 import cpflex
 from cases import Problem
 from cpflex import handles
+from cpflex.handles import resolve
 from cpflex.testing import ThreadLinks, run_ranks
 from processes import RankProcesses
 
@@ -273,19 +274,39 @@ def test_attention_sinks_are_written_with_lse():
 # -- a peer that is gone
 
 
-def second_call_alone(group: dist.ProcessGroup) -> str:
-    """Both ranks attend once; then one of them again."""
+def fail_in_the_second_exchange(group: dist.ProcessGroup) -> None:
     short = dist.new_group([0, 1], timeout=timedelta(seconds=3))
     made = cpflex.make_plan(cpflex.full(), SEQ_LEN, short, schedule=cpflex.ring)
     q = torch.randn(1, 1, made.local_len, 16)
     cpflex.flex_attention(q, q, q, block_mask=made)
-    if group.rank() == 0:
+    if group.rank() == 1:
+        resolve(made.handle).links.exchange = out_of_memory
+    cpflex.flex_attention(q, q, q, block_mask=made)
+
+
+def out_of_memory(sends: object, receives: object) -> None:
+    raise MemoryError("no memory for a message")
+
+
+def test_a_peer_that_fails_in_an_exchange_is_named_with_the_step_and_the_direction(two_processes: RankProcesses):
+    waiting, failed = two_processes.outcomes(fail_in_the_second_exchange, timeout=30)
+    assert isinstance(failed.error, MemoryError)
+    assert isinstance(waiting.error, ConnectionError)
+    assert "group rank 0: K/V of step 1 from group ranks [1] did not arrive" in str(waiting.error)
+    assert "the message to group rank 1 failed" in str(waiting.error)
+
+
+def leave_after_the_first_call(group: dist.ProcessGroup) -> str:
+    short = dist.new_group([0, 1], timeout=timedelta(seconds=4))
+    made = cpflex.make_plan(cpflex.full(), SEQ_LEN, short)
+    q = torch.randn(1, 1, made.local_len, 16)
+    for _ in range(2 - group.rank()):
         cpflex.flex_attention(q, q, q, block_mask=made)
     return "done"
 
 
-def test_a_peer_that_does_not_come_is_named_with_the_step(two_processes: RankProcesses):
-    waiting, gone = two_processes.outcomes(second_call_alone, timeout=30)
+def test_a_peer_that_does_not_come_is_named(two_processes: RankProcesses):
+    waiting, gone = two_processes.outcomes(leave_after_the_first_call, timeout=30)
     assert gone.result == "done"
     assert isinstance(waiting.error, ConnectionError)
-    assert "group rank 0: K/V of step 1 from group ranks [1] did not arrive" in str(waiting.error)
+    assert "group ranks [1] were not there" in str(waiting.error)

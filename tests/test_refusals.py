@@ -211,13 +211,13 @@ def replan(**options: Any) -> Change:
 
 # name -> (change on one rank; what the ranks disagree about)
 MISMATCHES: dict[str, tuple[Change, str]] = {
-    "another mask": (replan(mask=cpflex.causal()), "plan"),
+    "another mask": (replan(mask=cpflex.causal()), "mask"),
     "another captured content": (
         replan(mask=cpflex.causal() & cpflex.document(torch.arange(SEQ_LEN) // 19)),
-        "plan",
+        "tensors captured by the mask",
     ),
-    "another layout": (replan(layout=cpflex.contiguous), "plan"),
-    "another schedule": (replan(schedule=cpflex.direct), "plan"),
+    "another layout": (replan(layout=cpflex.contiguous), "layout"),
+    "another schedule": (replan(schedule=cpflex.direct), "schedule"),
     "another scale": (put(scale=0.5), "scale"),
     "another score mod": (put(score_mod=other_softcap), "score_mod"),
     "no score mod": (put(score_mod=None), "score_mod"),

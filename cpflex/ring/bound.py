@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cpflex.links import Links
 from cpflex.mods.graph import Mod
-from cpflex.ring.agreement import agree, refuse
+from cpflex.ring.agreement import agree, number_of, refuse
 from cpflex.ring.schedule import Step
 
 
@@ -22,11 +22,14 @@ class Bound:
     mask: Mod
     steps: tuple[Step, ...]
     links: Links | None
+    facts: dict[str, Any]
+    """What ranks must agree on to have plans that belong together."""
     fingerprint: str
+    """Of the facts."""
     seq_len: int
     positions: Tensor  # int64 [S_local], CPU
-    agreed: set[Any] = field(default_factory=set)
-    """Signatures of calls on which the ranks have agreed."""
+    agreed: dict[Any, int] = field(default_factory=dict)
+    """Numbers of the kinds of calls on which the ranks have agreed."""
     devices: dict[torch.device, tuple[Mod, tuple[Step, ...], Tensor]] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> tuple[Mod, Sequence[Step], Tensor]:
@@ -38,13 +41,17 @@ class Bound:
         return self.devices[device]
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """Compare this call with the other ranks', once per kind of call."""
-        signature = tuple(sorted((name, repr(value)) for name, value in facts.items()))
-        if self.links is not None and self.links.world_size > 1 and signature not in self.agreed:
-            agree(self.links, {"plan": self.fingerprint, **facts})
-        self.agreed.add(signature)
+        """Compare this call with the other ranks', before every exchange."""
+        if self.links is None or self.links.world_size == 1:
+            return
+        kind = tuple(facts.items())
+        known = kind in self.agreed
+        facts = {**self.facts, **facts}
+        number = self.agreed[kind] if known else number_of(facts)
+        agree(self.links, self.fingerprint, facts, number, known)
+        self.agreed[kind] = number
 
     def refuse(self, error: Exception) -> None:
-        """Make the other ranks raise too, if they are still to agree on this plan."""
-        if self.links is not None and self.links.world_size > 1 and not self.agreed:
-            refuse(self.links, error)
+        """Make the other ranks raise too."""
+        if self.links is not None and self.links.world_size > 1:
+            refuse(self.links, self.fingerprint, error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,17 +47,7 @@ def attention(
     group.
     """
     bound: Bound = resolve(plan)
-    bound.agree(
-        {
-            "query": _signature(q),
-            "key": _signature(k),
-            "value": _signature(v),
-            "score_mod": (score_key, [(str(t.dtype), tuple(t.shape)) for t in captured]),
-            "scale": scale,
-            "backend": backend,
-            "whether gradients are needed": needs_grad,
-        }
-    )
+    bound.agree(_facts("forward", q, k, v, captured, score_key, scale, backend, needs_grad))
     call, steps, pads = _call(bound, captured, score_key, scale, backend, (), q.device)
     q, k, v = (_without(x, pads) for x in (q, k, v))
     return forward(q, v.shape[-1], call, Transport(bound.links, steps, Pair(k, v)))
@@ -86,6 +77,7 @@ def attention_backward(
 ) -> list[Tensor]:
     """[dq, dk, dv, *gradients of the captured tensors in the slots ``wanted``], each in the dtype of its tensor."""
     bound: Bound = resolve(plan)
+    bound.agree(_facts("backward", q, k, v, captured, score_key, scale, backend, True))
     call, steps, pads = _call(bound, captured, score_key, scale, backend, tuple(wanted), q.device)
     q, k, v, grad_out = (_without(x, pads) for x in (q, k, v, grad_out))
     grad_lse = _without(grad_lse.unsqueeze(-1), pads).squeeze(-1)
@@ -129,6 +121,30 @@ def _refuse_double_backward(ctx, *grads: Tensor):
 
 attention.register_autograd(_backward, setup_context=_setup_context)
 attention_backward.register_autograd(_refuse_double_backward)
+
+
+def _facts(
+    direction: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captured: Sequence[Tensor],
+    score_key: str,
+    scale: float,
+    backend: str,
+    needs_grad: bool,
+) -> dict[str, Any]:
+    """What all ranks must do alike in a call."""
+    return {
+        "direction": direction,
+        "query": _signature(q),
+        "key": _signature(k),
+        "value": _signature(v),
+        "score_mod": (score_key, *map(_signature, captured)),
+        "scale": scale,
+        "backend": backend,
+        "whether gradients are needed": needs_grad,
+    }
 
 
 def _call(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import cpflex
-from cpflex.ring.agreement import agree, refuse
+from cpflex.ring.agreement import agree, number_of, refuse
 from cpflex.testing import ThreadLinks, run_ranks
 
 
@@ -22,27 +23,31 @@ def said_by(fn, world_size: int) -> list[str]:
     return run_ranks(guarded, world_size, timeout=10)
 
 
+def compare(group: ThreadLinks, facts: dict, known: bool = False) -> None:
+    agree(group, "a plan", facts, number_of(facts), known)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_ranks_that_agree_go_on(world_size: int):
-    assert said_by(lambda group: agree(group, {"plan": "a", "scale": 0.5}), world_size) == [""] * world_size
+    assert said_by(lambda group: compare(group, {"plan": "a", "scale": 0.5}), world_size) == [""] * world_size
 
 
 def test_a_disagreement_is_raised_on_every_rank_and_names_the_ranks():
-    said = said_by(lambda group: agree(group, {"plan": "a", "scale": 1.0 if group.rank == 2 else 0.5}), 4)
+    said = said_by(lambda group: compare(group, {"plan": "a", "scale": 1.0 if group.rank == 2 else 0.5}), 4)
     assert said == ["the ranks disagree about scale: group ranks 0, 1, 3: 0.5; group rank 2: 1.0"] * 4
 
 
 def test_the_first_fact_that_differs_is_named():
-    said = said_by(lambda group: agree(group, {"plan": group.rank // 2, "scale": group.rank}), 4)
+    said = said_by(lambda group: compare(group, {"plan": group.rank // 2, "scale": group.rank}), 4)
     assert said == ["the ranks disagree about plan: group ranks 0, 1: 0; group ranks 2, 3: 1"] * 4
 
 
 def test_a_refusal_is_told_to_the_ranks_that_wait():
     def call(group: ThreadLinks) -> None:
         if group.rank == 1:
-            refuse(group, ValueError("query has 7 tokens"))
+            refuse(group, "a plan", ValueError("query has 7 tokens"))
         else:
-            agree(group, {"plan": "a"})
+            compare(group, {"plan": "a"})
 
     said = said_by(call, 3)
     told = "nothing was exchanged: group rank 1 raised ValueError: query has 7 tokens"
@@ -52,33 +57,68 @@ def test_a_refusal_is_told_to_the_ranks_that_wait():
 def test_every_refusal_is_told():
     def call(group: ThreadLinks) -> None:
         if group.rank:
-            refuse(group, ValueError(f"mistake {group.rank}"))
+            refuse(group, "a plan", ValueError(f"mistake {group.rank}"))
         else:
-            agree(group, {"plan": "a"})
+            compare(group, {"plan": "a"})
 
     assert said_by(call, 3)[0].endswith(
         "group rank 1 raised ValueError: mistake 1; group rank 2 raised ValueError: mistake 2"
     )
 
 
-def test_ranks_agree_once_per_kind_of_call():
-    import torch
-
+def test_a_call_is_compared_in_words_once_and_by_a_number_ever_after():
     def call(group: ThreadLinks) -> list[int]:
         plan = cpflex.make_plan(cpflex.causal(), 64, group)
-        gathered = []
+        in_words = []
         for dim in (16, 16, 8, 16):
-            q = torch.randn(1, 1, plan.local_len, dim)
-            cpflex.flex_attention(q, q, q, block_mask=plan)
-            gathered.append(group._gathered)
-        return gathered
+            q = torch.randn(1, 1, plan.local_len, dim, requires_grad=True)
+            cpflex.flex_attention(q, q, q, block_mask=plan).sum().backward()
+            in_words.append(group.num_gathered)
+        return in_words
 
-    assert run_ranks(call, 2) == [[1, 1, 2, 2]] * 2
+    assert run_ranks(call, 2) == [[2, 2, 4, 4]] * 2
+
+
+def call_in_order(group: ThreadLinks, kinds: list[str], backward: bool) -> None:
+    """Twice in the right order, then in that of ``kinds``."""
+    masks = {"full": cpflex.full(), "sliding": cpflex.sliding_window(9)}
+    plan = cpflex.make_plan(masks, 64, group, schedule=cpflex.ring)
+    q = torch.randn(1, 1, plan.local_len, 16, requires_grad=True)
+    for order in (["full", "sliding"], ["full", "sliding"], kinds):
+        outs = [cpflex.flex_attention(q, q, q, block_mask=plan[kind]) for kind in ([*order] if not backward else masks)]
+        for out in reversed(outs if not backward else [outs[list(masks).index(kind)] for kind in order]):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_layers_called_in_another_order_are_found_out_on_every_rank(backward: bool):
+    """Whole shards travel in either kind of layer: without the comparison each would attend to the other's keys."""
+
+    def call(group: ThreadLinks) -> None:
+        call_in_order(group, ["sliding", "full"] if group.rank == 1 else ["full", "sliding"], backward)
+
+    said = said_by(call, 3)
+    assert said[0].startswith("the ranks disagree about mask kind: group rank"), said
+    assert len(set(said)) == 1
+
+
+def test_a_mistake_in_a_later_call_is_told_to_the_ranks_that_wait():
+    def call(group: ThreadLinks) -> None:
+        plan = cpflex.make_plan(cpflex.causal(), 64, group)
+        q = torch.randn(1, 1, plan.local_len, 16)
+        cpflex.flex_attention(q, q, q, block_mask=plan)
+        if group.rank == 1:
+            with pytest.raises(ValueError, match="must have one head dim"):
+                cpflex.flex_attention(q, q[..., :8], q, block_mask=plan)
+        else:
+            cpflex.flex_attention(q, q, q, block_mask=plan)
+
+    said = said_by(call, 3)
+    assert said[1] == ""
+    assert "group rank 1 raised ValueError: query and key must have one head dim" in said[0] == said[2]
 
 
 def test_one_rank_compares_with_nobody():
-    import torch
-
     plan = cpflex.make_plan(cpflex.causal(), 64)
     q = torch.randn(1, 1, 64, 16)
     cpflex.flex_attention(q, q, q, block_mask=plan)

@@ -1,0 +1,107 @@
+"""Whereabouts: ranks that wait for one another say where they wait, so that a rank in the wrong place is named.
+
+A collective of torch that some rank never joins ends at the group's timeout, often after half an hour, without saying
+who is missing. Here a rank that has waited for `PATIENCE` seconds writes where it is to the store of the job, and looks
+where the others are: one that waits on the same plan in another group, or for this very rank there, will never come.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+PATIENCE = 3.0
+"""Seconds before a rank that waits begins to look around; and at most so many between two looks."""
+
+POLL = 5e-5
+
+
+class Astray(RuntimeError):
+    """A rank waits in another group for what will never come."""
+
+
+@dataclass
+class Watch:
+    """One wait of this process: in ``group``, to compare notes on ``plan`` (a fingerprint)."""
+
+    group: dist.ProcessGroup
+    plan: str
+    waits: bool = field(default=False, init=False)
+    """It has said so to the others."""
+
+    def until_done(self, work: dist.Work) -> None:
+        """Return when ``work`` is done.
+
+        Raises:
+            Astray: a rank of the group waits elsewhere; raised on that rank too.
+            ConnectionError: the others did not come within the group's timeout, or are gone.
+        """
+        look_at = time.monotonic() + PATIENCE
+        while not work.is_completed():
+            if time.monotonic() > look_at:
+                self._look_around()
+                look_at = time.monotonic() + PATIENCE / 3
+            time.sleep(POLL)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise ConnectionError(self._who_is_missing(error)) from error
+        if self.waits:
+            _store().delete_key(_place(dist.get_rank()))
+
+    def _look_around(self) -> None:
+        store, me, ranks = _store(), dist.get_rank(), self._ranks
+        store.set(_place(me), json.dumps({"ranks": ranks, "plan": self.plan}))
+        self.waits = True
+        if store.check([_note(me, ranks)]):
+            said = store.get(_note(me, ranks)).decode()
+            store.delete_key(_note(me, ranks))
+            raise Astray(said)
+        for place, peer in enumerate(ranks):
+            there = _found(peer)
+            if there and there["ranks"] != ranks and (me in there["ranks"] or there["plan"] == self.plan):
+                said = (
+                    f"group rank {place} (rank {peer} of the job) waits in another group, of ranks {there['ranks']}, "
+                    f"while ranks {ranks} wait for it; every rank must pass the plan of its own group"
+                )
+                told = [(other, where) for where in (ranks, there["ranks"]) for other in where if other != me]
+                for other, where in told:
+                    store.set(_note(other, where), said)
+                raise Astray(said)
+
+    def _who_is_missing(self, error: Exception) -> str:
+        ranks = self._ranks
+        absent = [place for place, peer in enumerate(ranks) if peer != dist.get_rank() and not self._is_here(peer)]
+        who = f"; group ranks {absent} were not there" if self.waits and absent else ""
+        return f"group rank {self.group.rank()}: the ranks did not all come to compare this call{who}: {error}"
+
+    def _is_here(self, peer: int) -> bool:
+        there = _found(peer)
+        return there is not None and there["ranks"] == self._ranks
+
+    @property
+    def _ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.group)
+
+
+def _found(rank: int) -> dict | None:
+    """Where a rank of the job says that it waits."""
+    store = _store()
+    return json.loads(store.get(_place(rank))) if store.check([_place(rank)]) else None
+
+
+def _store() -> dist.Store:
+    return _get_default_store()
+
+
+def _place(rank: int) -> str:
+    return f"cpflex/waits/{rank}"
+
+
+def _note(rank: int, ranks: list[int]) -> str:
+    """To a rank that waits in a group."""
+    return f"cpflex/note/{rank}/{ranks}"

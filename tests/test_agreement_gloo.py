@@ -1,0 +1,94 @@
+"""Real processes that disagree, that are in the wrong group, or that do not come: all are told soon, and by name."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import cpflex
+from processes import RankProcesses
+
+
+def attend(plan: cpflex.Plan) -> torch.Tensor:
+    q = torch.randn(1, 2, plan.local_len, 16)
+    out = cpflex.flex_attention(q, q, q, block_mask=plan)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def use_a_plan_of_another_group(group: dist.ProcessGroup, first_agree: bool) -> None:
+    """Rank 0 takes the plan on the other dim of the mesh."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    plans = {dim: cpflex.make_plan(cpflex.causal(), 300, mesh[dim]) for dim in ("dp", "cp")}
+    if first_agree:
+        for plan in plans.values():
+            attend(plan)
+    attend(plans["dp" if group.rank() == 0 else "cp"])
+
+
+@pytest.mark.parametrize("first_agree", [False, True], ids=["in the first call", "later"])
+def test_a_plan_of_another_group_is_found_within_ten_seconds(first_agree: bool, four_processes: RankProcesses):
+    """Ranks 2 and 3 have what they need; ranks 0 and 1 wait for each other in vain."""
+    outcomes = four_processes.outcomes(use_a_plan_of_another_group, first_agree, timeout=30)
+    for outcome in outcomes[:2]:
+        assert isinstance(outcome.error, cpflex.RankMismatch), outcome.traceback
+        assert "(rank 0 of the job) waits in another group, of ranks [0, 2], while ranks [0, 1] wait" in str(
+            outcome.error
+        ) or (
+            "(rank 1 of the job) waits in another group, of ranks [0, 1], while ranks [0, 2] wait" in str(outcome.error)
+        )
+        assert outcome.seconds < 10
+    assert [outcome.error for outcome in outcomes[2:]] == [None, None]
+
+
+def come_late(group: dist.ProcessGroup) -> bool:
+    plan = cpflex.make_plan(cpflex.causal(), 300, group)
+    if group.rank() == 1:
+        time.sleep(4.5)
+    return bool(attend(plan).isfinite().all())
+
+
+def test_a_rank_that_is_late_is_waited_for(two_processes: RankProcesses):
+    assert two_processes.run(come_late) == [True, True]
+    assert two_processes.run(come_late) == [True, True]
+
+
+def stay_away(group: dist.ProcessGroup) -> None:
+    ranks = dist.new_group([0, 1, 2, 3], timeout=timedelta(seconds=6))
+    plan = cpflex.make_plan(cpflex.causal(), 300, ranks)
+    if group.rank() != 2:
+        attend(plan)
+    else:
+        time.sleep(8)
+
+
+def test_a_rank_that_does_not_come_is_named_at_the_timeout(four_processes: RankProcesses):
+    outcomes = four_processes.outcomes(stay_away, timeout=30)
+    waiting = [outcome for rank, outcome in enumerate(outcomes) if rank != 2]
+    for outcome in waiting:
+        assert isinstance(outcome.error, ConnectionError), outcome.traceback
+        assert "the ranks did not all come to compare this call" in str(outcome.error)
+        assert outcome.seconds < 12
+    assert any("group ranks [2] were not there" in str(outcome.error) for outcome in waiting)
+
+
+def disagree_later(group: dist.ProcessGroup) -> None:
+    masks = {"full": cpflex.full(), "sliding": cpflex.sliding_window(9)}
+    plan = cpflex.make_plan(masks, 300, group, schedule=cpflex.ring)
+    for kinds in (("full", "sliding"), ("sliding", "full") if group.rank() == 3 else ("full", "sliding")):
+        for kind in kinds:
+            attend(plan[kind])
+
+
+def test_layers_in_another_order_are_found_at_once(four_processes: RankProcesses):
+    for outcome in four_processes.outcomes(disagree_later, timeout=30):
+        assert isinstance(outcome.error, cpflex.RankMismatch), outcome.traceback
+        assert str(outcome.error).startswith(
+            "the ranks disagree about mask kind: group ranks 0, 1, 2: full; group rank 3: sliding"
+        )
+        assert outcome.seconds < 10
