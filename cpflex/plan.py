@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -14,42 +14,32 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from cpflex import handles
+from cpflex import handles, plan_bytes
+from cpflex.check import check_kind, check_layout
 from cpflex.links import Links, links_of
+from cpflex.mask_kind import FORMAT, KindWork, MaskKind, plan_kind
 from cpflex.masks import MaskFn, MaskMod
-from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
-from cpflex.mods.trace import trace_mask_mod
-from cpflex.needs import Needs, blocks_of, chunk_needs, classifier
+from cpflex.mods.graph import Graph, GraphBuilder, Mod, Node, Ref, table_sizes
+from cpflex.mods.trace import UnsupportedMod, trace_mask_mod
 from cpflex.ring.bound import Bound
-from cpflex.ring.schedule import Exchange, ScheduleFn, Step, auto
-from cpflex.sharding.balance import balanced, work_per_rank
-from cpflex.sharding.layout import ChunkNeeds, Layout, LayoutFn
+from cpflex.ring.schedule import Exchange, ScheduleFn, Source, Step, Transfer, auto
+from cpflex.sharding.balance import balanced
+from cpflex.sharding.layout import Layout, LayoutFn
 from cpflex.sharding.shard import shard, unshard
-from cpflex.tile_mask import make_tile_masks
+from cpflex.tile_mask import Runs, TileMask
 from cpflex.version import __version__
 
 Group = dist.ProcessGroup | DeviceMesh | Links
-FORMAT = 1
-"""Version of the plan's contents; ranks that disagree on it do not exchange."""
 
+VERSION = f"cpflex {__version__}, plan format {FORMAT}"
+PARTS = (Layout, MaskKind, Mod, Graph, Node, Ref, Step, Exchange, Source, Transfer, TileMask, Runs)
+"""What a plan is made of, besides numbers, strings, tuples and tensors."""
 
-@dataclass(frozen=True)
-class MaskKind:
-    """What was planned for one mask kind, for one rank."""
-
-    mask: Mod
-    steps: tuple[Step, ...]
-    facts: dict[str, Any]
-    """Equal on two ranks iff their plans belong together."""
-    schedule: str
-    reason: str
-    recv_tokens: tuple[int, ...]  # K/V rows that each rank receives in one forward
-    work: np.ndarray  # (query, key) pairs to compute in blocks that are not EMPTY, int64 [world_size]
-    tokens: np.ndarray  # K/V rows of rank o's shard that rank r needs, by block, int64 [world_size (r), world_size (o)]
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(repr(self.facts).encode()).hexdigest()[:16]
+BROKEN = (
+    *(ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, MemoryError, NotImplementedError),
+    *(RecursionError, RuntimeError, StopIteration, TypeError, UnsupportedMod, ValueError, json.JSONDecodeError),
+)
+"""What planning on damaged tables may raise."""
 
 
 def make_plan(
@@ -95,30 +85,13 @@ def make_plan(
     weights = _weights(weights, masks)
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
     mods = {kind: _traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
-    work = _ChunkWork(mods, weights, batch_size or 1, num_heads or 1)
+    work = KindWork(mods, weights, batch_size or 1, num_heads or 1)
     table = layout(seq_len, world_size, work)
     if not isinstance(table, Layout) or (table.seq_len, table.world_size) != (seq_len, world_size):
         raise ValueError(f"layout must return a Layout of seq_len={seq_len} for {world_size} ranks; got {table!r}")
-    planned = {}
-    for kind, mod in mods.items():
-        chunks = work(table.chunk_len, table.num_chunks)[kind]
-        needs = Needs(work.classifiers[kind], table, rank, chunks)
-        chosen = schedule(table, rank, needs)
-        facts = {
-            "cpflex version": __version__,
-            "plan format": FORMAT,
-            "seq_len": seq_len,
-            "layout": f"{table.name}, {len(table.chunks[0])} chunks of {table.chunk_len} tokens per rank, {table.key}",
-            "schedule": chosen.name,
-            "mask kind": kind,
-            "batch_size of the plan": batch_size,
-            "num_heads of the plan": num_heads,
-            "mask": f"{mod.name}, graph {mod.key}",
-            "tensors captured by the mask": mod.content_key,
-        }
-        steps = _steps(mod, needs, chosen.exchanges, batch_size or 1, num_heads or 1)
-        loads = work_per_rank(table, chunks)
-        planned[kind] = MaskKind(mod, steps, facts, chosen.name, chosen.reason, chosen.recv_tokens, loads, needs.tokens)
+    planned = {
+        kind: plan_kind(kind, mod, table, rank, work, schedule, batch_size, num_heads) for kind, mod in mods.items()
+    }
     by_b, by_h = (any(mod.uses(name) for mod in mods.values()) for name in "bh")
     return Plan(table, rank, planned, links, batch_size if by_b else None, num_heads if by_h else None)
 
@@ -289,8 +262,57 @@ class Plan:
             f"{self.world_size}, local_len={self.local_len})"
         )
 
+    def to_bytes(self) -> bytes:
+        """The plan, to be stored or sent; the group is left behind."""
+        parts = (self.layout, self.rank, self.kinds, self.batch_size, self.num_heads)
+        return plan_bytes.to_bytes(parts, VERSION)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Plan:
+        """A plan that `to_bytes` gave, from anywhere: nothing in the bytes is run, and the plan is checked.
+
+        Raises:
+            ValueError: the bytes are no plan, damaged, of another version, or not what `make_plan` would make.
+        """
+        try:
+            plan = cls._from_bytes(data)
+            plan.check()
+            if plan.to_bytes() != data:
+                raise ValueError("the plan is damaged: it is written in another way than Plan.to_bytes writes")
+        except BROKEN as error:
+            if type(error) is ValueError and "the plan" in str(error):
+                raise
+            raise ValueError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+        return plan
+
+    @classmethod
+    def _from_bytes(cls, data: bytes) -> Plan:
+        """Not checked, beyond damage on the way."""
+        layout, rank, kinds, *sizes = plan_bytes.from_bytes(data, {part.__name__: part for part in PARTS}, VERSION)
+        return cls(layout, rank, kinds, None, *sizes)
+
+    def check(self, schedule: ScheduleFn | None = None) -> None:
+        """Plan again, from the traced masks and the layout, and compare everything.
+
+        Args:
+            schedule: the schedule function, if it is not one of cpflex's.
+
+        Raises:
+            ValueError: this plan is not what `make_plan` would make; the message names a part that differs.
+        """
+        check_layout(self.layout, self.rank)
+        for name, kind in self.kinds.items():
+            check_kind(name, kind, self.layout, self.rank, schedule)
+        sizes = [next(filter(None, found), None) for found in zip(*(k.sizes for k in self.kinds.values()), strict=True)]
+        if [self.batch_size, self.num_heads] != sizes:
+            raise ValueError(f"the plan is wrong: batch_size={self.batch_size}, num_heads={self.num_heads}")
+
     def __reduce__(self):
-        return Plan, (self.layout, self.rank, self.kinds, None, self.batch_size, self.num_heads)
+        return _unpickled, (self.to_bytes(),)
+
+
+def _unpickled(data: bytes) -> Plan:
+    return Plan._from_bytes(data)
 
 
 def _membership(group: Group | None, rank: int | None, world_size: int | None) -> tuple[Links | None, int, int]:
@@ -352,33 +374,3 @@ def _traced(
         position = builder.add("input", name, dtype=torch.int64)
         seen = builder.add("and", seen, builder.add("lt", position, length, dtype=torch.bool), dtype=torch.bool)
     return Mod(builder.graph(seen), (*mod.captured, torch.tensor(seq_len)), mod.name)
-
-
-class _ChunkWork:
-    """What a layout function may ask about the masks."""
-
-    def __init__(
-        self,
-        mods: Mapping[str, Mod],
-        weights: Mapping[str, float],
-        batch_size: int,
-        num_heads: int,
-    ) -> None:
-        self.weights = weights
-        self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
-        self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
-
-    def __call__(self, chunk_len: int, num_chunks: int) -> dict[str, ChunkNeeds]:
-        if (chunk_len, num_chunks) not in self._known:
-            blocks = blocks_of(chunk_len, num_chunks)
-            needs = {kind: chunk_needs(classify, blocks) for kind, classify in self.classifiers.items()}
-            self._known[chunk_len, num_chunks] = needs
-        return self._known[chunk_len, num_chunks]
-
-
-def _steps(mod: Mod, needs: Needs, exchanges: Sequence[Exchange], batch_size: int, num_heads: int) -> tuple[Step, ...]:
-    q_tiles = needs.tiles.of_chunks(needs.layout.chunks[needs.rank])
-    empty = q_tiles[:0]
-    blocks = [np.concatenate([needs.tiles_of(*source) for source in e.sources] or [empty]) for e in exchanges]
-    masks = make_tile_masks(mod, needs.squares, needs.tiles, q_tiles, blocks, batch_size, num_heads)
-    return tuple(Step(exchange, mask) for exchange, mask in zip(exchanges, masks, strict=True))

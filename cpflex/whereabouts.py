@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 PATIENCE = 3.0
 """Seconds before a rank that waits begins to look around; and at most so many between two looks."""
@@ -94,7 +94,7 @@ def _found(rank: int) -> dict | None:
     return json.loads(store.get(_place(rank))) if store.check([_place(rank)]) else None
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     return _get_default_store()
 
 

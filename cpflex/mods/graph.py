@@ -130,9 +130,10 @@ class Mod:
         """Names the computation and the values it captured; equal on two ranks iff the masks are the same."""
         digest = hashlib.blake2b(self.key.encode(), digest_size=8)
         for tensor in self.captured:
-            data = tensor.detach().cpu().contiguous()
-            digest.update(f"{tuple(data.shape)}".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(f"{tuple(tensor.shape)}".encode())
+            if tensor.numel():
+                data = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                digest.update(data.view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def uses(self, name: str) -> bool:

@@ -45,7 +45,7 @@ def agree(links: Links, plan: str, facts: Mapping[str, Any], number: int, known:
     """
     numbers = _gathered(links, number if known else IN_WORDS, plan)
     if known and numbers.is_cuda:
-        torch._assert_async((numbers == number).all(), "cpflex: the ranks disagree about this attention call")
+        torch.ops.aten._assert_async.msg((numbers == number).all(), "the ranks disagree about this attention call")
     elif not known or (numbers != number).any():
         _compare(links, facts)
 

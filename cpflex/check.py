@@ -1,0 +1,78 @@
+"""Checks: a plan is what would be planned again from its masks and its layout. Planning is pure, so any part that was
+damaged on its way differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpflex.mask_kind import KindWork, MaskKind, plan_kind
+from cpflex.ring.schedule import ScheduleFn, direct, ring
+from cpflex.sharding.layout import ALIGNMENT, Layout
+
+SCHEDULES: Mapping[str, ScheduleFn] = {"ring": ring, "direct": direct}
+
+
+def check_layout(layout: Layout, rank: int) -> None:
+    """A layout itself refuses a table that does not deal out every chunk once.
+
+    Raises:
+        ValueError: numbers that no layout has.
+    """
+    for name, value, least, most in (
+        ("seq_len", layout.seq_len, 1, 2**31 - 1),
+        ("chunk_len", layout.chunk_len, 1, 2**31 - 1),
+        ("rank", rank, 0, layout.world_size - 1),
+    ):
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"the plan is wrong: {name} must be from {least} to {most}; got {value!r}")
+    if layout.chunk_len % ALIGNMENT:
+        raise ValueError(f"the plan is wrong: chunk_len must be a multiple of {ALIGNMENT}; got {layout.chunk_len}")
+
+
+def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: ScheduleFn | None) -> None:
+    """Plan one mask again and compare.
+
+    Raises:
+        ValueError: something differs, or the schedule function is not known.
+    """
+    chosen = schedule or SCHEDULES.get(kind.schedule)
+    if chosen is None:
+        raise ValueError(f"to check the plan, pass its schedule function: plan.check(schedule={kind.schedule})")
+    if kind.mask.captured[-1].tolist() != layout.seq_len:
+        raise ValueError(f"the plan is wrong: the mask of {name!r} is of another sequence length")
+    batch_size, num_heads = kind.sizes
+    work = KindWork({name: kind.mask}, {name: 1.0}, batch_size or 1, num_heads or 1)
+    again = plan_kind(name, kind.mask, layout, rank, work, chosen, batch_size, num_heads)
+    if part := _difference(replace(again, reason=kind.reason), kind, f"kinds[{name!r}]"):
+        raise ValueError(f"the plan is wrong: {part} is not what make_plan would make of its mask and layout")
+
+
+def _difference(one: Any, other: Any, name: str) -> str:
+    """The name of a part in which two parts of plans differ, "" if there is none."""
+    if type(one) is not type(other):
+        return name
+    if isinstance(one, Tensor):
+        return "" if one.dtype == other.dtype and torch.equal(one, other) else name
+    if isinstance(one, np.ndarray):
+        return "" if one.dtype == other.dtype and np.array_equal(one, other) else name
+    if isinstance(one, dict):
+        if list(one) != list(other):
+            return name
+        parts = {f"{name}[{key!r}]": (one[key], other[key]) for key in one}
+    elif isinstance(one, tuple):
+        if len(one) != len(other):
+            return name
+        parts = {f"{name}[{place}]": both for place, both in enumerate(zip(one, other, strict=True))}
+    elif is_dataclass(one):
+        names = [field.name for field in fields(one)]
+        parts = {f"{name}.{part}": (getattr(one, part), getattr(other, part)) for part in names}
+    else:
+        return "" if repr(one) == repr(other) else name  # 1 == True
+    return next(filter(None, (_difference(*both, part) for part, both in parts.items())), "")

@@ -1,0 +1,105 @@
+"""MaskKind: one mask of a plan and what was decided for it, for one rank, on the layout that all masks share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cpflex.mods.graph import Mod
+from cpflex.needs import Needs, blocks_of, chunk_needs, classifier
+from cpflex.ring.schedule import Exchange, ScheduleFn, Step
+from cpflex.sharding.balance import work_per_rank
+from cpflex.sharding.layout import ChunkNeeds, Layout
+from cpflex.tile_mask import make_tile_masks
+from cpflex.version import __version__
+
+FORMAT = 1
+"""Version of the plan's contents; ranks that disagree on it do not exchange."""
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """What was planned for one mask kind, for one rank."""
+
+    mask: Mod
+    steps: tuple[Step, ...]
+    facts: dict[str, Any]
+    """Equal on two ranks iff their plans belong together."""
+    schedule: str
+    reason: str
+    recv_tokens: tuple[int, ...]  # K/V rows that each rank receives in one forward
+    work: np.ndarray  # (query, key) pairs to compute in blocks that are not EMPTY, int64 [world_size]
+    tokens: np.ndarray  # K/V rows of rank o's shard that rank r needs, by block, int64 [world_size (r), world_size (o)]
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """batch_size and num_heads, where the mask depends on them."""
+        return self.facts["batch_size of the plan"], self.facts["num_heads of the plan"]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self.facts).encode()).hexdigest()[:16]
+
+
+class KindWork:
+    """What a layout function may ask about the masks."""
+
+    def __init__(
+        self,
+        mods: Mapping[str, Mod],
+        weights: Mapping[str, float],
+        batch_size: int,
+        num_heads: int,
+    ) -> None:
+        self.weights = weights
+        self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
+        self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
+
+    def __call__(self, chunk_len: int, num_chunks: int) -> dict[str, ChunkNeeds]:
+        if (chunk_len, num_chunks) not in self._known:
+            blocks = blocks_of(chunk_len, num_chunks)
+            needs = {kind: chunk_needs(classify, blocks) for kind, classify in self.classifiers.items()}
+            self._known[chunk_len, num_chunks] = needs
+        return self._known[chunk_len, num_chunks]
+
+
+def plan_kind(
+    kind: str,
+    mod: Mod,
+    table: Layout,
+    rank: int,
+    work: KindWork,
+    schedule: ScheduleFn,
+    batch_size: int | None,
+    num_heads: int | None,
+) -> MaskKind:
+    chunks = work(table.chunk_len, table.num_chunks)[kind]
+    needs = Needs(work.classifiers[kind], table, rank, chunks)
+    chosen = schedule(table, rank, needs)
+    facts = {
+        "cpflex version": __version__,
+        "plan format": FORMAT,
+        "seq_len": table.seq_len,
+        "layout": f"{table.name}, {len(table.chunks[0])} chunks of {table.chunk_len} tokens per rank, {table.key}",
+        "schedule": chosen.name,
+        "mask kind": kind,
+        "batch_size of the plan": batch_size if mod.uses("b") else None,
+        "num_heads of the plan": num_heads if mod.uses("h") else None,
+        "mask": f"{mod.name}, graph {mod.key}",
+        "tensors captured by the mask": mod.content_key,
+    }
+    steps = _steps(mod, needs, chosen.exchanges, batch_size or 1, num_heads or 1)
+    loads = work_per_rank(table, chunks)
+    return MaskKind(mod, steps, facts, chosen.name, chosen.reason, chosen.recv_tokens, loads, needs.tokens)
+
+
+def _steps(mod: Mod, needs: Needs, exchanges: Sequence[Exchange], batch_size: int, num_heads: int) -> tuple[Step, ...]:
+    q_tiles = needs.tiles.of_chunks(needs.layout.chunks[needs.rank])
+    empty = q_tiles[:0]
+    blocks = [np.concatenate([needs.tiles_of(*source) for source in e.sources] or [empty]) for e in exchanges]
+    masks = make_tile_masks(mod, needs.squares, needs.tiles, q_tiles, blocks, batch_size, num_heads)
+    return tuple(Step(exchange, mask) for exchange, mask in zip(exchanges, masks, strict=True))
