@@ -1,4 +1,6 @@
-"""The command line: ``python -m cpflex explain ...`` shows the plan of any rank of any job, without a process group."""
+"""The command line: ``python -m cpflex explain ...`` shows the plan of any rank of any job, without a process group;
+``python -m cpflex doctor`` what this machine has, and whether it works.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     _add_explain_arguments(explain)
     explain.set_defaults(run=_explain, parser=explain)
+    doctor = commands.add_parser(
+        "doctor",
+        help="versions, GPUs and links of this machine, the backend chosen on it, and a test of a few seconds",
+        description="Show what this machine has for cpflex, and test it: on all its GPUs with NCCL, else two gloo "
+        "processes. Exits with status 1 if the test fails.",
+    )
+    doctor.set_defaults(run=_doctor, parser=doctor)
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -98,6 +107,13 @@ def _explain(args: argparse.Namespace) -> None:
     if args.plot:
         plan.plot(args.plot)
         print(f"\nwrote {args.plot}")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from cpflex.doctor import examine
+
+    if not examine():
+        raise SystemExit(1)
 
 
 def _masks(specs: Sequence[str], seq_len: int) -> dict[str, MaskFn]:

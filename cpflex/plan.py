@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import time
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -34,6 +36,8 @@ Group = dist.ProcessGroup | DeviceMesh | Links
 VERSION = f"cpflex {__version__}, plan format {FORMAT}"
 PARTS = (Layout, MaskKind, Mod, Graph, Node, Ref, Step, Exchange, Source, Transfer, TileMask, Runs)
 """What a plan is made of, besides numbers, strings, tuples and tensors."""
+
+log = logging.getLogger(__name__)
 
 BROKEN = (
     *(ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, MemoryError, NotImplementedError),
@@ -76,6 +80,7 @@ def make_plan(
         ValueError: sizes that do not fit each other; the message says which.
         UnsupportedMod: the mask is not a pointwise bool function.
     """
+    began = time.perf_counter()
     links, rank, world_size = _membership(group, rank, world_size)
     if isinstance(seq_len, bool) or not isinstance(seq_len, int) or not 0 < seq_len < 2**31:
         raise ValueError(f"seq_len must be an integer from 1 to 2**31 - 1; got {seq_len!r}")
@@ -93,7 +98,9 @@ def make_plan(
         kind: plan_kind(kind, mod, table, rank, work, schedule, batch_size, num_heads) for kind, mod in mods.items()
     }
     by_b, by_h = (any(mod.uses(name) for mod in mods.values()) for name in "bh")
-    return Plan(table, rank, planned, links, batch_size if by_b else None, num_heads if by_h else None)
+    plan = Plan(table, rank, planned, links, batch_size if by_b else None, num_heads if by_h else None)
+    log.info("%r made in %.1f ms: %s", plan, 1e3 * (time.perf_counter() - began), _Summary(plan))
+    return plan
 
 
 class Plan:
@@ -309,6 +316,22 @@ class Plan:
 
     def __reduce__(self):
         return _unpickled, (self.to_bytes(),)
+
+
+class _Summary:
+    """Of a plan, for the log: counted only if it is printed."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __str__(self) -> str:
+        plans = {name: self.plan[name].stats for name in self.plan.kinds}
+        return "; ".join(
+            f"{name}: {s['schedule']}, work {s['imbalance']:.3f} x the mean at most, "
+            f"{s['recv_tokens'][self.plan.rank]} K/V rows to receive, {s['full_tiles']} FULL and "
+            f"{s['partial_tiles']} PARTIAL tiles"
+            for name, s in plans.items()
+        )
 
 
 def _unpickled(data: bytes) -> Plan:

@@ -8,6 +8,7 @@ where the others are: one that waits on the same plan in another group, or for t
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ PATIENCE = 3.0
 """Seconds before a rank that waits begins to look around; and at most so many between two looks."""
 
 POLL = 5e-5
+
+log = logging.getLogger(__name__)
 
 
 class Astray(RuntimeError):
@@ -56,6 +59,8 @@ class Watch:
     def _look_around(self) -> None:
         store, me, ranks = _store(), dist.get_rank(), self._ranks
         store.set(_place(me), json.dumps({"ranks": ranks, "plan": self.plan}))
+        if not self.waits:
+            log.warning("rank %d has waited %g s for the other ranks of %s to begin this call", me, PATIENCE, ranks)
         self.waits = True
         if store.check([_note(me, ranks)]):
             said = store.get(_note(me, ranks)).decode()

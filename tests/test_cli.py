@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import cpflex
+from cpflex import doctor
 from cpflex.__main__ import _masks, main
 from cpflex.masks import MaskFn
 
@@ -75,6 +76,30 @@ def test_layout_schedule_and_kinds_reach_the_plan(capsys: pytest.CaptureFixture[
     main(["explain", *kinds, *where, "--weights", "full=1, sliding=2.5"])
     weighed = cpflex.make_plan(masks, 2000, rank=0, world_size=4, weights={"full": 1, "sliding": 2.5})
     assert capsys.readouterr().out == weighed.explain() + "\n"
+
+
+def test_doctor_says_what_there_is_and_tests_it(tmp_path: Path):
+    result = run("doctor", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for words in ("cpflex       0.1.0", f"torch        {torch.__version__}", "kernels      ", "dv   is off by"):
+        assert words in result.stdout
+    assert "passed in" in result.stdout
+
+
+def test_doctor_fails_where_attention_is_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_test", lambda device, num_ranks: {"out": 1e-7, "dk": 0.3})
+    with pytest.raises(SystemExit) as exit_:
+        main(["doctor"])
+    assert exit_.value.code == 1
+    assert "dk   is off by 3.0e-01 of its largest number; 1e-05 is allowed" in capsys.readouterr().out
+
+    def broken(device: str, num_ranks: int) -> dict[str, float]:
+        raise ConnectionError("no way to rank 1")
+
+    monkeypatch.setattr(doctor, "_test", broken)
+    with pytest.raises(SystemExit):
+        main(["doctor"])
+    assert "FAILED after 0.0 s\n\nno way to rank 1" in capsys.readouterr().out
 
 
 # -- masks

@@ -9,6 +9,7 @@ up the communicator.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ from cpflex.whereabouts import Astray
 
 IN_WORDS, REFUSED = 0, -1
 """Instead of a call's number: it was never compared; it will not be made."""
+
+
+log = logging.getLogger(__name__)
 
 
 class RankMismatch(RuntimeError):
@@ -64,6 +68,7 @@ def _gathered(links: Links, number: int, plan: str) -> torch.Tensor:
 
 
 def _compare(links: Links, facts: Mapping[str, Any]) -> None:
+    log.debug("group rank %d: a new kind of call: %s", links.rank, facts)
     answers = links.all_gather_object({"facts": dict(facts)})
     _raise_refusals(answers)
     for name in dict.fromkeys(name for answer in answers for name in answer["facts"]):

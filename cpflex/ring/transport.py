@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from cpflex.links import Links, Message, Work
 from cpflex.ring.schedule import Rows, Step, Transfer
@@ -73,8 +74,9 @@ class Transport:
             for done in [other for other in blocks if other <= index and other not in still_sent]:
                 blocks.pop(done)
                 packed.pop(done, None)
-            yield index, step, block
-            del block
+            with record_function(f"cpflex::step[{index}] attend"):
+                yield index, step, block
+                del block
 
     def _post(self, index: int, blocks: dict[int, Pair], packed: dict[int, Tensor]) -> _Arrival:
         exchange = self.steps[index].exchange
@@ -135,7 +137,8 @@ class Transport:
 
     def _wait(self, arrival: _Arrival, index: int, what: str) -> None:
         try:
-            arrival.work.wait()
+            with record_function(f"cpflex::step[{index}] wait {what}"):
+                arrival.work.wait()
         except (ConnectionError, TimeoutError) as error:
             rank = self.links.rank if self.links is not None else 0
             peers = sorted({t.peer for t in arrival.transfers})
