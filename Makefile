@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: train test test-all test-gpu check format verify bench-planner bench-cpu clean
+.PHONY: train test test-all test-hf test-gpu check format verify bench-planner bench-cpu bench-kernels clean
 
 train: .venv/ready  ## the main job: context-parallel training on real text
 	$(BIN)/python launch/train.py
@@ -13,6 +13,9 @@ test: .venv/ready  ## the tests that need no GPU
 
 test-all: .venv/ready  ## the full matrix
 	$(BIN)/pytest -n $(WORKERS) -m "not gpu and not multi_gpu"
+
+test-hf: .venv/ready  ## models of transformers, the full matrix
+	$(BIN)/pytest -n $(WORKERS) -m "hf and not gpu"
 
 test-gpu: .venv/ready  ## the kernels on a GPU
 	$(BIN)/pytest -m gpu
@@ -36,9 +39,12 @@ bench-planner: .venv/ready
 bench-cpu: .venv/ready
 	$(BIN)/python benchmarks/cpu_peers.py
 
+bench-kernels: .venv/ready  ## the fused kernels beside their peers, on a GPU
+	$(BIN)/python launch/bench.py kernels
+
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,train,viz]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,train,viz,hf]'
 	touch $@
 
 clean:

@@ -1,0 +1,96 @@
+"""accelerate: its mesh and its FSDP2, with attention and sharding by cpflex.
+
+accelerate takes ``cp_size`` as a dim of its device mesh, shards parameters over it, and gives the ranks of a sequence
+the same batch: all of that stays. Its own context parallelism (``cp_backend="torch"``, the only one it knows) does not:
+it removes the attention mask of every layer, packed documents, padding and sliding windows with it, and attends
+causally to everything before. `attach` takes it out, and refuses what would fall back to it.
+
+>>> accelerator = Accelerator(parallelism_config=ParallelismConfig(cp_size=4, dp_shard_size=2), fsdp_plugin=plugin)
+>>> shares = attach(accelerator)                                                  # before prepare
+>>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+>>> for batch in loader:
+...     plan = plan_for(model.config, shares.cp, position_ids=batch["position_ids"])
+...     local = shard_batch(batch, plan)                                          # of cpflex.integrations.transformers
+...     local["num_items_in_batch"] = num_labels(local["shift_labels"], shares.mean)
+...     accelerator.backward(model(**local).loss * shares.averaged_over)
+
+The Trainer of transformers is in `cpflex.integrations.trainer`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import accelerate
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+SEAMS = ("_prepare_cp", "maybe_context_parallel")
+"""Methods of the accelerator that are replaced: of accelerate 1.15, where they are tested."""
+
+
+class Shares(NamedTuple):
+    """Who shares what in this job."""
+
+    cp: DeviceMesh | None
+    """The ranks of one sequence, for `cpflex.make_plan`; None without context parallelism."""
+    mean: DeviceMesh | dist.ProcessGroup | None
+    """The ranks whose labels are in one mean, data and context parallelism together; None in a job of one process."""
+    averaged_over: int
+    """The ranks over which gradients are averaged: what a rank's share of the mean loss is to be multiplied by.
+
+    `Accelerator.backward` also divides by ``gradient_accumulation_steps``: multiply by these as well, if the labels of
+    all microbatches of a step are counted together.
+    """
+
+
+def attach(accelerator: Accelerator) -> Shares:
+    """Make an accelerator leave attention masks and sharding to cpflex. Call it before `Accelerator.prepare`.
+
+    Raises:
+        ValueError: a model is prepared already, or, when it is prepared, attends by another implementation.
+        NotImplementedError: DeepSpeed, Megatron-LM, or sequence parallelism beside context parallelism.
+        ImportError: an accelerate that works in another way.
+    """
+    if missing := [name for name in SEAMS if not hasattr(accelerator, name)]:
+        raise ImportError(
+            f"accelerate {accelerate.__version__} has no {missing}; cpflex is tested with accelerate 1.15"
+        )
+    if accelerator._models:
+        raise ValueError("attach(accelerator) must come before accelerator.prepare(model, ...)")
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise NotImplementedError(f"{accelerator.distributed_type} is not supported; use FSDP2 or DDP")
+    sizes = accelerator.parallelism_config
+    if sizes is not None and sizes.sp_enabled:
+        raise NotImplementedError(f"sp_size must be 1; got {sizes.sp_size} - cpflex shards the sequence over cp_size")
+    for name, replacement in zip(SEAMS, (_check_models, _refuse), strict=True):
+        setattr(accelerator, name, replacement)
+    averaged_over = accelerator.num_processes // (sizes.tp_size if sizes is not None else 1)
+    mesh = accelerator.torch_device_mesh
+    if sizes is None or mesh is None:
+        return Shares(None, dist.group.WORLD if accelerator.use_distributed else None, averaged_over)
+    dims = sizes.dp_cp_dim_names
+    mean = (mesh[dims[0]] if len(dims) == 1 else mesh[tuple(dims)]._flatten("dp_cp")) if dims else None
+    return Shares(mesh["cp"] if sizes.cp_enabled else None, mean, averaged_over)
+
+
+def _check_models(*prepared: Any) -> tuple[Any, ...]:
+    """In the place of the hooks that remove attention masks."""
+    for model in prepared:
+        found = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        if isinstance(model, nn.Module) and found not in (None, "cpflex"):
+            raise ValueError(
+                f"{type(model).__name__} attends by {found!r}, to this rank's tokens only; "
+                'load it with attn_implementation="cpflex"'
+            )
+    return prepared
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise NotImplementedError(
+        "accelerate's context parallelism, which drops attention masks, is replaced by cpflex: shard batches with "
+        "shard_batch or plan.shard, or train with cpflex.integrations.trainer.Trainer"
+    )

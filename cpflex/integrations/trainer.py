@@ -1,0 +1,86 @@
+"""The Trainer of transformers on sharded sequences: packed documents, padding, sliding windows, data parallelism.
+
+>>> from cpflex.integrations.trainer import Trainer
+>>> arguments = TrainingArguments(parallelism_config=ParallelismConfig(cp_size=4, dp_shard_size=2), fsdp=True, ...)
+>>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="cpflex")
+>>> Trainer(model=model, args=arguments, train_dataset=dataset).train()
+
+Every rank of a sequence gets the same batch, plans it, and keeps its tokens. The loss that is logged, and its
+gradients, are those of the Trainer without context parallelism.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from cpflex.integrations.accelerate import attach
+from cpflex.integrations.transformers import ModelPlan, plan_for, shard_batch
+from cpflex.loss import IGNORE_INDEX, shift_labels
+
+SEAMS = ("create_accelerator_and_postprocess", "_prepare_context_parallel_inputs", "_get_num_items_in_batch")
+"""Methods of the Trainer that are extended here: of transformers 5.23, where they are tested."""
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer` for a model with ``attn_implementation="cpflex"``; all arguments are the same.
+
+    Documents are told by ``position_ids`` that begin anew, as ``DataCollatorWithFlattening`` makes them, padding by
+    ``attention_mask``.
+
+    Raises:
+        NotImplementedError: label smoothing, a loss function of one's own, averages per device, evaluation that needs
+            more than the loss. They would see this rank's tokens only.
+        ImportError: a transformers whose Trainer works in another way.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if missing := [name for name in SEAMS if not hasattr(transformers.Trainer, name)]:
+            raise ImportError(f"the Trainer of transformers {transformers.__version__} has no {missing}")
+        super().__init__(*args, **kwargs)
+        refused = {
+            "label_smoothing_factor": self.args.label_smoothing_factor != 0,
+            "average_tokens_across_devices=False": not self.args.average_tokens_across_devices,
+            "compute_loss_func": self.compute_loss_func is not None,
+            "compute_metrics": self.compute_metrics is not None,
+        }
+        if found := [name for name, is_asked in refused.items() if is_asked]:
+            raise NotImplementedError(f"{found} would see one rank's tokens only, and is not supported")
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.shares = attach(self.accelerator)
+
+    def plan(self, batch: dict[str, Any]) -> ModelPlan:
+        """The plan of a batch that every rank of its sequence holds whole. Override it for masks of your own."""
+        config, group = self.accelerator.unwrap_model(self.model).config, self.shares.cp
+        if batch.get("position_ids") is not None:
+            return plan_for(config, group, position_ids=batch["position_ids"].cpu())
+        mask = batch.get("attention_mask")
+        if mask is not None and not mask.all():
+            return plan_for(config, group, attention_mask=mask.cpu())
+        return plan_for(config, group, seq_len=batch["input_ids"].shape[1])
+
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return nullcontext, shard_batch(inputs, self.plan(inputs))
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        for batch in batch_samples:  # counted as they will be used: not across documents
+            if "shift_labels" not in batch and batch.get("labels") is not None:
+                batch["shift_labels"] = _shifted(batch)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any):
+        if not prediction_loss_only:
+            raise NotImplementedError("logits are of one rank's tokens; pass prediction_loss_only=True to evaluate")
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+
+def _shifted(batch: dict[str, Any]) -> Tensor:  # [B, S]
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    shifted = shift_labels(batch["labels"], doc_ids=None if positions is None else (positions == 0).cumsum(dim=-1))
+    return shifted if mask is None else shifted.masked_fill(mask == 0, IGNORE_INDEX)

@@ -1,0 +1,166 @@
+"""What models call for attention, and the plan in the place of their attention mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from cpflex import Plan, flex_attention, score_mod
+from cpflex.attention import ScoreMod
+from cpflex.integrations.transformers.masks import layer_types
+
+# B batch, S_local tokens of this rank, H query heads, G heads of keys, D head dim
+
+
+class PlanMask(BlockMask):
+    """A plan of one mask kind in the place of an attention mask.
+
+    Of four dimensions and a `BlockMask` by name, because that is what transformers' models hand to the attention
+    untouched; nothing of torch's is inside.
+
+    Args:
+        plan: of one mask kind.
+        layer_type: the layers it is for; another layer refuses it. None is any.
+        window: the sliding window in the mask, if there is one; a layer with another refuses it.
+    """
+
+    def __init__(self, plan: Plan, layer_type: str | None = None, window: int | None = None) -> None:
+        self.plan = plan
+        self.layer_type = layer_type
+        self.window = window
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (1, 1, self.plan.seq_len, self.plan.seq_len)
+
+    def to(self, device: torch.device | str, **_: Any) -> PlanMask:  # what moves batches to devices calls it
+        self.plan.to(device)
+        return self
+
+    def __repr__(self) -> str:
+        return f"PlanMask(layer_type={self.layer_type}, seq_len={self.plan.seq_len})"
+
+    __str__ = __repr__
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,  # [B, H, S_local, D]
+    key: Tensor,  # [B, G, S_local, D]
+    value: Tensor,  # [B, G, S_local, D]
+    attention_mask: PlanMask | Plan | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # [B, S_local, H, D]
+    """What models call for attention.
+
+    Raises:
+        ValueError, NotImplementedError, TypeError: on every rank, before anything is exchanged.
+    """
+    mask = _plan_mask(attention_mask)
+    try:
+        _check_layer(module, mask, kwargs)
+        _check_arguments(dropout, kwargs)
+    except (ValueError, NotImplementedError) as error:
+        mask.plan.refuse(error)
+        raise
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    out, lse = flex_attention(
+        _with_global_temperature(module, query, mask.plan),
+        key,
+        value,
+        score_mod=None if softcap is None else _softcap(softcap),
+        block_mask=mask.plan,
+        scale=scaling,
+        enable_gqa=True,
+        return_lse=True,
+    )
+    if sinks is not None:  # a key of score s_aux without value: exp(lse) / (exp(lse) + exp(s_aux)) of what was there
+        kept = torch.sigmoid(lse - sinks.float()[:, None])
+        out = (out.float() * kept[..., None]).to(out.dtype)
+    return out.transpose(1, 2).contiguous(), None
+
+
+# -- what models do to queries and scores
+
+
+def _with_global_temperature(module: Any, query: Tensor, plan: Plan) -> Tensor:
+    """Llama 4 scales queries of layers without RoPE by a function of their index, here the local one: that is undone,
+    and they are scaled by that of their global position.
+    """
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return query
+
+    def temperature(positions: Tensor) -> Tensor:
+        steps = torch.floor((positions.float() + 1.0) / module.floor_scale)
+        return torch.log1p(steps) * module.attn_scale + 1.0
+
+    positions = plan.positions.to(query.device)
+    ratio = temperature(positions) / temperature(torch.arange(plan.local_len, device=query.device))
+    return (query.float() * ratio[:, None]).to(query.dtype)
+
+
+@lru_cache(maxsize=16)
+def _softcap(cap: float) -> ScoreMod:
+    traced = score_mod(lambda score, b, h, q_idx, kv_idx: cap * torch.tanh(score / cap))
+    assert isinstance(traced, ScoreMod)
+    return traced
+
+
+# -- refusals
+
+
+def refuse_to_make_a_mask(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError(
+        'attn_implementation="cpflex" cannot make a mask from the tokens of one rank; pass the plan as attention_mask: '
+        "model(**shard_batch(batch, plan)) with plan = plan_for(model.config, group, ...)"
+    )
+
+
+def _plan_mask(attention_mask: object) -> PlanMask:
+    if isinstance(attention_mask, Plan):
+        return PlanMask(attention_mask)
+    if isinstance(attention_mask, PlanMask):
+        return attention_mask
+    if attention_mask is None:
+        refuse_to_make_a_mask()
+    raise TypeError(f"attention_mask must be the plan, see shard_batch; got {type(attention_mask).__name__}")
+
+
+def _check_layer(module: nn.Module, mask: PlanMask, kwargs: Mapping[str, Any]) -> None:
+    """A layer must not get the plan of another kind: its window would be lost."""
+    config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if mask.layer_type is None or config is None or layer_idx is None:
+        return
+    layer_type = layer_types(config)[layer_idx]
+    if layer_type != mask.layer_type:
+        raise ValueError(f"layer {layer_idx} is of type {layer_type!r}; it was given the plan of {mask.layer_type!r}")
+    if "sliding_window" in kwargs and kwargs["sliding_window"] != mask.window:
+        raise ValueError(f"layer {layer_idx} has sliding_window={kwargs['sliding_window']}; its plan has {mask.window}")
+
+
+HONOURED = frozenset(("sliding_window", "softcap", "s_aux"))
+NOT_OF_ATTENTION = frozenset(
+    ("position_ids", "cache_position", "num_items_in_batch", "shift_labels", "output_hidden_states", "return_dict")
+)
+"""Arguments of models that come by here on their way to other modules."""
+
+
+def _check_arguments(dropout: float, kwargs: Mapping[str, Any]) -> None:
+    if dropout:
+        raise NotImplementedError(
+            f"attention dropout is not supported; got {dropout}: set config.attention_dropout = 0"
+        )
+    if kwargs.get("is_causal") is False:
+        raise NotImplementedError("is_causal=False: the plan's masks are causal; or_mask_function can add to them")
+    if kwargs.get("use_cache"):
+        raise NotImplementedError("a KV cache is not supported; pass use_cache=False")
+    for name, value in kwargs.items():
+        if name not in HONOURED | NOT_OF_ATTENTION | {"is_causal"} and value is not None and value is not False:
+            raise NotImplementedError(f"the attention argument {name}= is not supported with cpflex")

@@ -1,0 +1,111 @@
+"""shard_batch: a rank's part of a batch, as arguments of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpflex.integrations.transformers.masks import documents_of
+from cpflex.integrations.transformers.planning import ModelPlan
+from cpflex.loss import IGNORE_INDEX, shift_labels
+
+# B batch, S tokens of the whole sequence, E hidden size
+
+
+def shard_batch(batch: Mapping[str, Any], plan: ModelPlan) -> dict[str, Any]:
+    """This rank's part of a batch that every rank holds whole: ``model(**shard_batch(batch, plan))``.
+
+    ``labels`` are shifted before they are sharded; the last token of each document predicts nothing, nor does padding
+    (in one process the last padding on the left would predict the first token). The loss that the model computes is
+    this rank's share of the mean over all labels of the batch: the ranks' losses sum to the loss of one process, and so
+    do their gradients. A rank without labels has the loss 0, with a graph. DDP and FSDP average gradients over their
+    ranks: multiply the loss by their number. With data parallelism or gradient accumulation, give
+    ``num_items_in_batch``, the labels of all batches that are summed.
+
+    Args:
+        batch: ``input_ids`` [B, S] or ``inputs_embeds`` [B, S, E]; optionally ``labels`` [B, S] not shifted, or
+            ``shift_labels``; ``position_ids``; ``num_items_in_batch``; ``attention_mask``, that of the plan.
+
+    Raises:
+        ValueError: what does not fit the plan, or nothing knows how to shard.
+    """
+    known = {"input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", "num_items_in_batch"}
+    if unknown := sorted(set(batch) - known - {"attention_mask"}):
+        raise ValueError(f"shard_batch knows {sorted(known)}; got {unknown}: shard them with plan.plan.shard(x, dim)")
+    _check_padding(batch.get("attention_mask"), plan)
+    tokens = {name: batch[name] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None}
+    if len(tokens) != 1:
+        raise ValueError(f"batch must hold exactly one of input_ids and inputs_embeds; got {sorted(batch)}")
+    ((name, whole),) = tokens.items()
+    positions = _checked_positions(batch.get("position_ids"), plan).to(whole.device)
+    _check_rope(positions, plan)
+    local: dict[str, Any] = {
+        name: plan.plan.shard(whole, dim=1, pad_value=0),
+        "position_ids": plan.plan.shard(positions, dim=1, pad_value=0),
+        "attention_mask": plan.attention_mask,
+        "use_cache": False,
+    }
+    labels = batch.get("shift_labels")
+    if labels is None and batch.get("labels") is not None:
+        labels = _shifted(batch["labels"], plan)
+    if labels is not None:
+        count = batch.get("num_items_in_batch")
+        shifted = plan.plan.shard(labels, dim=1, pad_value=IGNORE_INDEX)
+        local |= {
+            "labels": shifted,
+            "shift_labels": shifted,
+            "num_items_in_batch": (labels != IGNORE_INDEX).sum().clamp(min=1) if count is None else count,
+        }
+    return local
+
+
+def _shifted(labels: Tensor, plan: ModelPlan) -> Tensor:  # [B, S]
+    """Nothing is predicted across documents, by padding or of padding."""
+    if plan.padding_mask is not None:
+        padding = ~plan.padding_mask.to(labels.device)
+        return shift_labels(labels.masked_fill(padding, IGNORE_INDEX)).masked_fill(padding, IGNORE_INDEX)
+    return shift_labels(labels, doc_ids=documents_of(plan.position_ids).to(labels.device).expand(labels.shape))
+
+
+def _checked_positions(position_ids: Tensor | None, plan: ModelPlan) -> Tensor:
+    """The positions that the model shall see, [1 or B, S]."""
+    if position_ids is None:
+        return plan.position_ids
+    rows = position_ids if position_ids.ndim == 2 else position_ids[None]
+    planned = documents_of(plan.position_ids)
+    if rows.ndim != 2 or rows.shape[1] != plan.plan.seq_len:
+        raise ValueError(f"position_ids must be [B, {plan.plan.seq_len}]; got shape {tuple(position_ids.shape)}")
+    if plan.padding_mask is None and not (documents_of(rows.cpu()) == planned).all():
+        raise ValueError("position_ids pack other documents than the plan; make it with plan_for(position_ids=...)")
+    return rows
+
+
+def _check_rope(position_ids: Tensor, plan: ModelPlan) -> None:
+    """Each rank's RoPE looks at the longest of its own positions: all must come to the same frequencies."""
+    layout = plan.plan.layout
+    for rope_type, limit in plan.rope_limits:
+        longest = []
+        for rank in range(layout.world_size):
+            held = torch.from_numpy(layout.positions(rank))
+            held = held[held < layout.seq_len].to(position_ids.device)
+            longest.append(int(position_ids[:, held].max()) + 1 if len(held) else 1)
+        seen = {length > limit if rope_type == "longrope" else max(length, limit) for length in longest}
+        if len(seen) > 1:
+            raise NotImplementedError(
+                f"{rope_type} RoPE is not supported when the longest document, of {max(longest)} tokens, is longer "
+                f"than {limit}: its frequencies depend on the longest position, and each rank would use its own; "
+                "pass shorter documents, or a config with another rope_type, for instance yarn"
+            )
+
+
+def _check_padding(attention_mask: object, plan: ModelPlan) -> None:
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        raise NotImplementedError("attention_mask must be [B, S]; the plan is made of it: plan_for(attention_mask=...)")
+    planned = torch.tensor(True) if plan.padding_mask is None else plan.padding_mask
+    if not (attention_mask.cpu().bool() == planned).all():
+        raise ValueError("attention_mask is not that of the plan; make it with plan_for(attention_mask=...)")

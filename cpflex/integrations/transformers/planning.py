@@ -1,0 +1,167 @@
+"""plan_for: one plan for all kinds of layers of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from cpflex import Plan, make_plan
+from cpflex.integrations.transformers.attention import PlanMask
+from cpflex.integrations.transformers.masks import MAKERS, compose, layer_types, positions_and_padding
+from cpflex.masks import MaskFn
+from cpflex.plan import Group
+
+# B batch, S tokens of the whole sequence
+
+VERIFIED = frozenset(
+    ("cohere2", "gemma2", "gemma3_text", "gpt_oss", "granite", "llama", "llama4_text", "ministral", "mistral")
+    + ("mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")
+)
+"""Model types whose loss and gradients on several ranks are tested against one process."""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What `plan_for` decided about one batch of a model. Pickles like a `cpflex.Plan`."""
+
+    plan: Plan
+    position_ids: Tensor
+    """Of the whole sequence, int64 [1 or B, S], from 0 in each document."""
+    padding_mask: Tensor | None
+    """False at padding, bool [B, S]."""
+    windows: Mapping[str, int | None]
+    """The layer types of the model, and their sliding windows."""
+    per_layer_type: bool
+    """Whether the model takes a dict of masks."""
+    rope_limits: tuple[tuple[str, int], ...]
+    """RoPE that depends on the longest position: its type, and the length up to which it does not."""
+
+    def __getitem__(self, layer_type: str) -> PlanMask:
+        return PlanMask(self.plan[layer_type], layer_type, self.windows[layer_type])
+
+    @property
+    def attention_mask(self) -> PlanMask | dict[str, PlanMask]:
+        """What the model takes as its ``attention_mask``."""
+        masks = {layer_type: self[layer_type] for layer_type in self.windows}
+        return masks if self.per_layer_type else next(iter(masks.values()))
+
+    def bind(self, group: Group | None) -> ModelPlan:
+        """This plan on a group, where it was made with ``rank=`` and ``world_size=``."""
+        return replace(self, plan=self.plan.bind(group))
+
+
+def plan_for(
+    config: PretrainedConfig,
+    group: Group | None = None,
+    *,
+    seq_len: int | None = None,
+    lengths: Sequence[int] | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,  # integers [num_docs + 1]
+    doc_ids: Tensor | None = None,  # integers [S] or [B, S]
+    position_ids: Tensor | None = None,  # integers [S] or [B, S]
+    attention_mask: Tensor | None = None,  # [B, S] of 0 and 1
+    and_mask_function: MaskFn | None = None,
+    or_mask_function: MaskFn | None = None,
+    batch_size: int = 1,
+    verified_only: bool = True,
+    **options: Any,
+) -> ModelPlan:
+    """Plan a batch for all kinds of layers of a model, weighted by how many there are. Pure: never communicates.
+
+    Exactly one of ``seq_len`` ... ``attention_mask`` describes the tokens, whole, on every rank.
+
+    Args:
+        config: of the model.
+        group: the ranks that share the sequence; None is one rank. ``rank=`` and ``world_size=`` work as for
+            `cpflex.make_plan`.
+        seq_len: one document.
+        lengths: of packed documents, alike in every row of the batch; their sum is the sequence.
+        cu_seqlens: the same as running sums, from 0.
+        doc_ids: packed documents that may differ from row to row, each a run of equal numbers; padding is a document.
+        position_ids: packed documents, each where positions begin anew, as ``DataCollatorWithFlattening`` makes them.
+        attention_mask: 1 at tokens and 0 at padding, left or right.
+        and_mask_function, or_mask_function: ``(batch_idx, head_idx, q_idx, kv_idx) -> bool Tensor``, joined to the
+            model's masks as transformers' ``create_causal_mask`` joins them; pointwise.
+        batch_size: rows of the batch, for these functions.
+        verified_only: refuse model types that are not in `VERIFIED`. Other models may mix tokens outside of attention,
+            or count the local tokens, and be silently wrong: compare losses with one process before trusting them.
+        options: of `cpflex.make_plan`: ``layout``, ``schedule``, ``num_heads``, ...
+
+    Raises:
+        NotImplementedError: what this model needs and cannot get; the message names it.
+        ValueError: arguments that do not fit each other.
+    """
+    text_config = _supported(config, verified_only)
+    described = {
+        "seq_len": seq_len,
+        "lengths": lengths,
+        "cu_seqlens": cu_seqlens,
+        "doc_ids": doc_ids,
+        "position_ids": position_ids,
+        "attention_mask": attention_mask,
+    }
+    positions, padding_mask = positions_and_padding({name: x for name, x in described.items() if x is not None})
+    functions = {"and_mask_function": and_mask_function, "or_mask_function": or_mask_function}
+    has_functions = any(function is not None for function in functions.values())
+    if has_functions and len(positions) not in (1, batch_size):
+        raise ValueError(f"batch_size must be the {len(positions)} rows of the batch; got {batch_size}")
+    if has_functions:
+        positions = positions.expand(batch_size, -1)
+    kinds = Counter(layer_types(text_config))
+    masks = {
+        kind: compose(text_config, kind, positions, padding_mask, functions, one_row=not has_functions)
+        for kind in sorted(kinds)
+    }
+    plan = make_plan(masks, positions.shape[1], group, weights=kinds, batch_size=len(positions), **options)
+    return ModelPlan(
+        plan,
+        positions,
+        padding_mask,
+        windows={kind: text_config.sliding_window if kind == "sliding_attention" else None for kind in masks},
+        per_layer_type=getattr(text_config, "layer_types", None) is not None,
+        rope_limits=tuple(_rope_limits(text_config)),
+    )
+
+
+def _supported(config: PretrainedConfig, verified_only: bool) -> PretrainedConfig:
+    """The text config.
+
+    Raises:
+        NotImplementedError: the first thing in it that cannot be honoured.
+    """
+    text_config = config.get_text_config()
+    refused = {
+        "a model of more than text": text_config is not config,
+        "bidirectional attention": getattr(config, "use_bidirectional_attention", False)
+        or not getattr(config, "is_causal", True),
+        "the load balancing loss of experts (output_router_logits)": getattr(config, "output_router_logits", False),
+    }
+    for layer_type in layer_types(text_config):
+        refused[f"layers of type {layer_type!r}"] = layer_type not in MAKERS
+    if found := [name for name, is_found in refused.items() if is_found]:
+        raise NotImplementedError(f"{config.model_type}: not supported with context parallelism: {', '.join(found)}")
+    if verified_only and text_config.model_type not in VERIFIED:
+        raise NotImplementedError(
+            f"model type {text_config.model_type!r} is not among the verified ones, {sorted(VERIFIED)}; compare its "
+            "loss and gradients with one process, then pass verified_only=False"
+        )
+    return text_config
+
+
+def _rope_limits(config: PretrainedConfig) -> list[tuple[str, int]]:
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limits = []
+    for one in (parameters, *parameters.values()):
+        rope_type = (one.get("rope_type") or one.get("type") or "") if isinstance(one, Mapping) else ""
+        if "dynamic" in rope_type:
+            limits.append((rope_type, config.max_position_embeddings))
+        elif rope_type == "longrope":
+            original = one.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            limits.append((rope_type, original or config.max_position_embeddings))
+    return limits

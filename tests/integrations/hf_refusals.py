@@ -1,0 +1,165 @@
+"""What is refused, by name, before anything is exchanged: how to ask for it, and what is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from hf_models import ARCHITECTURES, VOCAB
+from hf_runs import ROWS, SEQ_LEN, TOKENS
+from torch import Tensor
+
+from cpflex.integrations.transformers import ModelPlan, attention_forward, plan_for, shard_batch
+
+
+def attend(plan: ModelPlan, q_len: int | None = None, **arguments: Any) -> Tensor:
+    q, k, v = (torch.randn(2, plan.plan.local_len, heads, 8).transpose(1, 2) for heads in (4, 2, 2))
+    q = q[:, :, :q_len]
+    out, weights = attention_forward(
+        torch.nn.Module(), q, k, v, plan.attention_mask, 0.3, **{"dropout": 0.0} | arguments
+    )
+    assert weights is None
+    return out
+
+
+def small_plan(name: str = "llama", **changes: Any) -> ModelPlan:
+    return plan_for(ARCHITECTURES[name].config(**changes), seq_len=SEQ_LEN)
+
+
+def run_model(name: str = "llama", plan: Any = None, **arguments: Any) -> Any:
+    model = ARCHITECTURES[name].model("cpflex")
+    batch = shard_batch(TOKENS["one document"].batch(), plan or small_plan(name))
+    return model(**batch | arguments)
+
+
+def with_dropout() -> None:
+    model = ARCHITECTURES["llama"].model("cpflex", attention_dropout=0.1)
+    model(**shard_batch(TOKENS["one document"].batch(), small_plan()))
+
+
+def swapped() -> Any:
+    plan = small_plan("gemma2")
+    return {"full_attention": plan["sliding_attention"], "sliding_attention": plan["full_attention"]}
+
+
+REFUSALS = {
+    "attention dropout": (with_dropout, NotImplementedError, "dropout"),
+    "no plan": (lambda: run_model(attention_mask=None), ValueError, "pass the plan as attention_mask"),
+    "a 2-D mask of local tokens": (
+        lambda: run_model(attention_mask=torch.ones(2, 96)),
+        ValueError,
+        "pass the plan as attention_mask",
+    ),
+    "a 4-D mask": (
+        lambda: run_model(attention_mask=torch.zeros(1, 1, SEQ_LEN, SEQ_LEN)),
+        TypeError,
+        "attention_mask must be the plan",
+    ),
+    "a 4-D mask to plan for": (
+        lambda: plan_for(ARCHITECTURES["llama"].config(), attention_mask=torch.ones(1, 1, 9, 9)),
+        NotImplementedError,
+        "and_mask_function",
+    ),
+    "documents in an attention mask": (
+        lambda: plan_for(ARCHITECTURES["llama"].config(), attention_mask=torch.tensor([[1, 1, 2, 2]])),
+        NotImplementedError,
+        "doc_ids",
+    ),
+    "a KV cache": (lambda: attend(small_plan(), use_cache=True), NotImplementedError, "use_cache=False"),
+    "decoding": (lambda: attend(small_plan(), q_len=1), NotImplementedError, "no KV cache"),
+    "attention weights": (
+        lambda: attend(small_plan(), output_attentions=True),
+        NotImplementedError,
+        "output_attentions",
+    ),
+    "a position bias": (
+        lambda: attend(small_plan(), position_bias=torch.zeros(1)),
+        NotImplementedError,
+        "position_bias",
+    ),
+    "bidirectional layers": (lambda: attend(small_plan(), is_causal=False), NotImplementedError, "is_causal"),
+    "lengths of flash attention": (
+        lambda: run_model(cu_seq_lens_q=torch.tensor([0, 83])),
+        NotImplementedError,
+        "cu_seq_lens_q",
+    ),
+    "the plan of another kind of layer": (
+        lambda: run_model("gemma2", attention_mask=swapped()),
+        ValueError,
+        "it was given the plan of",
+    ),
+    "a full plan for all layers": (
+        lambda: run_model("gemma2", attention_mask=small_plan("gemma2")["full_attention"]),
+        ValueError,
+        "layer 0 is of type 'sliding_attention'",
+    ),
+    "a plan of another window": (
+        lambda: run_model("mistral", small_plan("mistral", sliding_window=5)),
+        ValueError,
+        "has sliding_window=13; its plan has 5",
+    ),
+    "the load balancing loss of experts": (
+        lambda: small_plan("gpt_oss", output_router_logits=True),
+        NotImplementedError,
+        "output_router_logits",
+    ),
+    "the load balancing loss, asked for in the call": (
+        lambda: run_model("mixtral", output_router_logits=True),
+        NotImplementedError,
+        "output_router_logits",
+    ),
+    "bidirectional models": (
+        lambda: small_plan("gemma3_text", use_bidirectional_attention=True),
+        NotImplementedError,
+        "bidirectional",
+    ),
+    "linear attention layers": (
+        lambda: small_plan("qwen2", layer_types=["full_attention", "linear_attention", "full_attention"]),
+        NotImplementedError,
+        "linear_attention",
+    ),
+    "images": (lambda: plan_for(multimodal_config(), seq_len=9), NotImplementedError, "more than text"),
+    "models nobody compared": (lambda: plan_for(other_config(), seq_len=9), NotImplementedError, "verified_only=False"),
+    "several descriptions": (
+        lambda: plan_for(ARCHITECTURES["llama"].config(), seq_len=9, lengths=[9]),
+        ValueError,
+        "exactly one of",
+    ),
+    "lengths that fall": (
+        lambda: plan_for(ARCHITECTURES["llama"].config(), cu_seqlens=[0, 9, 3]),
+        ValueError,
+        "cu_seqlens",
+    ),
+    "positions of other documents": (
+        lambda: shard_batch(TOKENS["one document"].batch() | {"position_ids": ROWS}, small_plan()),
+        ValueError,
+        "pack other documents",
+    ),
+    "padding of another batch": (
+        lambda: shard_batch(
+            TOKENS["one document"].batch() | {"attention_mask": TOKENS["padded left"].planned["attention_mask"]},
+            small_plan(),
+        ),
+        ValueError,
+        "not that of the plan",
+    ),
+    "tensors that nobody shards": (
+        lambda: shard_batch(TOKENS["one document"].batch() | {"token_type_ids": ROWS}, small_plan()),
+        ValueError,
+        "token_type_ids",
+    ),
+    "a sharded batch": (
+        lambda: shard_batch({"input_ids": torch.zeros(1, 20, dtype=torch.int64)}, small_plan()),
+        ValueError,
+        "83 tokens",
+    ),
+}
+
+
+def multimodal_config() -> Any:
+    return transformers.Gemma3Config(text_config=ARCHITECTURES["gemma3_text"].config())
+
+
+def other_config() -> Any:
+    return transformers.StableLmConfig(vocab_size=VOCAB)

@@ -1,0 +1,89 @@
+"""Every example runs and says that N ranks are one; on the ranks of the suite, and as a reader would start it."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from processes import RankProcesses
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+ALONE = ["inspect_plan"]
+"""Those that need no ranks."""
+STARTED = ["huggingface_trainer", "inspect_plan"]
+"""Those that are always started as their docstrings say: what they load wants a process of its own."""
+
+SAYS = {
+    "custom_mods": r"all-gather would bring",
+    "fsdp2": r"step 4: loss",
+    "huggingface_trainer": r"first step: loss",
+    "inspect_plan": r"layout +work.*\ncontiguous.*\nzigzag.*\nstriped.*\nbalanced",
+    "packed_documents": r"share of the loss",
+    "sinks": r"gradient of the sinks",
+    "two_microbatches": r"(?s)microbatch 0.*: True\n.*microbatch 1.*: True\n",
+    "wrap_attention": r"gradient of qkv.weight",
+}
+
+
+def assert_says(name: str, text: str) -> None:
+    assert re.search(SAYS[name], text), text
+    differences = [float(number) for number in re.findall(r"difference to one rank (\S+)", text)]
+    assert differences or name in (*ALONE, "two_microbatches"), text
+    assert all(abs(difference) < 1e-5 for difference in differences), text
+
+
+def said_by(group: dist.ProcessGroup, name: str) -> str:
+    with redirect_stdout(io.StringIO()) as said:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](group)
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in STARTED])
+def test_ranks_compute_what_one_would(name: str, processes: RankProcesses):
+    texts = processes.run(said_by, name)
+    assert_says(name, texts[0])
+
+
+def test_the_commands_are_those_that_the_examples_state():
+    for name in NAMES:
+        docstring = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_text()))
+        assert docstring is not None
+        assert command_of(name) in docstring
+
+
+def command_of(name: str) -> str:
+    return f"python examples/{name}.py" if name in ALONE else f"torchrun --nproc-per-node 2 examples/{name}.py"
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in STARTED else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_it_runs_as_its_docstring_says(name: str):
+    if name.startswith("huggingface"):
+        pytest.importorskip("accelerate")
+    program, *arguments = command_of(name).split()
+    if program == "torchrun":
+        # a free port: others may be running on this machine
+        arguments = ["-m", "torch.distributed.run", "--standalone", *arguments]
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=EXAMPLES.parent, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert_says(name, done.stdout)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_are_short_and_listed(name: str):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
+    assert f"[{name}.py]({name}.py)" in (EXAMPLES / "README.md").read_text()
