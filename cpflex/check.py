@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cpflex.mask_kind import KindWork, MaskKind, plan_kind
 from cpflex.ring.schedule import ScheduleFn, direct, ring
-from cpflex.sharding.layout import ALIGNMENT, Layout
+from cpflex.sharding.layout import Layout
 
 SCHEDULES: Mapping[str, ScheduleFn] = {"ring": ring, "direct": direct}
 
@@ -32,8 +32,6 @@ def check_layout(layout: Layout, rank: int) -> None:
     ):
         if type(value) is not int or not least <= value <= most:
             raise ValueError(f"the plan is wrong: {name} must be from {least} to {most}; got {value!r}")
-    if layout.chunk_len % ALIGNMENT:
-        raise ValueError(f"the plan is wrong: chunk_len must be a multiple of {ALIGNMENT}; got {layout.chunk_len}")
 
 
 def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: ScheduleFn | None) -> None:

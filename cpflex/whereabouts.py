@@ -52,16 +52,22 @@ class Watch:
         try:
             work.wait()
         except RuntimeError as error:
-            raise ConnectionError(self._who_is_missing(error)) from error
+            ranks = self._ranks
+            missing = [ranks.index(peer) for peer in self._missing()]
+            who = f"group ranks {missing} are gone or elsewhere" if missing else "a connection is lost"
+            raise ConnectionError(f"group rank {self.group.rank()} waits for the others: {who}: {error}") from error
         if self.waits:
             _store().delete_key(_place(dist.get_rank()))
 
+    def _say_where(self) -> None:
+        _store().set(_place(dist.get_rank()), json.dumps({"ranks": self._ranks, "plan": self.plan}))
+        self.waits = True
+
     def _look_around(self) -> None:
         store, me, ranks = _store(), dist.get_rank(), self._ranks
-        store.set(_place(me), json.dumps({"ranks": ranks, "plan": self.plan}))
         if not self.waits:
             log.warning("rank %d has waited %g s for the other ranks of %s to begin this call", me, PATIENCE, ranks)
-        self.waits = True
+            self._say_where()
         if store.check([_note(me, ranks)]):
             said = store.get(_note(me, ranks)).decode()
             store.delete_key(_note(me, ranks))
@@ -78,15 +84,15 @@ class Watch:
                     store.set(_note(other, where), said)
                 raise Astray(said)
 
-    def _who_is_missing(self, error: Exception) -> str:
-        ranks = self._ranks
-        absent = [place for place, peer in enumerate(ranks) if peer != dist.get_rank() and not self._is_here(peer)]
-        who = f"; group ranks {absent} were not there" if self.waits and absent else ""
-        return f"group rank {self.group.rank()}: the ranks did not all come to compare this call{who}: {error}"
-
-    def _is_here(self, peer: int) -> bool:
-        there = _found(peer)
-        return there is not None and there["ranks"] == self._ranks
+    def _missing(self) -> list[int]:
+        """Ranks of the job that do not say within a second that they wait here, or that their wait failed as ours."""
+        try:
+            self._say_where()
+            time.sleep(1.0)
+            places = {peer: _found(peer) for peer in self._ranks}
+        except RuntimeError:  # the store is gone too
+            return []
+        return [peer for peer, there in places.items() if there is None or there["ranks"] != self._ranks]
 
     @property
     def _ranks(self) -> list[int]:

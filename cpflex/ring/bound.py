@@ -48,7 +48,10 @@ class Bound:
         known = kind in self.agreed
         facts = {**self.facts, **facts}
         number = self.agreed[kind] if known else number_of(facts)
-        agree(self.links, self.fingerprint, facts, number, known)
+        try:
+            agree(self.links, self.fingerprint, facts, number, known)
+        except ConnectionError as error:
+            raise ConnectionError(f"before {facts['direction']}, mask kind {facts['mask kind']!r}: {error}") from error
         self.agreed[kind] = number
 
     def refuse(self, error: Exception) -> None:

@@ -1,0 +1,90 @@
+"""A rank is killed, stopped, leaves or is cut off: every other one ends soon, with an error that says where and with whom."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import faulty
+from faulty import MOMENTS, Ending, Fault, die, endings, leave, stall
+
+TIMEOUT = 5.0
+BETWEEN_CALLS = {"before a forward", "between forward and backward", "after a backward"}
+
+FAULTS = [(action, moment, 4) for action, moment in itertools.product([die, leave], MOMENTS)]
+FAULTS += [(stall, moment, 4) for moment in ("as forward sends", "while backward's gradients are under way")]
+FAULTS += [(stall, "before a forward", 2), (stall, "between forward and backward", 2)]
+
+WHERE = re.compile(
+    r"ConnectionError: (?:"
+    r"before (?:forward|backward), mask kind 'mask': group rank (?P<waiting>\d) waits for the others: "
+    r"(?:group ranks \[(?P<missing>\d(?:, \d)*)\] are gone or elsewhere|a connection is lost)"
+    r"|group rank (?P<rank>\d): d?K/d?V of step (?P<step>\d) from group ranks \[\d\] did not arrive: "
+    r"the message (?P<direction>to|from) group rank (?P<peer>\d) failed)"
+)
+
+
+def check_survivors(found: list[Ending], culprit: int, moment: str, within: float) -> None:
+    for rank, ending in enumerate(found):
+        if rank == culprit:
+            continue
+        match = WHERE.match(ending.error)
+        assert match, f"rank {rank}: {ending.error or 'no error'}"
+        assert str(rank) in (match["waiting"], match["rank"])
+        if match["waiting"]:
+            assert match["missing"] is None or str(culprit) in match["missing"]
+        else:
+            assert int(match["peer"]) in ((rank + 1) % len(found), (rank - 1) % len(found))
+        assert ending.exit_code == 1
+        assert ending.seconds < within, f"rank {rank} took {ending.seconds:.1f} s"
+    named = [e.error for e in found if f"group rank {culprit} failed" in e.error or f"[{culprit}] are gone" in e.error]
+    assert named, f"nobody names the culprit: {found}"
+    if moment in BETWEEN_CALLS:
+        assert all("before " in e.error for rank, e in enumerate(found) if rank != culprit)
+
+
+def name_of(value: object) -> str:
+    return getattr(value, "__name__", str(value)).replace(" ", "_")
+
+
+@pytest.mark.parametrize(("action", "moment", "world_size"), FAULTS, ids=name_of)
+def test_every_other_rank_ends_with_an_error_that_says_where(action, moment: str, world_size: int):
+    culprit = world_size // 2
+    found = endings(world_size, Fault(culprit, action, moment), TIMEOUT)
+    # a process that dies is noticed at once; one that is stopped only when nothing comes for as long as the group allows
+    check_survivors(found, culprit, moment, within=TIMEOUT + 5 if action is stall else 5)
+
+
+@pytest.mark.parametrize("moment", ["as forward sends", "between forward and backward"])
+def test_ranks_that_the_network_parts_end_at_the_timeout(moment: str):
+    if os.geteuid() != 0 or not shutil.which("ip") or subprocess.run(["ip", "netns"], check=False).returncode:
+        pytest.skip("needs the right to make network namespaces")
+    with faulty.two_networks() as cut:
+        found = endings(2, Fault(1, cut, moment), TIMEOUT, join=faulty.enter)
+    (ending, _) = found
+    assert WHERE.match(ending.error), ending.error
+    assert ending.seconds < TIMEOUT + 5
+
+
+def test_no_process_is_left_behind():
+    before = children()
+    endings(2, Fault(1, die, "as forward sends"), TIMEOUT)
+    endings(2, Fault(1, functools.partial(os._exit, 3), "after a backward"), TIMEOUT)
+    assert children() - before <= {"forkserver", "resource_tracker"}
+
+
+def children() -> set[str]:
+    """What processes below this one are doing, by the last word of their command line."""
+    listed = subprocess.run(
+        ["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True, check=False
+    )
+    kinds = ("forkserver", "resource_tracker")
+    return {
+        next((kind for kind in kinds if kind in line), line) for line in listed.stdout.splitlines() if "ps " not in line
+    }
