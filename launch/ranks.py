@@ -79,21 +79,31 @@ def joined(device_type: str = "auto") -> Iterator[tuple[dist.ProcessGroup, torch
         RuntimeError: this machine has fewer GPUs than ranks.
     """
     _end_with_launcher()
+    backend, device = _place(device_type)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps its store when it restarts the ranks (torch 2.13): the addresses of dead ones are still there
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=device_id
+    )
+    group = dist.group.WORLD
+    assert group is not None, "the group was just made"
+    yield group, device
+    # not in a finally: after a failure other ranks may be gone, and saying goodbye would wait for them
+    dist.destroy_process_group()
+
+
+def _place(device_type: str) -> tuple[str, torch.device]:
+    """The backend and the device of this rank."""
     if chosen(device_type) == "cuda":
         local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= num_gpus:
             raise RuntimeError(f"NCCL needs a GPU per rank: this is local rank {local_rank}, there are {num_gpus} GPUs")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    group = dist.group.WORLD
-    assert group is not None, "the group was just made"
-    yield group, device
-    # not in a finally: after a failure other ranks may be gone, and saying goodbye would wait for them
-    dist.destroy_process_group()
+        return "cpu:gloo,cuda:nccl", device
+    return "gloo", torch.device("cpu")
 
 
 def chosen(device_type: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import re
 import shutil
@@ -15,11 +14,13 @@ import faulty
 from faulty import MOMENTS, Ending, Fault, die, endings, leave, stall
 
 TIMEOUT = 5.0
-BETWEEN_CALLS = {"before a forward", "between forward and backward", "after a backward"}
+BETWEEN_CALLS = ["before a forward", "between forward and backward", "after a backward"]
 
-FAULTS = [(action, moment, 4) for action, moment in itertools.product([die, leave], MOMENTS)]
-FAULTS += [(stall, moment, 4) for moment in ("as forward sends", "while backward's gradients are under way")]
-FAULTS += [(stall, "before a forward", 2), (stall, "between forward and backward", 2)]
+FAULTS = [(die, moment, 4) for moment in MOMENTS]
+FAULTS += [(leave, "before a forward", 4), (stall, "as forward sends", 4)]
+MORE_FAULTS = [(leave, moment, 4) for moment in list(MOMENTS)[1:]] + [(die, moment, 2) for moment in BETWEEN_CALLS]
+MORE_FAULTS += [(stall, "while backward's gradients are under way", 4)]
+MORE_FAULTS += [(stall, "before a forward", 2), (stall, "between forward and backward", 2)]
 
 WHERE = re.compile(
     r"ConnectionError: (?:"
@@ -53,7 +54,11 @@ def name_of(value: object) -> str:
     return getattr(value, "__name__", str(value)).replace(" ", "_")
 
 
-@pytest.mark.parametrize(("action", "moment", "world_size"), FAULTS, ids=name_of)
+@pytest.mark.parametrize(
+    ("action", "moment", "world_size"),
+    [*FAULTS, *(pytest.param(*fault, marks=pytest.mark.slow) for fault in MORE_FAULTS)],
+    ids=name_of,
+)
 def test_every_other_rank_ends_with_an_error_that_says_where(action, moment: str, world_size: int):
     culprit = world_size // 2
     found = endings(world_size, Fault(culprit, action, moment), TIMEOUT)
@@ -61,7 +66,9 @@ def test_every_other_rank_ends_with_an_error_that_says_where(action, moment: str
     check_survivors(found, culprit, moment, within=TIMEOUT + 5 if action is stall else 5)
 
 
-@pytest.mark.parametrize("moment", ["as forward sends", "between forward and backward"])
+@pytest.mark.parametrize(
+    "moment", ["as forward sends", pytest.param("between forward and backward", marks=pytest.mark.slow)]
+)
 def test_ranks_that_the_network_parts_end_at_the_timeout(moment: str):
     if os.geteuid() != 0 or not shutil.which("ip") or subprocess.run(["ip", "netns"], check=False).returncode:
         pytest.skip("needs the right to make network namespaces")
