@@ -72,9 +72,8 @@ def flex_attention(
         scale: of the scores; 1 / sqrt(D) if None.
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: also return lse; ``return_aux=AuxRequest(lse=True)`` is torch's newer spelling.
-        kernel_options: {"backend": "reference"}, plain torch, which is also what None means; or {"backend": "triton"},
-        fused
-            kernels for CUDA tensors, experimental: they are tested in Triton's interpreter, not yet on a GPU.
+        kernel_options: {"backend": "triton"}, fused kernels, or {"backend": "reference"}, plain torch on any device.
+            None: triton for CUDA tensors (sm_80 or later, head dims up to 256), reference for others.
 
     Returns:
         out [B, Hq, S_local, Dv] in the dtype of query; with ``return_lse`` (out, lse), with ``return_aux`` (out,

@@ -1,20 +1,43 @@
 """attend and attend_backward on the visiting keys of one step, by the backend of the call.
 
-Two backends, the same functions: `reference`, plain torch, and fused Triton kernels (`forward`, `backward`), imported
-when first needed. `mods.triton_source.source_of` prints the
-code generated for a mod.
+Two backends, the same functions: plain torch (`reference`), the default for CPU tensors, and fused Triton kernels
+(`forward`, `backward`), the default for CUDA tensors, imported when first needed. What the kernels cannot do they
+refuse; nothing falls back to the other backend.
+
+The code that a mod becomes inside the kernels can be read:
+
+>>> import cpflex
+>>> from cpflex.mods.trace import trace_mask_mod
+>>> from cpflex.mods.triton_source import source_of
+>>> print(source_of(trace_mask_mod(cpflex.causal() & cpflex.sliding_window(7)).graph))
+@triton.jit
+def mask_15cf6ad462(b, h, q_idx, kv_idx, buffers, sizes):
+    x0 = tl.load(buffers[0])
+    return (kv_idx <= q_idx) & (kv_idx > within_int32(q_idx - x0, -1, 2147483647))
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from torch import Tensor
 
 from cpflex.kernels import reference
-from cpflex.kernels.call import BACKENDS, Call
+from cpflex.kernels.call import BACKENDS, OTHERWISE, Call
 from cpflex.kernels.state import State, empty, finish
 from cpflex.tile_mask import TileMask
 
-__all__ = ["BACKENDS", "Call", "State", "attend", "attend_and_finish", "attend_backward", "empty", "finish"]
+__all__ = [
+    "BACKENDS",
+    "Call",
+    "State",
+    "attend",
+    "attend_and_finish",
+    "attend_backward",
+    "empty",
+    "finish",
+    "require_support",
+]
 
 # B batch, Hq query heads, H heads of keys and values, S local queries, K visiting keys, D and Dv head dims
 
@@ -78,11 +101,33 @@ def attend_backward(
     return backend.attend_backward(q, k, v, grad_out, lse, delta, tile_mask, call, dq, d_captured)
 
 
+def require_support(q: Tensor, v_dim: int, call: Call) -> None:
+    """Raise what the forward kernels of this call would raise when launched, while no rank has sent anything yet.
+
+    Raises:
+        ValueError: an unknown backend, or "triton" for CPU tensors.
+        NotImplementedError: "triton", asked for or chosen, cannot: no Triton, another GPU than NVIDIA's from sm_80 on,
+            a head dim above 256, or an operation in a mod that has no Triton form.
+    """
+    if _is_fused(q, call):
+        from cpflex.kernels import tuning
+        from cpflex.mods import triton_source
+
+        tuning.require_support(q.device, max(q.shape[3], v_dim))
+        triton_source.mask_function(call.mask.graph)
+        if call.score_graph is not None:
+            triton_source.score_function(call.score_graph)
+
+
 def _is_fused(q: Tensor, call: Call) -> bool:
-    backend = call.backend or "reference"  # until the fused kernels have been proven on a GPU
+    backend = call.backend or ("triton" if q.is_cuda else "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}; got {backend!r}")
-    if backend == "triton" and not q.is_cuda:
+    if backend == "reference":
+        return False
+    if find_spec("triton") is None:
+        raise NotImplementedError("backend 'triton' needs the package triton, which is not installed" + OTHERWISE)
+    if not q.is_cuda:
         from cpflex.kernels.launch import INTERPRETED
 
         if not INTERPRETED:
@@ -90,4 +135,4 @@ def _is_fused(q: Tensor, call: Call) -> bool:
                 f"backend 'triton' needs CUDA tensors; got {q.device} - pass backend='reference', or set "
                 "TRITON_INTERPRET=1 before the first attention"
             )
-    return backend == "triton"
+    return True

@@ -23,12 +23,13 @@ from cpflex.kernels.launch import (
     NOT_SPECIALIZED,
     Heads,
     Mods,
+    described,
     on_device_of,
     shape_options,
     strides_of,
     with_whole_rows,
 )
-from cpflex.kernels.scores import dot, load_rows, load_vector, modified, through_score_mod
+from cpflex.kernels.scores import dot, load_rows, load_vector, load_walked, modified, through_score_mod
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_key, work_by_query
 from cpflex.tile_mask import TileMask
 
@@ -55,28 +56,39 @@ def attend_backward(
     """
     assert dq.is_contiguous(), "dq was made by the loop"
     q, k, v, grad_out = (with_whole_rows(x) for x in (q, k, v, grad_out))
+    delta = delta.contiguous()
     dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     # in base 2; a query that sees no key has probabilities exp2(score - inf) = 0
     lse2 = torch.where(lse == -torch.inf, torch.inf, lse) * math.log2(math.e)
-    heads, mods, options = Heads.of(q, k, v), Mods.of(call, q.device, backward=True), shape_options(q, v)
-    shared = (
-        *(q, k, v, grad_out, lse2, delta.contiguous()),
-        *strides_of(q, k, v, grad_out),
-        *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions, *heads, float(call.scale), *mods),
-    )
+    mods, options = Mods.of(call, q.device, backward=True), shape_options(q, v)
+
+    def shared(heads: Heads) -> tuple:
+        return (
+            *(q, k, v, grad_out, lse2, delta),
+            *strides_of(q, k, v, grad_out),
+            *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions, *heads, float(call.scale), *mods),
+        )
+
+    over_keys, over_queries = (shared(Heads.of(q, k, v, walk=walk)) for walk in ("keys", "queries"))
     with on_device_of(q):
-        add_captured_gradients(q, k, v, tile_mask, call, shared, options, d_captured)
+        add_captured_gradients(q, k, v, tile_mask, call, over_keys, options, d_captured)
         config = tuning.lookup("dq", q, v)
         work = work_by_query(tile_mask, q.device, config.block_q, config.block_kv, idle_rows=False)
         if work.num_items:
             dq_kernel[(work.num_items * q.shape[0] * q.shape[1],)](
-                *shared, work.items, work.runs, work.num_items, dq, **options, **config.options
+                *(*over_keys, work.items, work.runs, work.num_items),
+                *(*described(config.tma, config.block_kv, k, v), dq),
+                **options,
+                **config.options,
             )
         config = tuning.lookup("dkdv", q, v)
         work = work_by_key(tile_mask, q.device, config.block_kv, config.block_q, idle_rows=True)
         if work.num_items:
             dkdv_kernel[(work.num_items * k.shape[0] * k.shape[1],)](
-                *shared, work.items, work.runs, work.num_items, k.shape[2], dk, dv, **options, **config.options
+                *(*over_queries, work.items, work.runs, work.num_items),
+                *(*described(config.tma, config.block_q, q, grad_out), k.shape[2], dk, dv),
+                **options,
+                **config.options,
             )
     return dk, dv
 
@@ -119,6 +131,8 @@ def dq_kernel(
     items_ptr,
     runs_ptr,
     num_items,
+    k_blocks,  # tensor descriptors of k and v, or None
+    v_blocks,
     dq_ptr,  # [B, Hq, S, D] fp32
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -132,7 +146,8 @@ def dq_kernel(
     item_ptr = items_ptr + item * ITEM_FIELDS
     first, end = tl.load(item_ptr), tl.load(item_ptr + 1)
     b, h = head // num_heads, head % num_heads
-    batch, q_head, kv_head = b.to(tl.int64), h.to(tl.int64), (h // group_size).to(tl.int64)
+    kv_h = h // group_size
+    batch, q_head, kv_head = b.to(tl.int64), h.to(tl.int64), kv_h.to(tl.int64)
     before = head.to(tl.int64) * q_len  # queries of the heads before this one
     q_ptr += batch * q_stride_b + q_head * q_stride_h
     k_ptr += batch * k_stride_b + kv_head * k_stride_h
@@ -152,8 +167,8 @@ def dq_kernel(
         for _ in range(num_blocks):
             # positions come first, as in the forward kernel
             kv_idx = load_vector(kv_positions_ptr, kv, kv_end, 0, BLOCK_KV, FULL == 0)[None, :]
-            k = load_rows(k_ptr, k_stride_s, kv, kv_end, HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0)
-            v = load_rows(v_ptr, v_stride_s, kv, kv_end, V_DIM, BLOCK_KV, V_COLS, FULL == 0)
+            k = load_walked(k_ptr, k_stride_s, k_blocks, b, kv_h, kv, kv_end, HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0)
+            v = load_walked(v_ptr, v_stride_s, v_blocks, b, kv_h, kv, kv_end, V_DIM, BLOCK_KV, V_COLS, FULL == 0)
             s = dot(q, tl.trans(k), None, INTERPRETED)
             dp = dot(grad_out, tl.trans(v), None, INTERPRETED)
             x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_mod)
@@ -213,6 +228,8 @@ def dkdv_kernel(
     items_ptr,
     runs_ptr,
     num_items,
+    q_blocks,  # tensor descriptors of q and grad_out, or None
+    grad_out_blocks,
     kv_len,
     dk_ptr,  # [B, H, K, D] fp32
     dv_ptr,  # [B, H, K, Dv] fp32
@@ -254,28 +271,33 @@ def dkdv_kernel(
             q_idx = load_vector(q_positions_ptr, at, at_end, 0, BLOCK_Q, FULL == 0)[None, :]
             q_head = h.to(tl.int64)
             before = (batch * num_heads + q_head) * q_len  # queries of the heads before this one
-            q = load_rows(q_ptr + q_head * q_stride_h, q_stride_s, at, at_end, HEAD_DIM, BLOCK_Q, DIM_COLS, FULL == 0)
-            lse = load_vector(lse_ptr + before, at, at_end, float("inf"), BLOCK_Q, FULL == 0)[None, :]
+            q_rows = q_ptr + q_head * q_stride_h
+            q = load_walked(q_rows, q_stride_s, q_blocks, b, h, at, at_end, HEAD_DIM, BLOCK_Q, DIM_COLS, FULL == 0)
+            # in an order that holds few blocks at once: 128 keys of 128 dims leave 95 registers beside dk and dv
             s = dot(k, tl.trans(q), None, INTERPRETED)
-            grad_out_rows = grad_out_ptr + q_head * grad_out_stride_h
-            grad_out = load_rows(grad_out_rows, grad_out_stride_s, at, at_end, V_DIM, BLOCK_Q, V_COLS, FULL == 0)
-            # before dv: a product that begins while dv is under way would, with its zeros, serialise both (ptxas C7515)
-            dp = dot(v, tl.trans(grad_out), None, INTERPRETED)
             x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_mod)
+            lse = load_vector(lse_ptr + before, at, at_end, float("inf"), BLOCK_Q, FULL == 0)[None, :]
             x = x * unit - lse
             if FULL == 0:
                 inside = (tl.arange(0, BLOCK_Q) < at_end - at)[None, :]
                 seen = inside & mask_mod(b, h, q_idx, kv_idx, mask_buffers, mask_sizes)
                 x = tl.where(seen, x, float("-inf"))
             p = tl.exp2(x)
+            # the vjp of p, which is linear in it, times (dp - delta) is the vjp of p * (dp - delta): s ends here
+            p_vjp = through_score_mod(p, s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_vjp)
+            if FULL == 0 and score_vjp is not None:
+                # hidden pairs have p = 0, and what a derivative that is not finite made of it
+                p_vjp = tl.where(p != 0, p_vjp, 0.0)
+            grad_out_rows = grad_out_ptr + q_head * grad_out_stride_h
+            grad_out = load_walked(
+                *(grad_out_rows, grad_out_stride_s, grad_out_blocks, b, h, at, at_end),
+                *(V_DIM, BLOCK_Q, V_COLS, FULL == 0),
+            )
+            # before dv: a product that begins while dv is under way would, with its zeros, serialise both (ptxas C7515)
+            dp = dot(v, tl.trans(grad_out), None, INTERPRETED)
             dv = dot(p.to(grad_out.dtype), grad_out, dv, INTERPRETED)
             delta = load_vector(delta_ptr + before, at, at_end, 0.0, BLOCK_Q, FULL == 0)[None, :]
-            ds = p * (dp - delta)
-            ds = through_score_mod(ds, s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_vjp)
-            if FULL == 0 and score_vjp is not None:
-                # hidden pairs have p = 0, and what a derivative that is not finite made of it; keeping the mask itself
-                # until here would take more registers than there are
-                ds = tl.where(p != 0, ds, 0.0)
+            ds = p_vjp * (dp - delta)
             dk = dot(ds.to(q.dtype), q, dk, INTERPRETED)
             at, at_end, next_run, next_at, next_end, anew = advance(
                 at, at_end, next_run, next_at, next_end, runs_ptr, first_run, end_run, BLOCK_Q

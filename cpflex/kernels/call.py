@@ -11,6 +11,8 @@ from cpflex.mods.graph import Graph, Mod
 from cpflex.mods.vjp import Vjp, vjp
 
 BACKENDS = ("triton", "reference")
+OTHERWISE = '; pass kernel_options={"backend": "reference"}'
+"""What to do where the fused kernels cannot."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Call:
     wanted: tuple[int, ...] = ()
     """Slots of ``captured`` whose gradient is needed."""
     backend: str | None = None
-    """One of BACKENDS; None: reference."""
+    """One of BACKENDS; None: triton for CUDA tensors, reference for others."""
 
     @cached_property
     def score_vjp(self) -> Vjp | None:

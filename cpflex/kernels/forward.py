@@ -18,12 +18,13 @@ from cpflex.kernels.launch import (
     NOT_SPECIALIZED,
     Heads,
     Mods,
+    described,
     on_device_of,
     shape_options,
     strides_of,
     with_whole_rows,
 )
-from cpflex.kernels.scores import LN2, LOG2E, dot, load_rows, load_vector, modified
+from cpflex.kernels.scores import LN2, LOG2E, dot, load_rows, load_vector, load_walked, modified
 from cpflex.kernels.state import State
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_query
 from cpflex.tile_mask import TileMask
@@ -83,10 +84,10 @@ def _launch(
     carried = (None, None, None) if state is None else (state.acc, state.m, state.l)
     with on_device_of(q):
         attend_kernel[(work.num_items * q.shape[0] * q.shape[1],)](
-            *(q, k, v, *carried, out, lse),
+            *(q, k, v, *described(config.tma, config.block_kv, k, v), *carried, out, lse),
             *strides_of(q, k, v),
             *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
-            *(work.items, work.runs, work.num_items, *Heads.of(q, k, v)),
+            *(work.items, work.runs, work.num_items, *Heads.of(q, k, v, walk="keys")),
             *(float(call.scale), *Mods.of(call, q.device, backward=False)),
             **shape_options(q, v),
             **config.options,
@@ -98,6 +99,8 @@ def attend_kernel(
     q_ptr,  # [B, Hq, S, D]
     k_ptr,  # [B, H, K, D]
     v_ptr,  # [B, H, K, Dv]
+    k_blocks,  # tensor descriptors of k and v, or None
+    v_blocks,
     acc_ptr,  # [B, Hq, S, Dv] fp32; this and all below contiguous; None in a first step that is also the last
     m_ptr,  # [B, Hq, S] fp32
     l_ptr,  # [B, Hq, S] fp32
@@ -142,7 +145,8 @@ def attend_kernel(
     item_ptr = items_ptr + item * ITEM_FIELDS
     first, end = tl.load(item_ptr), tl.load(item_ptr + 1)
     b, h = head // num_heads, head % num_heads
-    batch, q_head, kv_head = b.to(tl.int64), h.to(tl.int64), (h // group_size).to(tl.int64)
+    kv_h = h // group_size
+    batch, q_head, kv_head = b.to(tl.int64), h.to(tl.int64), kv_h.to(tl.int64)
     q_ptr += batch * q_stride_b + q_head * q_stride_h
     k_ptr += batch * k_stride_b + kv_head * k_stride_h
     v_ptr += batch * v_stride_b + kv_head * v_stride_h
@@ -160,7 +164,7 @@ def attend_kernel(
             # positions come first: a mask that looks tokens up by position needs them a stage before the rows, and
             # Triton fits the stage of the walk to the first line that reads it
             kv_idx = load_vector(kv_positions_ptr, kv, kv_end, 0, BLOCK_KV, FULL == 0)[None, :]
-            k = load_rows(k_ptr, k_stride_s, kv, kv_end, HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0)
+            k = load_walked(k_ptr, k_stride_s, k_blocks, b, kv_h, kv, kv_end, HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0)
             s = dot(q, tl.trans(k), None, INTERPRETED)
             s, unit = modified(s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_mod)
             if FULL == 0:
@@ -170,7 +174,7 @@ def attend_kernel(
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
             p = tl.exp2(s * unit - m_new[:, None])
             decay = tl.exp2(m - m_new)
-            v = load_rows(v_ptr, v_stride_s, kv, kv_end, V_DIM, BLOCK_KV, V_COLS, FULL == 0)
+            v = load_walked(v_ptr, v_stride_s, v_blocks, b, kv_h, kv, kv_end, V_DIM, BLOCK_KV, V_COLS, FULL == 0)
             l = l * decay + tl.sum(p, 1)  # noqa: E741
             acc = dot(p.to(v.dtype), v, acc * decay[:, None], INTERPRETED)
             m = m_new

@@ -5,12 +5,14 @@ their order.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpflex.kernels import tuning
 from cpflex.kernels.call import Call
@@ -19,7 +21,6 @@ from cpflex.mods import triton_source
 
 NOT_SPECIALIZED = ["q_len", "kv_len", "num_items", "num_heads", "num_kv_heads", "heads_at_once", "group_size"]
 """Arguments whose value, 1 or a multiple of 16 or not, must not compile another variant."""
-
 
 INTERPRETED = not isinstance(identity, triton.JITFunction)
 """TRITON_INTERPRET was set when the kernels were imported: they run on the CPU, slowly, for tests."""
@@ -54,15 +55,16 @@ class Heads(NamedTuple):
 
     num_heads: int  # Hq
     num_kv_heads: int  # B * H
-    heads_at_once: int  # of keys and values: that many run to their end before the next ones begin
+    heads_at_once: int  # of keys and values: those whose walked rows fit the L2 cache run to their end, then the next
     group_size: int  # Hq / H
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Heads:
-        head_bytes = k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
-        fit = tuning.l2_bytes(q.device) // max(1, head_bytes)
-        num_kv_heads = k.shape[0] * k.shape[1]
-        return cls(q.shape[1], num_kv_heads, min(max(1, fit), num_kv_heads), q.shape[1] // k.shape[1])
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, *, walk: str) -> Heads:
+        """``walk``: over "keys", which a group of query heads shares, or over the "queries" of a group."""
+        group_size, num_kv_heads = q.shape[1] // k.shape[1], k.shape[0] * k.shape[1]
+        rows = k.shape[2] if walk == "keys" else q.shape[2] * group_size
+        fit = tuning.l2_bytes(q.device) // max(1, rows * (k.shape[3] + v.shape[3]) * k.element_size())
+        return cls(q.shape[1], num_kv_heads, min(max(1, fit), num_kv_heads), group_size)
 
 
 def with_whole_rows(x: Tensor) -> Tensor:
@@ -80,6 +82,21 @@ def strides_of(*tensors: Tensor) -> Sequence[int]:
     return [x.stride(dim) if x.shape[dim] > 1 else 0 for x in tensors for dim in range(3)]
 
 
+def described(wanted: bool, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """Tensor descriptors (TMA) of blocks of ``rows`` rows; None if not wanted, or if rows do not begin at multiples of
+    16 bytes.
+    """
+    return [_descriptor(x, rows) if wanted else None for x in tensors]
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
+    unit = 16 // x.element_size()
+    strides = [x.stride(dim) if x.shape[dim] > 1 else unit for dim in range(3)]
+    if x.numel() == 0 or x.data_ptr() % 16 or any(stride % unit or stride <= 0 for stride in strides):
+        return None
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns(x.shape[3])])
+
+
 def columns(dim: int) -> int:
     """Columns of a block of rows: a power of two, as all of Triton's blocks are, and 16 at least, for tensor cores."""
     return max(16, triton.next_power_of_2(dim))
@@ -91,6 +108,11 @@ def shape_options(q: Tensor, v: Tensor) -> dict[str, Any]:
     return dims | {"INTERPRETED": INTERPRETED}
 
 
+_one_at_a_time = threading.Lock()  # the interpreter knows one launch; ranks may be threads
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current CUDA device."""
+    if INTERPRETED:
+        return _one_at_a_time
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

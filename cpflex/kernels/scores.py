@@ -36,6 +36,30 @@ def load_rows(
 
 
 @triton.jit
+def load_walked(
+    ptr,
+    stride,
+    blocks,
+    batch,
+    head,
+    first,
+    end,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """`load_rows`; whole blocks come by ``blocks``, a descriptor of the tensor of which ``ptr`` is a head, if there is
+    one. A masked walk keeps to pointers: a descriptor knows where the tensor ends, not where a run does.
+    """
+    if blocks is None or BOUNDED:
+        block = load_rows(ptr, stride, first, end, DIM, ROWS, COLS, BOUNDED)
+    else:
+        block = tl.reshape(blocks.load([batch, head, first, 0]), (ROWS, COLS))
+    return block
+
+
+@triton.jit
 def load_vector(ptr, first, end, other, SIZE: tl.constexpr, BOUNDED: tl.constexpr):
     """Elements ``first : first + SIZE``; if BOUNDED, ``other`` from ``end`` on."""
     at = tl.arange(0, SIZE)

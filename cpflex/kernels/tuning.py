@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from cpflex.kernels.call import OTHERWISE
+
 
 @dataclass(frozen=True)
 class KernelConfig:
@@ -22,6 +24,10 @@ class KernelConfig:
     block_kv: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    """Whole blocks are copied by tensor descriptors, from sm_90 on. Off in every row until it is faster on a GPU; with
+    Triton 3.6, kernels of 128 dims would be serialised.
+    """
 
     @property
     def options(self) -> dict[str, int]:
@@ -64,7 +70,8 @@ SM90: Rows = {  # H100, H200: 227 KiB, wgmma; two warpgroups of 64 rows each
     ("dq", 128): KernelConfig(128, 64, 8, 3),
     ("dq", 256): KernelConfig(64, 32, 8, 2),
     ("dkdv", 64): KernelConfig(64, 128, 8, 3),
-    # spills up to 56 bytes, around the loops; 32 queries would not, but a 64 x 32 wgmma waits for shared memory
+    # every register is taken, and Triton 3.6 spills 40 to 96 bytes; 32 queries would leave some, but a 64 x 32 wgmma
+    # waits for shared memory
     ("dkdv", 128): KernelConfig(64, 128, 8, 3),
     ("dkdv", 256): KernelConfig(32, 32, 8, 2),
     ("captured", 64): KernelConfig(64, 64, 4, 2),
@@ -87,10 +94,10 @@ SM100: Rows = {  # B200: 227 KiB, accumulators in tensor memory
 }
 FP32: Rows = {  # any GPU: no tensor cores (tf32 is not fp32), so each thread holds its operands
     ("forward", 64): KernelConfig(32, 32, 4, 1),
-    ("forward", 128): KernelConfig(32, 32, 8, 1),
+    ("forward", 128): KernelConfig(32, 16, 8, 1),
     ("forward", 256): KernelConfig(32, 16, 8, 1),
-    ("dq", 64): KernelConfig(32, 32, 4, 1),
-    ("dq", 128): KernelConfig(32, 32, 8, 1),
+    ("dq", 64): KernelConfig(32, 32, 8, 1),
+    ("dq", 128): KernelConfig(16, 16, 8, 1),
     ("dq", 256): KernelConfig(16, 16, 8, 1),
     ("dkdv", 64): KernelConfig(32, 32, 8, 1),
     ("dkdv", 128): KernelConfig(16, 16, 8, 1),
@@ -113,26 +120,33 @@ def rows_for(capability: int, dtype: torch.dtype) -> Rows:
 
 
 def lookup(which: str, q: Tensor, v: Tensor) -> KernelConfig:
-    """The row of one of PASSES for queries [B, Hq, S, D] and values [B, H, K, Dv].
-
-    Raises:
-        NotImplementedError: a head dim above 256, or a GPU before sm_80.
-    """
+    """The row of one of PASSES for queries [B, Hq, S, D] and values [B, H, K, Dv]."""
     head_dim = max(q.shape[3], v.shape[3])
-    if head_dim > WIDTHS[-1]:
-        raise NotImplementedError(f"backend 'triton' has head dims up to {WIDTHS[-1]}; got {head_dim}")
+    require_support(q.device, head_dim)
     if (capability := capability_of(q.device)) == 0:
         return INTERPRETED
-    if capability < 80:
-        raise NotImplementedError(f"backend 'triton' needs sm_80 (A100) or later; {q.device} is sm_{capability}")
     return rows_for(capability, q.dtype)[which, next(width for width in WIDTHS if head_dim <= width)]
+
+
+def require_support(device: torch.device, head_dim: int) -> None:
+    """
+    Raises:
+        NotImplementedError: there are no kernels for this head dim, or for this GPU.
+    """
+    if head_dim > WIDTHS[-1]:
+        raise NotImplementedError(f"backend 'triton' has head dims up to {WIDTHS[-1]}; got {head_dim}{OTHERWISE}")
+    if 0 < (capability := capability_of(device)) < 80:
+        name = f"sm_{capability}" if torch.version.cuda else "not one of NVIDIA's"
+        raise NotImplementedError(f"backend 'triton' needs sm_80 (A100) or later; {device} is {name}{OTHERWISE}")
 
 
 @lru_cache
 def capability_of(device: torch.device) -> int:
-    """90 for sm_90; 0 on the CPU, where kernels are interpreted."""
+    """90 for sm_90; 0 on the CPU, where kernels are interpreted; 1 for a GPU that has no such number."""
     if device.type != "cuda":
         return 0
+    if torch.version.cuda is None:
+        return 1
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

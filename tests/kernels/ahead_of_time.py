@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -100,6 +100,7 @@ class Report:
     spilled_bytes: int  # of stack, per thread
     shared_bytes: int
     tensor_core_ops: int
+    bulk_copies: int  # by tensor descriptors
     instructions: list[int]  # per loop
     spills_in_loops: int  # instructions
     is_serialised: bool
@@ -121,7 +122,7 @@ def report(variant: Variant, capability: int) -> Report:
         usage, sass = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     op = TENSOR_CORE_OP[capability]
-    loops = [loop for loop in _loops(sass) if _count(loop, op)]
+    loops = _loops(sass, op)
     waits = any(_count(loop, "WARPGROUP.DEPBAR") > _count(loop, op) / 2 for loop in loops)
     return Report(
         variant.name,
@@ -129,6 +130,7 @@ def report(variant: Variant, capability: int) -> Report:
         int(stack),
         variant.kernel.metadata.shared,
         len(re.findall(rf"\b{op}\b", sass)),
+        len(re.findall(r"\bUTMALDG\b", sass)),
         [len(loop) for loop in loops],
         sum(_count(loop, "STL") + _count(loop, "LDL") for loop in loops),
         waits or "(C75" in variant.log,
@@ -140,8 +142,11 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
-def _loops(sass: str) -> list[list[str]]:
-    """The instructions from the target of each backward branch to the branch; not those that enclose another loop."""
+def _loops(sass: str, op: str) -> list[list[str]]:
+    """The instructions of each loop that contains ``op``, from the target of a backward branch to the branch.
+
+    Of overlapping ones the shortest counts: others enclose it, or come back to it from a wait at the end of the program.
+    """
     lines = [m.groups() for m in re.finditer(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
     at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     spans = []
@@ -149,7 +154,12 @@ def _loops(sass: str) -> list[list[str]]:
         branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
         if branch and int(branch[1], 16) < int(address, 16) and int(branch[1], 16) in at:
             spans.append((at[int(branch[1], 16)], i + 1))
-    return [[text for _, text in lines[begin:end]] for begin, end in spans]
+    found: list[tuple[int, int]] = []
+    for begin, end in sorted(spans, key=lambda span: span[1] - span[0]):
+        is_apart = all(end <= first or last <= begin for first, last in found)
+        if is_apart and _count([text for _, text in lines[begin:end]], op):
+            found.append((begin, end))
+    return [[text for _, text in lines[begin:end]] for begin, end in sorted(found)]
 
 
 def _count(loop: list[str], op: str) -> int:
@@ -175,18 +185,33 @@ HEAD_DIMS = (64, 128)
 
 
 def compile_all(
-    capability: int, head_dim: int, mask: str, score: str, dtype: torch.dtype = torch.bfloat16, only: str = ""
+    capability: int,
+    head_dim: int,
+    mask: str,
+    score: str,
+    dtype: torch.dtype = torch.bfloat16,
+    only: str = "",
+    tma: bool = False,
+    wanted: tuple[int, ...] = (),
 ) -> list[Report]:
-    """The kernels of a training step of one rank: its only forward step, and backward."""
+    """The kernels of a training step of one rank: its only forward step, and backward.
+
+    Args:
+        wanted: slots of captured tensors whose gradient is.
+    """
     plan = cpflex.make_plan(MASKS[mask](), SEQ_LEN)
     mod, (step,), _ = resolve(plan.handle).on(torch.device("cpu"))
     score_mod = None if SCORES[score] is None else trace_score_mod(SCORES[score])
-    call = Call(mod, 0.125, score_mod and score_mod.graph, score_mod.captured if score_mod else ())
+    call = Call(mod, 0.125, score_mod and score_mod.graph, score_mod.captured if score_mod else (), wanted)
     q, k, v, grad_out = (torch.zeros(2, heads, SEQ_LEN, head_dim, dtype=dtype) for heads in (4, 2, 2, 4))
     lse = torch.zeros(q.shape[:3])
-    with launches_compile(capability, only) as variants:
+    rows = tuning.rows_for(capability, dtype)
+    rows = {key: replace(config, tma=tma) for key, config in rows.items()}
+    with launches_compile(capability, only) as variants, mock.patch.object(tuning, "rows_for", return_value=rows):
         forward.attend_and_finish(q, k, v, step.tile_mask, call, empty(q, head_dim))
-        backward.attend_backward(q, k, v, grad_out, lse, lse, step.tile_mask, call, torch.zeros(q.shape), [])
+        backward.attend_backward(
+            q, k, v, grad_out, lse, lse, step.tile_mask, call, torch.zeros(q.shape), [SLOPES] * len(wanted)
+        )
     return [report(variant, capability) for variant in variants]
 
 

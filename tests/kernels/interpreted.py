@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 from unittest import mock
@@ -21,9 +22,11 @@ from torch import Tensor
 import cpflex
 from cases import DIMS, DTYPES, Problem
 from cpflex.handles import resolve
-from cpflex.kernels import Call, State, attend, attend_and_finish, attend_backward, empty, finish
+from cpflex.kernels import Call, State, attend, attend_and_finish, attend_backward, empty, finish, tuning
+from cpflex.kernels.launch import described
 from cpflex.mods.graph import Mod
 from cpflex.mods.trace import trace_score_mod
+from cpflex.testing import run_ranks
 from cpflex.tile_mask import TileMask
 from oracle import Attention, assert_within_budget
 
@@ -173,6 +176,41 @@ def check_strides() -> None:
     backwards = torch.randn(1, 1, 16, 144).mT
     _same(call, tile_mask, packed[:, :2], packed[:, 2:3], packed[:, 3:], torch.ones(()).expand(1, 2, 144, 16))
     _same(call, tile_mask, spread, backwards, backwards, spread.mT.contiguous().mT)
+
+
+def check_public_call() -> None:
+    """Two ranks ask for the fused kernels on the CPU; they get what the reference gives."""
+    problem = Problem("doc_causal", "softcap", 200, "gqa", world_size=2, batch_size=1)
+    tensors, score_mod = problem.tensors, cpflex.score_mod(problem.score_mod([]))  # type: ignore[arg-type]
+
+    def rank(group: Any, backend: str) -> list[Tensor]:
+        plan = problem.plan(group)
+        local = [plan.shard(tensors[name], dim=2, pad_value=0.0).detach().requires_grad_() for name in "qkv"]
+        options = {"backend": backend}
+        out = cpflex.flex_attention(*local, score_mod, plan, enable_gqa=True, kernel_options=options)
+        assert isinstance(out, Tensor)
+        grad_out = plan.shard(tensors["grad_out"], dim=2, pad_value=0.0)
+        return [out.detach(), *torch.autograd.grad(out, local, grad_out)]
+
+    fused, twin = (run_ranks(partial(rank, backend=backend), world_size=2) for backend in ("triton", "reference"))
+    for found, expected in zip(fused, twin, strict=True):
+        for name, x, y in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+            _assert_close(name, x, y, rtol=1e-5, atol=5e-6)
+
+
+def check_descriptors(problem: Problem) -> None:
+    """Whole blocks by tensor descriptors, also of tensors whose strides are those of the sequence before the heads."""
+    with mock.patch.object(tuning, "INTERPRETED", replace(tuning.INTERPRETED, tma=True)):
+        check(problem)
+        mask, tile_mask = tile_mask_of(cpflex.causal(), 272)
+        packed = torch.randn(2, 272, 4, 24).transpose(1, 2)
+        q, k, v, grad_out = packed[:, :2], packed[:, 2:3], packed[:, 3:], torch.randn(2, 2, 272, 24)
+        assert None not in described(True, 64, q, k, v, grad_out)
+        _same(Call(mask, 0.25), tile_mask, q, k, v, grad_out)
+        # rows that begin anywhere keep to pointers
+        shifted = torch.randn(2, 1, 272, 25)[..., 1:]
+        assert described(True, 64, shifted) == [None]
+        _same(Call(mask, 0.25), tile_mask, q, shifted, shifted, grad_out)
 
 
 def check_scale(scale: float) -> None:

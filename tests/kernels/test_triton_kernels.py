@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import interpreted
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import cpflex
 from cases import Problem, pairwise
-
-pytestmark = pytest.mark.slow  # the interpreter takes seconds a case
+from cpflex import kernels
+from cpflex.kernels import Call, require_support, tuning
+from cpflex.testing import run_ranks
 
 Run = Callable[..., Any]
 
@@ -47,8 +51,19 @@ def test_fused_kernels_equal_their_twin_and_the_oracle(run: Run, problem: Proble
     run(interpreted.check, problem)
 
 
+def test_ranks_on_the_cpu_may_ask_for_fused_kernels(run: Run):
+    run(interpreted.check_public_call)
+
+
 def test_any_strides_are_accepted(run: Run):
     run(interpreted.check_strides)
+
+
+@pytest.mark.parametrize(
+    "problem", [Problem("full", "softcap", 200, "gqa", "d80", world_size=2, batch_size=1)], ids=str
+)
+def test_tensor_descriptors_change_nothing(run: Run, problem: Problem):
+    run(interpreted.check_descriptors, problem)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0])
@@ -83,10 +98,70 @@ def test_a_state_that_saw_nothing_is_not_read(run: Run):
     run(interpreted.check_a_state_of_nothing_is_not_read)
 
 
+# -- which backend, and what it refuses
+
+
+def a_call(backend: str | None = None) -> Call:
+    return Call(interpreted.tile_mask_of(cpflex.causal(), 128)[0], 1.0, backend=backend)
+
+
+def on_a_gpu(*shape: int) -> torch.Tensor:
+    """As far as can be told without looking at its elements."""
+    with FakeTensorMode():
+        return torch.empty(shape, device="cuda")
+
+
 def test_cpu_tensors_are_refused_where_kernels_are_not_interpreted():
-    mask, tile_mask = interpreted.tile_mask_of(interpreted.cpflex.causal(), 128)
     q = torch.zeros(1, 1, 128, 16)
     with pytest.raises(ValueError, match="CUDA tensors"):
-        interpreted.attend(q, q, q, tile_mask, interpreted.Call(mask, 1.0, backend="triton"), interpreted.empty(q, 16))
+        require_support(q, 16, a_call("triton"))
     with pytest.raises(ValueError, match="must be one of"):
-        interpreted.attend(q, q, q, tile_mask, interpreted.Call(mask, 1.0, backend="cuda"), interpreted.empty(q, 16))
+        require_support(q, 16, a_call("cuda"))
+
+
+def test_a_refusal_reaches_every_rank():
+    def rank(group) -> str:
+        plan = cpflex.make_plan(cpflex.causal(), 300, group)
+        q = torch.zeros(1, 1, plan.local_len, 16)
+        with pytest.raises(ValueError, match="CUDA tensors"):
+            cpflex.flex_attention(q, q, q, block_mask=plan, kernel_options={"backend": "triton"})
+        return "refused"
+
+    assert run_ranks(rank, world_size=3, timeout=20) == ["refused"] * 3
+
+
+def test_cpu_tensors_do_not_need_triton(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    q = torch.zeros(1, 1, 128, 16)
+    require_support(q, 16, a_call())
+    with pytest.raises(NotImplementedError, match=r"needs the package triton.*reference"):
+        require_support(q, 16, a_call("triton"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "v_dim", "refusal"),
+    [
+        (90, 256, 16, None),
+        (80, 16, 256, None),
+        (90, 257, 16, "head dims up to 256; got 257.*reference"),
+        (90, 16, 320, "head dims up to 256; got 320.*reference"),
+        (75, 64, 64, "sm_80 .A100. or later.*reference"),
+        (1, 64, 64, "sm_80 .A100. or later.*reference"),
+    ],
+)
+def test_cuda_tensors_get_fused_kernels_or_a_refusal(
+    monkeypatch: pytest.MonkeyPatch, capability: int, head_dim: int, v_dim: int, refusal: str | None
+):
+    monkeypatch.setattr(tuning, "capability_of", lambda device: capability)
+    q = on_a_gpu(1, 1, 128, head_dim)
+    require_support(q, v_dim, a_call("reference"))
+    with contextlib.nullcontext() if refusal is None else pytest.raises(NotImplementedError, match=refusal):
+        require_support(q, v_dim, a_call())
+
+
+def test_a_mod_without_a_triton_form_is_refused_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "capability_of", lambda device: 90)
+    unsigned = torch.zeros(128, dtype=torch.uint16)
+    mask, _ = interpreted.tile_mask_of(lambda b, h, q, k: unsigned[q] == unsigned[k], 128)
+    with pytest.raises(NotImplementedError, match=r"has no Triton form.*reference"):
+        require_support(on_a_gpu(1, 1, 128, 64), 64, Call(mask, 1.0))

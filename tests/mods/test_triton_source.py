@@ -10,6 +10,8 @@ import generated
 import pytest
 import torch
 
+import cases
+from cpflex import kernels
 from cpflex.mods import triton_source
 from cpflex.mods.trace import UnsupportedMod, trace_mask_mod, trace_score_mod
 from cpflex.mods.triton_source import mask_function, pack_captured, score_function
@@ -33,6 +35,12 @@ def compiler() -> Iterator[Call]:
 
 
 # -- equal to the evaluator
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(MASKS) >= 60
+    assert set(cases.MASKS) <= set(MASKS)
+    assert set(cases.SCORES) - {"none"} <= set(SCORES)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -111,6 +119,7 @@ def test_the_text_is_readable_and_the_same_on_every_run(compiler: Call) -> None:
 
 def test_the_documentation_shows_the_text_of_today() -> None:
     assert textwrap.indent(CAUSAL_WINDOW, "    ") in (triton_source.__doc__ or "")
+    assert CAUSAL_WINDOW in (kernels.__doc__ or "")
 
 
 # -- compiled without a GPU
@@ -187,6 +196,7 @@ def test_tensors_that_cannot_be_packed_are_refused(tensor: torch.Tensor) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_generated_functions_equal_the_evaluator_on_a_gpu(compiler: Call) -> None:
     for name in MASKS:
         compiler(generated.check_mask, name, "cuda")
