@@ -89,8 +89,7 @@ def flex_attention(
     try:
         _check_tensors(query, key, value, plan, enable_gqa)
         backend = _backend(kernel_options)
-        if return_aux is not None and return_aux.max_scores:
-            raise NotImplementedError("return_aux: max_scores is not supported; lse is")
+        _check_aux(return_aux)
         mod = _traced(score_mod)
         if mod is not None and mod.table_len is not None and mod.table_len < plan.seq_len:
             raise ValueError(
@@ -98,7 +97,9 @@ def flex_attention(
                 f"the plan has seq_len={plan.seq_len}"
             )
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    except (ValueError, TypeError, NotImplementedError, IndexError) as error:
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite number; got {scale}")
+    except Exception as error:  # a score_mod may raise anything
         if not torch.compiler.is_compiling():  # nothing can be sent while a graph is made
             plan.refuse(error)
         raise
@@ -132,8 +133,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, plan: Plan, enable
             raise TypeError(f"{name} is a DTensor; pass the local tensor, `{name}.to_local()`")
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor; got {type(x).__name__}")
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be [B, H, S_local, D]; got shape {tuple(x.shape)}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor; got {x.layout}")
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must be [B, H, S_local, D], none of them 0; got shape {tuple(x.shape)}")
     _check_numbers(query, key, value)
     lengths = [x.shape[2] for x in named.values()]
     if lengths[0] != lengths[1] or lengths[1] != lengths[2]:
@@ -178,8 +181,17 @@ def _check_heads(query_heads: int, key_heads: int, value_heads: int, enable_gqa:
         raise ValueError(f"the heads of query must be a multiple of those of key; got {query_heads} and {key_heads}")
 
 
+def _check_aux(return_aux: object) -> None:
+    if return_aux is not None and not isinstance(return_aux, AuxRequest):
+        raise TypeError(f"return_aux must be an AuxRequest or None; got {type(return_aux).__name__}")
+    if return_aux is not None and return_aux.max_scores:
+        raise NotImplementedError("return_aux: max_scores is not supported; lse is")
+
+
 def _backend(kernel_options: dict[str, Any] | None) -> str:
     """The backend asked for, or "" to choose by device."""
+    if kernel_options is not None and not isinstance(kernel_options, dict):
+        raise TypeError(f"kernel_options must be a dict or None; got {type(kernel_options).__name__}")
     options = dict(kernel_options or {})
     backend = options.pop("backend", "")
     if options:

@@ -159,4 +159,6 @@ def prefix_lm(prefix_len: int) -> MaskMod:
 def _count(value: int, name: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+    if value >= 2**62:
+        raise ValueError(f"{name} must be below 2**62; got {value}")
     return value

@@ -43,25 +43,38 @@ def chunk_needs(classify: Classify, blocks: Tiles) -> ChunkNeeds:
     start = np.append(blocks.lo, blocks.hi[-1:] + 1)
     pairs = blocks.length[row] * (start[end] - start[first])
     work = np.bincount(blocks.chunk[row], pairs, blocks.num_chunks).astype(np.int64)
-    return ChunkNeeds(work, _covered(squares, blocks, blocks.chunk, blocks.num_chunks), blocks.chunk, blocks.length)
+    sees = _covered(squares, range(blocks.num_tiles), blocks.chunk, blocks.num_chunks)
+    return ChunkNeeds(work, sees, blocks.chunk, blocks.length)
 
 
-def _covered(squares: Squares, tiles: Tiles, line_of_row: np.ndarray, num_lines: int) -> np.ndarray:
-    """bool [num_lines, num_tiles]: the columns of the squares' rows, by the line that a row belongs to (-1: to
-    none).
-    """
-    widest = 1 << (tiles.num_tiles - 1).bit_length()
+def _covered(squares: Squares, cols: range, line_of_row: np.ndarray, num_lines: int) -> np.ndarray:
+    """bool [num_lines, len(cols)]: columns of the squares' rows, by the line that a row belongs to (-1: to none)."""
+    widest = 1 << (len(line_of_row) - 1).bit_length()
     line_of_row = np.append(line_of_row, np.full(widest - len(line_of_row), -1))  # squares overhang the last tile
-    covered = np.zeros((num_lines, widest), dtype=bool)
     full_rows, full_cols, sides = squares.full
     levels = [(side, full_rows[sides == side], full_cols[sides == side]) for side in np.unique(sides).tolist()]
-    for side, rows, cols in [*levels, (1, *squares.partial)]:
-        line = line_of_row[rows[:, None] + np.arange(side)]
+    levels.append((1, *squares.partial))
+    # in windows that squares either lie in or cover
+    width = 1 << (len(cols) - 1).bit_length()
+    starts = range(cols.start // width * width, cols.stop, width)
+    windows = [_covered_window(levels, start, width, line_of_row, num_lines) for start in starts]
+    return np.concatenate(windows, axis=1)[:, cols.start - starts[0] : cols.stop - starts[0]]
+
+
+def _covered_window(
+    levels: list[tuple[int, np.ndarray, np.ndarray]], start: int, width: int, line_of_row: np.ndarray, num_lines: int
+) -> np.ndarray:
+    covered = np.zeros((num_lines, width), dtype=bool)
+    for side, rows, cols in levels:
+        cell_width = min(side, width)
+        cell = (cols - start // side * side) // side if side > width else (cols - start) // side
+        inside = (cell >= 0) & (cell < width // cell_width)
+        line = line_of_row[rows[inside, None] + np.arange(side)]
         held = line >= 0
-        cells = np.zeros((num_lines, widest // side), dtype=bool)
-        cells[line[held], np.broadcast_to(cols[:, None] // side, line.shape)[held]] = True
-        covered.reshape(num_lines, -1, side)[cells] = True
-    return covered[:, : tiles.num_tiles]
+        cells = np.zeros((num_lines, width // cell_width), dtype=bool)
+        cells[line[held], np.broadcast_to(cell[inside, None], line.shape)[held]] = True
+        covered.reshape(num_lines, -1, cell_width)[cells] = True
+    return covered
 
 
 class Needs:
@@ -94,18 +107,22 @@ class Needs:
     def _received(self) -> np.ndarray:
         """The rank's queries see a key of the tile, bool [num_tiles]."""
         line = np.where(self._owner_of_tile == self.rank, 0, -1)
-        return _covered(self.squares, self.tiles, line, 1)[0]
+        return _covered(self.squares, range(self.tiles.num_tiles), line, 1)[0]
 
     @cached_property
     def _sent(self) -> np.ndarray:
-        """Queries of rank r see a key of the tile, for tiles that this rank holds; bool [world_size (r), num_tiles]."""
-        held = self._owner_of_tile == self.rank
-        squares = classify_squares(self._classify, self.tiles, cols=held)
-        return _covered(squares, self.tiles, self._owner_of_tile, self.layout.world_size) & held
+        """Queries of rank r see a key of the tile, for the tiles that this rank holds; bool [world_size (r), local
+        tiles].
+        """
+        is_held = self._owner_of_tile == self.rank
+        squares = classify_squares(self._classify, self.tiles, cols=is_held)
+        per_chunk, world_size = self.tiles.per_chunk, self.layout.world_size
+        chunks = [range(c * per_chunk, (c + 1) * per_chunk) for c in self.layout.chunks[self.rank]]
+        return np.concatenate([_covered(squares, cols, self._owner_of_tile, world_size) for cols in chunks], axis=1)
 
     def rows_from(self, owner: int) -> Rows:
         """Rows of the owner's shard that this rank needs."""
-        return self._rows(self._received, owner)
+        return self._rows(self._received[self.tiles.of_chunks(self.layout.chunks[owner])], owner)
 
     def rows_to(self, peer: int) -> Rows:
         """Rows of this rank's shard that the peer needs."""
@@ -118,9 +135,10 @@ class Needs:
         return np.concatenate([tiles[(start >= begin) & (start < end)] for begin, end in rows] or [tiles[:0]])
 
     def _rows(self, needed: np.ndarray, owner: int) -> Rows:
+        """``needed``: bool, of the owner's tiles."""
         tiles = self.tiles.of_chunks(self.layout.chunks[owner])
         bounds = np.append(0, np.cumsum(self.tiles.length[tiles]))
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], needed[tiles].astype(np.int8), [0]])))
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], needed.astype(np.int8), [0]])))
         return tuple((int(bounds[a]), int(bounds[b])) for a, b in edges.reshape(-1, 2))
 
     @cached_property

@@ -82,11 +82,12 @@ def make_plan(
     """
     began = time.perf_counter()
     links, rank, world_size = _membership(group, rank, world_size)
-    if isinstance(seq_len, bool) or not isinstance(seq_len, int) or not 0 < seq_len < 2**31:
+    if not _is_count(seq_len, 1) or seq_len >= 2**31:
         raise ValueError(f"seq_len must be an integer from 1 to 2**31 - 1; got {seq_len!r}")
     masks = dict(mask) if isinstance(mask, Mapping) else {"mask": mask}
-    if not masks:
-        raise ValueError("mask must name at least one mask kind; got an empty dict")
+    if not masks or not all(isinstance(kind, str) for kind in masks):
+        raise ValueError(f"mask must name at least one mask kind, by strings; got {masks or 'an empty dict'}")
+    _check_options(batch_size, num_heads, layout, schedule)
     weights = _weights(weights, masks)
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
     mods = {kind: _traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
@@ -338,6 +339,19 @@ def _unpickled(data: bytes) -> Plan:
     return Plan._from_bytes(data)
 
 
+def _check_options(batch_size: object, num_heads: object, layout: object, schedule: object) -> None:
+    for name, size in (("batch_size", batch_size), ("num_heads", num_heads)):
+        if size is not None and not _is_count(size, least=1):
+            raise ValueError(f"{name} must be an integer of at least 1; got {size!r}")
+    for name, function, example in (("layout", layout, "zigzag"), ("schedule", schedule, "ring")):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function such as cpflex.{example}; got {function!r}")
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _membership(group: Group | None, rank: int | None, world_size: int | None) -> tuple[Links | None, int, int]:
     if group is not None:
         if rank is not None or world_size is not None:
@@ -348,15 +362,16 @@ def _membership(group: Group | None, rank: int | None, world_size: int | None) -
         raise ValueError(f"rank and world_size go together; got rank={rank}, world_size={world_size}")
     if rank is None or world_size is None:
         return None, 0, 1
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be from 0 to world_size - 1; got rank={rank}, world_size={world_size}")
+    if not (_is_count(rank, 0) and _is_count(world_size, 1) and rank < world_size):
+        raise ValueError(f"rank must be from 0 to world_size - 1; got rank={rank!r}, world_size={world_size!r}")
     return None, rank, world_size
 
 
 def _weights(weights: Mapping[str, float] | None, masks: Mapping[str, Any]) -> dict[str, float]:
     if weights is None:
         return dict.fromkeys(masks, 1.0)
-    if set(weights) != set(masks) or min(weights.values()) <= 0:
+    numbers = all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights.values())
+    if set(weights) != set(masks) or not numbers:
         raise ValueError(f"weights must give each mask kind of {sorted(masks)} a positive number; got {dict(weights)}")
     return dict(weights)
 

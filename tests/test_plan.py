@@ -9,6 +9,7 @@ import sys
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import cpflex
 from cases import LAYOUTS, MASKS, SCHEDULES, Problem
+from cpflex import handles
 from cpflex.testing import ThreadLinks, run_ranks
 from processes import RankProcesses
 from runs import assemble, attend_on_rank
@@ -362,6 +364,12 @@ def test_a_rank_of_pads_alone_is_legal(layout: str):
 # -- refusals
 
 TABLE = torch.zeros(100, dtype=torch.int64)
+META = torch.zeros(64, device="meta")
+
+
+def raises(b, h, q, k):
+    raise KeyError("my own mistake")
+
 
 REFUSED = {
     "no sequence": (lambda: cpflex.make_plan(CAUSAL, 0), ValueError, "seq_len must be an integer from 1 to"),
@@ -369,7 +377,7 @@ REFUSED = {
     "half a token": (lambda: cpflex.make_plan(CAUSAL, 4.5), ValueError, "seq_len must be an integer"),
     "a bool of tokens": (lambda: cpflex.make_plan(CAUSAL, True), ValueError, "seq_len must be an integer"),
     "too long": (lambda: cpflex.make_plan(CAUSAL, 2**31), ValueError, r"2\*\*31 - 1; got 2147483648"),
-    "no mask": (lambda: cpflex.make_plan({}, 64), ValueError, "at least one mask kind; got an empty dict"),
+    "no mask": (lambda: cpflex.make_plan({}, 64), ValueError, "at least one mask kind, by strings; got an empty dict"),
     "a mask that is no function": (
         lambda: cpflex.make_plan(torch.ones(4, 4), 64),
         TypeError,
@@ -423,6 +431,112 @@ REFUSED = {
         ValueError,
         r"made for \[100\] tokens; seq_len=99",
     ),
+    "a layout by name": (
+        lambda: cpflex.make_plan(CAUSAL, 64, layout="zigzag"),
+        TypeError,
+        r"function such as cpflex\.zigzag",
+    ),
+    "a schedule by name": (lambda: cpflex.make_plan(CAUSAL, 64, schedule="ring"), TypeError, r"such as cpflex\.ring"),
+    "a layout of nothing": (
+        lambda: cpflex.make_plan(CAUSAL, 64, layout=lambda *_: None),
+        ValueError,
+        "layout must return a Layout of seq_len=64 for 1 ranks; got None",
+    ),
+    "a kind that is a number": (
+        lambda: cpflex.make_plan({1: CAUSAL}, 64),
+        ValueError,
+        "at least one mask kind, by strings",
+    ),
+    "a weight that is no number": (
+        lambda: cpflex.make_plan(kinds(), 64, weights={"full": 1, "sliding": "many"}),
+        ValueError,
+        "a positive number",
+    ),
+    "a weight of nan": (
+        lambda: cpflex.make_plan(kinds(), 64, weights={"full": 1, "sliding": float("nan")}),
+        ValueError,
+        "a positive number",
+    ),
+    "an empty batch": (
+        lambda: cpflex.make_plan(CAUSAL, 64, batch_size=0),
+        ValueError,
+        "batch_size must be an integer of at",
+    ),
+    "heads below zero": (
+        lambda: cpflex.make_plan(CAUSAL, 64, num_heads=-1),
+        ValueError,
+        "num_heads must be an integer of at",
+    ),
+    "a batch in words": (lambda: cpflex.make_plan(CAUSAL, 64, batch_size="2"), ValueError, "got '2'"),
+    "a rank in words": (lambda: cpflex.make_plan(CAUSAL, 64, rank="0", world_size=2), ValueError, "got rank='0'"),
+    "a rank that is a bool": (
+        lambda: cpflex.make_plan(CAUSAL, 64, rank=True, world_size=2),
+        ValueError,
+        "got rank=True",
+    ),
+    "a world of nobody": (
+        lambda: cpflex.make_plan(CAUSAL, 64, rank=0, world_size=0),
+        ValueError,
+        "got rank=0, world_size=0",
+    ),
+    "a mask that raises": (lambda: cpflex.make_plan(raises, 64), KeyError, "my own mistake"),
+    "a mask of too few arguments": (
+        lambda: cpflex.make_plan(lambda q, k: q >= k, 64),
+        TypeError,
+        "positional arguments",
+    ),
+    "a mask of integers": (
+        lambda: cpflex.make_plan(lambda b, h, q, k: q - k, 64),
+        cpflex.UnsupportedMod,
+        r"must return bool; got torch\.int64 - compare it",
+    ),
+    "a mask with Python if": (
+        lambda: cpflex.make_plan(lambda b, h, q, k: q > 3 if q > k else k > 3, 64),
+        cpflex.UnsupportedMod,
+        r"torch\.where",
+    ),
+    "a mask of a table without data": (
+        lambda: cpflex.make_plan(lambda b, h, q, k: META[q] > 0, 64),
+        cpflex.UnsupportedMod,
+        "without data",
+    ),
+    "a mask of numpy": (
+        lambda: cpflex.make_plan(lambda b, h, q, k: np.zeros(64)[q] > 0, 64),
+        cpflex.UnsupportedMod,
+        r"uses numpy; torch\.from_numpy",
+    ),
+    "a mask of a list": (
+        lambda: cpflex.make_plan(lambda b, h, q, k: k > [1, 2][q], 64),
+        cpflex.UnsupportedMod,
+        "Python number",
+    ),
+    "a window beyond all numbers": (lambda: cpflex.sliding_window(2**63), ValueError, r"below 2\*\*62"),
+    "a dim that is not there": (
+        lambda: cpflex.make_plan(CAUSAL, 64).shard(torch.zeros(3, 64), 7),
+        ValueError,
+        "dim 7 must be",
+    ),
+    "a list of tokens": (
+        lambda: cpflex.make_plan(CAUSAL, 64).shard([1, 2], 0),
+        TypeError,
+        "must be a Tensor; got list",
+    ),
+    "tokens of another length": (
+        lambda: cpflex.make_plan(CAUSAL, 64).shard(torch.zeros(63), 0),
+        ValueError,
+        "seq_len=64 tokens",
+    ),
+    "no value for pads": (
+        lambda: cpflex.make_plan(CAUSAL, 61).shard(torch.zeros(61), 0),
+        ValueError,
+        r"pass pad_value=\.\.\.",
+    ),
+    "results of another length": (
+        lambda: cpflex.make_plan(CAUSAL, 64).unshard(torch.zeros(63), 0),
+        ValueError,
+        "local_len=64",
+    ),
+    "a kind that is not there": (lambda: cpflex.make_plan(kinds(), 64)["none"], KeyError, "it has .'full', 'sliding'."),
     "a mask that is not pointwise": (
         lambda: cpflex.make_plan(lambda b, h, q, k: TABLE.sum() > q, 64),
         cpflex.UnsupportedMod,
@@ -458,3 +572,14 @@ def test_captured_tensors_of_a_mask_are_copied():
 def test_a_plan_is_copied_to_a_device_once():
     plan = cpflex.make_plan(CAUSAL, 64)
     assert plan.to("cpu") is plan
+
+
+def test_a_plan_that_is_gone_is_named():
+    handle = cpflex.make_plan(CAUSAL, 64).handle.clone()  # as a graph that outlived the plan would hold it
+    with pytest.raises(RuntimeError, match="the plan of this attention call no longer exists; keep the plan until"):
+        handles.resolve(handle)
+
+
+def test_a_plan_for_a_device_that_is_not_there_is_refused():
+    with pytest.raises((RuntimeError, AssertionError)):
+        cpflex.make_plan(CAUSAL, 64).to("cuda:99")

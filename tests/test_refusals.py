@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,6 +36,23 @@ def indexed_too_far(s, b, h, q, k):
     return s + SHORT[k]
 
 
+def divides_by_zero(s, b, h, q, k):
+    return s * (1 / 0)
+
+
+def of_numpy(s, b, h, q, k):
+    return s + np.zeros(SEQ_LEN)[q]
+
+
+def of_meta(s, b, h, q, k):
+    return s + META[q]
+
+
+def branches(s, b, h, q, k):
+    return s if q > k else s * 0.5
+
+
+META = torch.zeros(SEQ_LEN, device="meta")
 LONG, SHORT = torch.zeros(SEQ_LEN), torch.zeros(SEQ_LEN - 1)
 
 
@@ -135,6 +153,29 @@ LOCAL: dict[str, tuple[Change, type[Exception], str]] = {
     "a score mod with a short table": (put(score_mod=indexed_too_far), ValueError, "63 elements .*seq_len=64"),
     "a score mod that is no function": (put(score_mod=3.0), TypeError, "score_mod must be callable; got float"),
     "a scale that is no number": (put(scale="half"), ValueError, "half"),
+    "a scale of nan": (put(scale=float("nan")), ValueError, "scale must be a finite number; got nan"),
+    "an infinite scale": (put(scale=float("inf")), ValueError, "scale must be a finite number"),
+    "an empty batch": (each(lambda x: x[:0]), ValueError, r"none of them 0; got shape \(0, 4, \d+, 16\)"),
+    "no heads": (each(lambda x: x[:, :0]), ValueError, "none of them 0"),
+    "no head dim": (each(lambda x: x[..., :0]), ValueError, "none of them 0"),
+    "a sparse tensor": (
+        one("key", torch.Tensor.to_sparse),
+        TypeError,
+        r"key must be a dense tensor; got torch\.sparse_coo",
+    ),
+    "complex numbers": (each(lambda x: x + 0j), NotImplementedError, "must be float32.*got torch.complex64"),
+    "kernel options that are no dict": (put(kernel_options=["triton"]), TypeError, "must be a dict or None; got list"),
+    "a return_aux that is no request": (put(return_aux=True), TypeError, "must be an AuxRequest or None; got bool"),
+    "a score mod that raises": (put(score_mod=divides_by_zero), ZeroDivisionError, "division by zero"),
+    "a score mod of too few arguments": (put(score_mod=lambda s, q, k: s), TypeError, "positional arguments"),
+    "a score mod of numpy": (put(score_mod=of_numpy), cpflex.UnsupportedMod, r"uses numpy; torch\.from_numpy"),
+    "a score mod of integers": (
+        put(score_mod=lambda s, b, h, q, k: q - k),
+        cpflex.UnsupportedMod,
+        "floating point score",
+    ),
+    "a score mod with Python if": (put(score_mod=branches), cpflex.UnsupportedMod, r"control flow.*torch\.where"),
+    "a score mod of a table without data": (put(score_mod=of_meta), cpflex.UnsupportedMod, "without data"),
     "a plan of several kinds": (several_kinds, ValueError, "index it first"),
     "a DTensor": (as_dtensor, TypeError, r"query is a DTensor; pass the local tensor, `query\.to_local\(\)`"),
 }
@@ -279,3 +320,31 @@ def call_correctly(group: dist.ProcessGroup) -> bool:
 
 def test_a_call_without_a_mistake_goes_through(two_processes: RankProcesses):
     assert two_processes.run(call_correctly) == [True, True]
+
+
+# -- numbers that are not finite are no mistake of the call: they go where they would in one dense attention
+
+
+def rows_that_are_not_finite(name: str, at: int, value: float) -> set[int]:
+    inputs = {x: torch.randn(1, 1, 512, 16) for x in ("query", "key", "value")}
+    inputs[name][:, :, at] = value
+    plan = cpflex.make_plan(cpflex.causal(), 512)
+    out = cpflex.flex_attention(**inputs, block_mask=plan)
+    assert isinstance(out, torch.Tensor)
+    return set(torch.nonzero(~out.isfinite().all(-1))[:, 2].tolist())
+
+
+def test_nan_in_a_query_stays_in_its_row():
+    assert rows_that_are_not_finite("query", 300, float("nan")) == {300}
+
+
+def test_nan_in_a_key_reaches_the_queries_that_see_it_and_no_others():
+    assert rows_that_are_not_finite("key", 300, float("nan")) == set(range(300, 512))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_never_hidden_and_stays_in_the_tiles_that_see_its_key(value: float):
+    """0 * inf is NaN: within a tile with seen and hidden pairs it shows in all rows, as in torch's own attention."""
+    rows = rows_that_are_not_finite("value", 300, value)
+    assert set(range(300, 512)) <= rows
+    assert rows <= set(range(256, 512)), "tiles that the mask empties are not touched"

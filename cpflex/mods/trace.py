@@ -104,7 +104,12 @@ def _trace(fn: Callable[..., Tensor], names: Sequence[str], kind: str) -> Mod:
     recorder = _Recorder(f"{kind} {name!r}")
     inputs = [recorder.input(n) for n in names]
     with torch.no_grad(), _PositionsStayTensors(recorder), recorder:
-        result = fn(*inputs)
+        try:
+            result = fn(*inputs)
+        except TypeError as error:
+            if "to numpy" in str(error):
+                raise UnsupportedMod(f"{recorder.what} uses numpy; torch.from_numpy its arrays outside") from error
+            raise
     if not isinstance(result, Tensor):
         raise UnsupportedMod(
             f"{recorder.what} must return a Tensor computed from its arguments; got {type(result).__name__}"

@@ -85,7 +85,7 @@ def _cost(layout: Layout, needs: Mapping[str, ChunkNeeds], weights: Mapping[str,
     overload = slowest = traffic = 0.0
     for kind in sorted(needs):
         load, tokens = work_per_rank(layout, needs[kind]), _received(layout, needs[kind])
-        balanced_load = load.sum() * (1000 + SLACK_PERMILLE) / (1000 * layout.world_size)
+        balanced_load = float(load.sum()) * (1000 + SLACK_PERMILLE) / (1000 * layout.world_size)
         overload = max(overload, round(float(load.max() / max(balanced_load, 1)), 2))
         # below the slack, loads count as equal
         slowest += weights[kind] * float(np.maximum(np.maximum(load, balanced_load), PAIRS_PER_TOKEN * tokens).max())

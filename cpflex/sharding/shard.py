@@ -21,7 +21,7 @@ def shard(x: Tensor, dim: int, layout: Layout, rank: int, pad_value: float | int
     Raises:
         ValueError: another length, or padding is needed and ``pad_value`` is None.
     """
-    if x.shape[dim] != layout.seq_len:
+    if _length(x, dim) != layout.seq_len:
         raise ValueError(f"dim {dim} must have the plan's seq_len={layout.seq_len} tokens; got shape {tuple(x.shape)}")
     positions = torch.from_numpy(layout.positions(rank)).to(x.device)
     local = x.index_select(dim, positions.clamp(max=layout.seq_len - 1))
@@ -43,11 +43,19 @@ def unshard(x: Tensor, dim: int, layout: Layout, rank: int, links: Links | None)
     Args:
         x: ``x.shape[dim] == local_len``; equal shapes and dtypes on all ranks.
     """
-    if x.shape[dim] != layout.local_len:
+    if _length(x, dim) != layout.local_len:
         raise ValueError(
             f"dim {dim} must have the plan's local_len={layout.local_len} tokens; got shape {tuple(x.shape)}"
         )
     return _Unshard.apply(x, dim % x.ndim, layout, rank, links)  # type: ignore[return-value]
+
+
+def _length(x: Tensor, dim: int) -> int:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"what is sharded must be a Tensor; got {type(x).__name__}")
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim {dim} must be one of the tensor's; got shape {tuple(x.shape)}")
+    return x.shape[dim]
 
 
 class _Unshard(torch.autograd.Function):
