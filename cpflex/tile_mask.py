@@ -28,6 +28,10 @@ CPU = torch.device("cpu")
 EXACT_ELEMENTS = 1 << 21
 """Mask elements that the plan of one mask kind may evaluate to settle tiles that intervals left open."""
 
+MAX_RUNS = 1 << 26
+"""Runs of tiles of one rank: more would take too many gigabytes to make. Dense causal attention of a billion tokens on
+1,024 ranks has more."""
+
 Classify = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(q_lo, q_hi, kv_lo, kv_hi), positions, inclusive -> verdicts EMPTY / PARTIAL / FULL."""
 
@@ -306,6 +310,11 @@ def _runs(
     rows_of_step: list[int],
 ) -> list[Runs]:
     """Rectangles -> per step, runs by row, neighbours joined."""
+    if num_rows.sum() > MAX_RUNS:
+        raise NotImplementedError(
+            f"the tables of this plan would be made of {int(num_rows.sum()):,} runs of tiles; {MAX_RUNS:,} are "
+            "supported - share so long a sequence among more ranks, or mask more of it"
+        )
     rectangle, nth = _repeat(num_rows)
     step, row, first, count = step[rectangle], row[rectangle] + nth, first[rectangle], count[rectangle]
     order = np.lexsort((first, row, step))

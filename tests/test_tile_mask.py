@@ -196,3 +196,9 @@ def test_the_planner_looks_along_the_boundary_and_not_at_the_area(mask: str):
     """Four times the tokens, four times the squares; all tiles are sixteen times as many."""
     short, long = (squares_looked_at(Problem(mask, seq_len=seq_len)) for seq_len in (1 << 15, 1 << 17))
     assert long <= 4.2 * short
+
+
+def test_tables_that_would_not_fit_in_memory_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cpflex.tile_mask.MAX_RUNS", 100)
+    with pytest.raises(NotImplementedError, match=r"made of [\d,]+ runs of tiles; 100 are supported"):
+        cpflex.make_plan(cpflex.causal(), 1 << 16, rank=0, world_size=8)
