@@ -211,3 +211,34 @@ def enter(rank: int) -> None:
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+# -- the table of docs/reliability.md
+
+
+def main() -> None:
+    """Every fault once: how long the slowest other rank took to end, and what it said."""
+    world_size, timeout = 4, 5.0
+    print(
+        f"| fault ({world_size} gloo ranks, timeout {timeout:g} s) | moment | slowest rank ends after | what it says |"
+    )
+    print("| --- | --- | --- | --- |")
+    names = {die: "killed (SIGKILL)", leave: "exits early", stall: "stopped (SIGSTOP)"}
+    for action, name in names.items():
+        for moment in MOMENTS:
+            culprit = world_size // 2
+            found = endings(world_size, Fault(culprit, action, moment), timeout)
+            slowest = max((ending for rank, ending in enumerate(found) if rank != culprit), key=lambda e: e.seconds)
+            said = slowest.error.split(": [")[0].split(": Timed")[0]
+            print(f"| {name} | {moment} | {slowest.seconds:.1f} s | {said} |", flush=True)
+    for moment in ("as forward sends", "between forward and backward"):
+        with two_networks() as parted:
+            (ending, _) = endings(2, Fault(1, parted, moment), timeout, join=enter)
+            print(
+                f"| network cut, 2 ranks | {moment} | {ending.seconds:.1f} s | {ending.error.split(': [')[0]} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -348,3 +349,13 @@ def test_a_value_that_is_not_finite_is_never_hidden_and_stays_in_the_tiles_that_
     rows = rows_that_are_not_finite("value", 300, value)
     assert set(range(300, 512)) <= rows
     assert rows <= set(range(256, 512)), "tiles that the mask empties are not touched"
+
+
+def test_the_table_of_refusals_is_current():
+    from refusal_table import DOC, sections, text
+
+    def without_words(table: str) -> str:  # those of Python differ from version to version
+        return re.sub(r"`: .*", "`", table)
+
+    assert without_words(DOC.read_text()) == without_words(text()), "run python tests/refusal_table.py --write"
+    assert sum(map(len, sections().values())) >= 60

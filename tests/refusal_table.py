@@ -1,0 +1,76 @@
+"""docs/refusals.md: every wrong call that the tests make, and the error that it gets.
+
+python tests/refusal_table.py --write
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "mods"))
+
+import test_trace
+
+import test_masks
+import test_plan
+import test_refusals
+from cpflex.mods.trace import trace_mask_mod
+
+DOC = Path(__file__).parents[1] / "docs" / "refusals.md"
+HEAD = """\
+# Refusals
+
+Wrong calls, and what they are told; made from the tables that the tests run (`python tests/refusal_table.py --write`). Every mistake in the
+arguments of an attention call is raised on all ranks of its group, before anything is exchanged.
+"""
+
+
+def of_attention() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for name, (change, *_) in test_refusals.LOCAL.items():
+        if name == "a DTensor":  # needs a process group
+            continue
+        made = test_refusals.arguments()
+
+        def call(change=change, made=made) -> Any:
+            change(made, None)
+            return test_refusals.attend(made)
+
+        yield name, call
+    for name, (make, _) in test_refusals.WITHOUT_A_PLAN.items():
+        yield name, lambda make=make: test_refusals.attend(test_refusals.arguments() | {"block_mask": make()})
+
+
+def sections() -> dict[str, list[tuple[str, Callable[[], Any]]]]:
+    return {
+        "Attention": list(of_attention()),
+        "Plans": [(name, make) for name, (make, *_) in test_plan.REFUSED.items()],
+        "Masks": [(name, make) for name, (make, _) in test_masks.REFUSED.items()],
+        "Mods": [(name, lambda fn=fn: trace_mask_mod(fn)) for name, (fn, _) in test_trace.REFUSED.items()],
+    }
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - it is what the table shows
+        said = " ".join(str(error).split()).replace("|", "\\|")
+        return f"`{type(error).__name__}`: {said if len(said) < 230 else said[:227] + '...'}"
+    raise AssertionError("this call was not refused")
+
+
+def text() -> str:
+    parts = [HEAD]
+    for title, calls in sections().items():
+        rows = "\n".join(f"| {name} | {error_of(call)} |" for name, call in calls)
+        parts.append(f"## {title}: {len(calls)}\n\n| what is wrong | error |\n| --- | --- |\n{rows}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        DOC.write_text(text())
+    else:
+        print(text())
