@@ -56,6 +56,8 @@ def agree(links: Links, plan: str, facts: Mapping[str, Any], number: int, known:
 
 def refuse(links: Links, plan: str, error: Exception) -> None:
     """Tell the other ranks, which are in `agree` or on their way to it, that this one is about to raise ``error``."""
+    # now, as the others may be long in coming
+    log.error("group rank %d refuses a call: %s: %s", links.rank, type(error).__name__, error)
     _gathered(links, REFUSED, plan)
     links.all_gather_object({"refusal": f"{type(error).__name__}: {error}"})
 

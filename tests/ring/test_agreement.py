@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -52,6 +54,18 @@ def test_a_refusal_is_told_to_the_ranks_that_wait():
     said = said_by(call, 3)
     told = "nothing was exchanged: group rank 1 raised ValueError: query has 7 tokens"
     assert said == [told, "", told]
+
+
+def test_a_refusal_is_logged_before_the_others_come(caplog: pytest.LogCaptureFixture):
+    def call(group: ThreadLinks) -> None:
+        if group.rank == 1:
+            refuse(group, "a plan", ValueError("query has 7 tokens"))
+        else:
+            while "group rank 1 refuses a call: ValueError: query has 7 tokens" not in caplog.text:
+                time.sleep(0.01)
+            compare(group, {"plan": "a"})
+
+    assert said_by(call, 2)[0].startswith("nothing was exchanged")
 
 
 def test_every_refusal_is_told():
