@@ -28,6 +28,11 @@ class Sample(NamedTuple):
     position_ids: Tensor  # int64 [S], counted from the start of the token's document
     cu_seqlens: Tensor  # int64 [num_docs + 1], where documents start, and S
 
+    @property
+    def num_labels(self) -> int:
+        """Labels in the mean; at least 1."""
+        return max(1, int((self.labels != IGNORE).sum()))
+
 
 def pack(documents: Sequence[bytes]) -> Sample:
     """Documents, none empty, one after the other. Labels are shifted here, while the next token is still at hand.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,14 @@ def plan_layers(cu_seqlens: Tensor, window: int, kinds: Sequence[str], **where: 
 
 @dataclass(frozen=True)
 class PlannedSamples(Dataset[tuple[Sample, cpflex.Plan]]):
-    """Sequence ``index`` and this rank's plan for it, to be bound to the group."""
+    """Sequence ``index`` and this rank's plan for it, to be bound to the group.
+
+    Args:
+        planner: ``(cu_seqlens, rank=, world_size=, layout=)``: the plan of all layers; pickles.
+    """
 
     corpus: Corpus
-    window: int
-    kinds: tuple[str, ...]
+    planner: Callable[..., cpflex.Plan]
     layout: LayoutFn
     rank: int
     world_size: int
@@ -55,4 +58,4 @@ class PlannedSamples(Dataset[tuple[Sample, cpflex.Plan]]):
     def __getitem__(self, index: int) -> tuple[Sample, cpflex.Plan]:
         sample = self.corpus[index]
         where = {"rank": self.rank, "world_size": self.world_size, "layout": self.layout}
-        return sample, plan_layers(sample.cu_seqlens, self.window, self.kinds, **where)
+        return sample, self.planner(sample.cu_seqlens, **where)

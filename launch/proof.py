@@ -1,14 +1,15 @@
 """The proof before the run: loss and gradients of one step on all ranks, and on one rank, against dense fp64 attention.
 
 The budget is derived, not tuned: twice the error of dense attention of the run's precision, plus one rounding. Dense
-attention shares nothing with cpflex but the masks, so a mistake of cpflex cannot widen its own budget.
+attention shares nothing with cpflex but, for the built-in model, the masks; so a mistake of cpflex cannot widen its own
+budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpflex.sharding.layout import LayoutFn
-from data import IGNORE, Corpus, Sample
-from model import Transformer
-from planning import layer_masks, plan_layers
-from step import loss_and_gradients, summed_loss
+from data import Corpus
+from step import loss_and_gradients
+from trainee import Results, Trainee, results_of
 
 PROOF_LEN = 1021
 """Tokens of the proof's sequence: dense fp64 attention stays cheap, and being prime it needs pads."""
-
-Results = Mapping[str, Tensor]
-"""The loss, and the gradient of each parameter, by name."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +66,9 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
 
 
 def prove(
-    model: Transformer,
+    trainee: Trainee,
     files: Sequence[Path],
     seq_len: int,
-    window: int,
     layout: LayoutFn,
     group: dist.ProcessGroup,
     device: torch.device,
@@ -84,46 +80,19 @@ def prove(
     """
     proof_len = min(PROOF_LEN, seq_len)
     longest = max(1, proof_len // 3)
-    window = min(window, max(1, longest // 4))
+    trainee = trainee.for_proof(longest)
     sample = Corpus(files, proof_len, seed=0, longest=longest)[0]
-    plan = plan_layers(sample.cu_seqlens, window, model.shape.kinds, group=group, layout=layout)
-    found = _results(model, loss_and_gradients(model, sample, plan, group, device))
+    plan = trainee.planner(sample.cu_seqlens, group=group, layout=layout)
+    found = results_of(trainee.model, loss_and_gradients(trainee, sample, plan, group, device))
     answer: list[Any] = [None]
     if group.rank() == 0:
-        whole = plan_layers(sample.cu_seqlens, window, model.shape.kinds)
-        one_rank = _results(model, loss_and_gradients(model, sample, whole, None, device))
-        dense = dense_results(model, sample, window)
-        answer = [compare(found, one_rank, dense, exact_results(model, sample, window), model.shape.dtype)]
+        whole = trainee.planner(sample.cu_seqlens)
+        one_rank = results_of(trainee.model, loss_and_gradients(trainee, sample, whole, None, device))
+        dense, exact = (trainee.dense_results(sample, in_fp64=in_fp64) for in_fp64 in (False, True))
+        answer = [compare(found, one_rank, dense, exact, trainee.dtype)]
     dist.broadcast_object_list(answer, group_src=0, group=group, device=device)
-    model.zero_grad()
+    trainee.model.zero_grad()
     return answer[0]
-
-
-def exact_results(model: Transformer, sample: Sample, window: int) -> Results:
-    """In fp64: parameters, activations, attention and loss."""
-    exact = Transformer(replace(model.shape, dtype=torch.float64)).double()
-    exact.load_state_dict(model.state_dict())
-    return dense_results(exact.to(model.head.weight.device), sample, window)
-
-
-def dense_results(model: Transformer, sample: Sample, window: int) -> Results:
-    """On one device, by plain torch: no plan, no ranks, no blocks. Attention sums in the dtype of the parameters."""
-    sums = model.head.weight
-    masks = layer_masks(sample.cu_seqlens.to(sums.device), window)
-    positions = torch.arange(len(sample.tokens), device=sums.device)
-    zero = torch.zeros_like(positions[:1])
-    seen = {kind: mask(zero, zero, positions[:, None], positions) for kind, mask in masks.items()}
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
-        k, v = (x.to(sums.dtype).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        scores = q.to(sums.dtype) @ k.mT / math.sqrt(q.shape[-1])
-        return (scores.masked_fill(~seen[kind], -math.inf).softmax(dim=-1) @ v).to(q.dtype)
-
-    tokens, labels, position_ids = (x[None].to(sums.device) for x in sample[:3])
-    model.zero_grad()
-    loss = summed_loss(model, tokens, labels, position_ids, attend) / (labels != IGNORE).sum().clamp(min=1)
-    loss.backward()
-    return _results(model, loss.detach())
 
 
 def describe(comparisons: Sequence[Comparison], world_size: int) -> str:
@@ -131,16 +100,12 @@ def describe(comparisons: Sequence[Comparison], world_size: int) -> str:
     loss, *gradients = comparisons
     nearest = sorted(gradients, key=lambda c: max(c.error, c.one_rank_error) / c.budget, reverse=True)[:3]
     shown = [loss, *([c for c in gradients if not c.passed] or nearest)]
-    header = f"  {'errors relative to fp64':34} {f'{world_size} ranks':>9} {'one rank':>9} {'budget':>9}"
+    width = max(34, *(len(c.name) for c in shown))
+    header = f"  {'errors relative to fp64':{width}} {f'{world_size} ranks':>9} {'one rank':>9} {'budget':>9}"
     rows = [
-        f"  {c.name:34} {c.error:9.1e} {c.one_rank_error:9.1e} {c.budget:9.1e}  {'ok' if c.passed else 'FAILED'}"
+        f"  {c.name:{width}} {c.error:9.1e} {c.one_rank_error:9.1e} {c.budget:9.1e}  {'ok' if c.passed else 'FAILED'}"
         for c in shown
     ]
     num_passed = sum(c.passed for c in comparisons)
     verdict = f"  {num_passed} of {len(comparisons)} within budget: the loss and {len(gradients)} gradients"
     return "\n".join(["proof: one step", header, *rows, verdict])
-
-
-def _results(model: Transformer, loss: Tensor) -> Results:
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss, **gradients}

@@ -19,6 +19,7 @@ from sysconfig import get_path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
@@ -30,11 +31,18 @@ from planning import LAYOUTS, PlannedSamples
 from proof import describe, prove
 from report import LOG_FILE, Report, step_record
 from step import loss_and_gradients
+from trainee import BuiltIn, Trainee
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_GRAD_NORM = 1.0
 
-DECIDES_THE_CURVE = ("seq_len", "layers", "dim", "heads", "kv_heads", "window", "dtype", "lr", "seed")
+MODEL_HELP = """a causal language model of transformers: hf:CONFIG.json with random weights, hf:DIRECTORY or the name of
+a model on this machine with its own; if None, a small transformer with the sizes below"""
+
+SIZES = ("layers", "dim", "heads", "kv_heads", "window")
+"""Options of the built-in model, which the config of another one has instead."""
+
+DECIDES_THE_CURVE = ("seq_len", *SIZES, "dtype", "lr", "seed")
 """Options that a resumed run must have in common with the one it continues."""
 
 
@@ -52,19 +60,21 @@ def train(options: argparse.Namespace, group: dist.ProcessGroup, device: torch.d
     files = text_files(options.data)
     corpus = Corpus(files, options.seq_len, options.seed)
     torch.manual_seed(options.seed)
-    model = Transformer(shape_of(options)).to(device)
+    trainee = trainee_of(options, device)
+    model = trainee.model
     optimizer = AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"ranks: {group.size()} on {device.type}; {num_parameters:,} parameters; {len(files):,} documents")
 
-    comparisons = prove(model, files, options.seq_len, options.window, layout, group, device)
+    comparisons = prove(trainee, files, options.seq_len, layout, group, device)
     say(describe(comparisons, group.size()))
     if not all(comparison.passed for comparison in comparisons):
         raise SystemExit(f"rank {group.rank()}: the proof failed; not training")
 
-    run = {name: getattr(options, name) for name in DECIDES_THE_CURVE} | {"corpus": corpus.fingerprint}
+    run = {name: getattr(options, name) for name in DECIDES_THE_CURVE}
+    run |= {"model": trainee.identity, "corpus": corpus.fingerprint}
     num_done = resume(options, model, optimizer, run, group)
-    samples = PlannedSamples(corpus, options.window, tuple(model.shape.kinds), layout, group.rank(), group.size())
+    samples = PlannedSamples(corpus, trainee.planner, layout, group.rank(), group.size())
     loader = DataLoader(
         samples,
         batch_size=None,
@@ -75,7 +85,7 @@ def train(options: argparse.Namespace, group: dist.ProcessGroup, device: torch.d
     with Report(options.run_dir, num_done, options.steps, is_silent=group.rank() > 0) as report:
         began = time.perf_counter()
         for step, (sample, plan) in enumerate(loader, start=num_done + 1):
-            loss = loss_and_gradients(model, sample, plan.bind(group).to(device), group, device).item()
+            loss = loss_and_gradients(trainee, sample, plan.bind(group).to(device), group, device).item()
             lr = learning_rate(step, options.steps, options.lr)
             grad_norm = update(model, optimizer, lr)
             if not math.isfinite(loss + grad_norm):
@@ -89,7 +99,7 @@ def train(options: argparse.Namespace, group: dist.ProcessGroup, device: torch.d
 
 def resume(
     options: argparse.Namespace,
-    model: Transformer,
+    model: nn.Module,
     optimizer: AdamW,
     run: Mapping[str, object],
     group: dist.ProcessGroup,
@@ -115,7 +125,7 @@ def resume(
     return num_done
 
 
-def update(model: Transformer, optimizer: AdamW, lr: float) -> float:
+def update(model: nn.Module, optimizer: AdamW, lr: float) -> float:
     """One step of the optimizer, alike on all ranks as the gradients are. Returns their norm before clipping."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     for parameters in optimizer.param_groups:
@@ -133,8 +143,14 @@ def learning_rate(step: int, num_steps: int, peak: float) -> float:
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def shape_of(options: argparse.Namespace) -> Shape:
-    return Shape(VOCAB_SIZE, options.layers, options.dim, options.heads, options.kv_heads, DTYPES[options.dtype])
+def trainee_of(options: argparse.Namespace, device: torch.device) -> Trainee:
+    dtype = DTYPES[options.dtype]
+    if options.model:
+        import hf  # only here: transformers is not needed otherwise
+
+        return hf.load(options.model, dtype, device)
+    shape = Shape(VOCAB_SIZE, options.layers, options.dim, options.heads, options.kv_heads, dtype)
+    return BuiltIn(Transformer(shape).to(device), options.window)
 
 
 def say(text: str) -> None:
@@ -148,6 +164,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=_HelpFormatter)
     add = parser.add_argument
+    add("--model", type=_hf_name, metavar="hf:NAME", help=MODEL_HELP)
     add("--seq-len", type=_count, default=8192, help="tokens of a sequence, over all ranks")
     add("--steps", type=_count, default=60, help="steps of the whole run, one sequence each")
     add("--layers", type=_count, default=4, help="layers, sliding-window and full attention in turn")
@@ -165,6 +182,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--save-every", type=_count, default=20, help="steps between checkpoints; the last step is always saved")
     add("--resume", action="store_true", help="continue from the latest checkpoint, if there is one")
     options = parser.parse_args(arguments)
+    if options.model:
+        _check_model(parser, options)
     options.checkpoint_dir = options.checkpoint_dir or options.run_dir / "checkpoints"
     if options.heads % options.kv_heads:
         parser.error(f"--heads must be a multiple of --kv-heads; got {options.heads} and {options.kv_heads}")
@@ -177,8 +196,29 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _check_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    import hf
+
+    if given := [name for name in SIZES if getattr(options, name) != parser.get_default(name)]:
+        parser.error(f"--{given[0].replace('_', '-')} is of the built-in model; with --model, edit the config")
+    try:
+        hf.checked_config(options.model)
+    except (ValueError, NotImplementedError) as problem:
+        parser.error(f"--model: {problem}")
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside each option, the commands as they are written above."""
+
+
+def _hf_name(text: str) -> str:
+    prefix, _, name = text.partition(":")
+    if prefix != "hf" or not name:
+        raise ValueError
+    return name
+
+
+_hf_name.__name__ = "model, hf:CONFIG.json or hf:DIRECTORY"  # as below
 
 
 def _count(text: str) -> int:

@@ -1,10 +1,15 @@
-"""The README's table of what works: every row is tried, on two ranks as threads, and is what it says."""
+"""The README: every row of its table of what works is tried and is what it says, and the run it begins with runs."""
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +194,79 @@ def test_the_table_is_true(feature: str):
     else:
         with pytest.raises((TypeError, ValueError, NotImplementedError)):
             run_ranks(TRIALS[feature], world_size=2, timeout=60)
+
+
+# -- the text around it
+
+TEXTS = [path for path in sorted(README.parent.glob("**/*.md")) if ".venv" not in path.parts]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(README.parent)))
+def test_links_lead_somewhere_and_python_is_python(path: Path):
+    text = path.read_text()
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (path.parent / target.split("#")[0]).exists(), target
+    for block in re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+        ast.parse(block)
+
+
+# -- the Hugging Face model and its GPUs
+
+NAME = '"Qwen/Qwen3-0.6B"'
+CU_SEQLENS = (0, 1000, 1001, 4096)
+
+
+def hugging_face_run() -> str:
+    section = README.read_text().split("<!-- hugging face")[1].split("<!-- end -->")[0]
+    return section.split("```python\n")[1].split("```")[0]
+
+
+def small_model(directory: Path) -> str:
+    """What the name in the README is replaced by: a model of the same class, of whose attention the loss depends."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000, "initializer_range": 0.4}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)).save_pretrained(directory)
+    return str(directory)
+
+
+def losses_and_norms_of_one_process(directory: str) -> list[tuple[float, float]]:
+    """Document by document, by transformers' own attention."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    found = []
+    for seed in range(3):
+        tokens = torch.randint(1000, (1, 4096), generator=torch.Generator().manual_seed(seed))[0]
+        losses = []
+        for document in (tokens[begin:end] for begin, end in pairwise(CU_SEQLENS)):
+            logits = model(document[None]).logits[0]
+            losses.append(torch.nn.functional.cross_entropy(logits[:-1], document[1:], reduction="none"))
+        loss = torch.cat(losses).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((loss.item(), norm.item()))
+    return found
+
+
+@pytest.mark.hf
+def test_the_hugging_face_run_does_what_one_process_does(tmp_path: Path):
+    pytest.importorskip("transformers")
+    text = hugging_face_run()
+    assert text.count(NAME) == 1
+    directory = small_model(tmp_path / "model")
+    (tmp_path / "my_run.py").write_text(text.replace(NAME, repr(directory)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "my_run.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"loss (\S+), gradient norm (\S+)", done.stdout)
+    expected = losses_and_norms_of_one_process(directory)
+    assert len(said) == len(expected) == 3, done.stdout
+    for numbers, truth in zip(said, expected, strict=True):
+        assert [float(number) for number in numbers] == pytest.approx(truth, abs=2e-4)

@@ -17,11 +17,11 @@ import torch
 import checkpoint
 from data import IGNORE, Corpus, pack, read, text_files
 from model import Shape, Transformer
-from planning import plan_layers
-from proof import compare, dense_results, describe, exact_results
+from proof import compare, describe
 from report import StepRecord, read_log, write_log
 from step import loss_and_gradients
 from train import learning_rate, parse_options
+from trainee import BuiltIn, results_of
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
@@ -112,15 +112,14 @@ def model() -> Transformer:
 
 
 def results_of_one_rank(model: Transformer, sample, window: int) -> dict[str, torch.Tensor]:
-    plan = plan_layers(sample.cu_seqlens, window, model.shape.kinds)
-    loss = loss_and_gradients(model, sample, plan, None, torch.device("cpu"))
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    return {"loss": loss, **gradients}
+    trainee = BuiltIn(model, window)
+    plan = trainee.planner(sample.cu_seqlens)
+    return dict(results_of(model, loss_and_gradients(trainee, sample, plan, None, torch.device("cpu"))))
 
 
 def test_the_proof_accepts_the_right_attention_and_refuses_another_window(folder: Path, model: Transformer):
     sample = Corpus(text_files(folder), 250, seed=0, longest=80)[0]
-    exact, dense = exact_results(model, sample, window=9), dense_results(model, sample, window=9)
+    exact, dense = (BuiltIn(model, 9).dense_results(sample, in_fp64=in_fp64) for in_fp64 in (True, False))
     right, wrong = (results_of_one_rank(model, sample, window) for window in (9, 10))
     comparisons = compare(right, right, dense, exact, torch.float32)
     assert all(comparison.passed for comparison in comparisons)
