@@ -24,8 +24,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # first imported later, it would keep the group for ever: see `joined`
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.run import main as torchrun
 
 CPU_RANKS = 2
@@ -80,9 +82,9 @@ def joined(device_type: str = "auto") -> Iterator[tuple[dist.ProcessGroup, torch
     """
     _end_with_launcher()
     backend, device = _place(device_type)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
     # torchrun keeps its store when it restarts the ranks (torch 2.13): the addresses of dead ones are still there
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     device_id = device if device.type == "cuda" else None
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=device_id

@@ -255,6 +255,22 @@ def test_what_a_batch_already_knows_is_used():
 # -- the attention function
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_autocast_is_as_exact_as_with_attention_of_one_process(name: str):
+    """It leaves queries and keys in fp32, after RoPE, beside values in bf16."""
+    case = Case(name, "one document")
+    batch = TOKENS[case.tokens].batch()
+    del batch["labels"]
+    plan = plan_for(ARCHITECTURES[name].config(), seq_len=SEQ_LEN)
+    with torch.no_grad():
+        truth = case.model("eager")(**batch, use_cache=False).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = case.model("eager")(**batch, use_cache=False).logits
+            ours = plan.plan.unshard(case.model("cpflex")(**shard_batch(batch, plan)).logits, dim=1)
+    errors = [((x.float() - truth).norm(dim=-1) / truth.norm(dim=-1)).median() for x in (ours, rounded)]
+    assert 0 < errors[0] <= 1.5 * errors[1]
+
+
 def test_masks_are_never_made_from_local_tokens():
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 

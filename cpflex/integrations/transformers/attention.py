@@ -71,8 +71,9 @@ def attention_forward(
         mask.plan.refuse(error)
         raise
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    query, key, value = _autocast(_with_global_temperature(module, query, mask.plan), key, value)
     out, lse = flex_attention(
-        _with_global_temperature(module, query, mask.plan),
+        query,
         key,
         value,
         score_mod=None if softcap is None else _softcap(softcap),
@@ -85,6 +86,14 @@ def attention_forward(
         kept = torch.sigmoid(lse - sinks.float()[:, None])
         out = (out.float() * kept[..., None]).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As torch's own attention does: RoPE and norms leave queries and keys in fp32, beside values of fewer bits."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 
 
 # -- what models do to queries and scores
