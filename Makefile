@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: train test test-all test-hf test-gpu check format verify bench-planner bench-cpu bench-kernels clean
+.PHONY: train test test-all test-hf test-gpu check format verify fuzz mutants bench-planner bench-cpu bench-kernels clean
 
 train: .venv/ready  ## the main job: context-parallel training on real text
 	$(BIN)/python launch/train.py
@@ -32,6 +32,12 @@ format: .venv/ready
 
 verify: .venv/ready  ## N ranks equal one, on this machine
 	$(BIN)/python launch/verify.py
+
+fuzz: .venv/ready  ## 10,000 random attentions against the oracle
+	$(BIN)/python tests/fuzz.py --cases 10000 --seed 0 --record benchmarks/results/fuzz.json
+
+mutants: .venv/ready  ## every planted bug is caught by the tests
+	$(BIN)/python tests/mutants.py --table docs/mutants.md
 
 bench-planner: .venv/ready
 	$(BIN)/python benchmarks/planner.py

@@ -113,7 +113,10 @@ def _add_rows(
         scores, pull = _modified(scores, seen, score_fn, leaves, positions)
     lse = scores.logsumexp(dim=-1)
     p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[:, None]).exp()
-    out = p @ v
+    # divided last, as flash attention does: a mean of equal weights is often a tie of 16 bits, and which way it is rounded
+    # is seen in every gradient
+    weights = (scores - scores.amax(dim=-1).masked_fill(lse == -torch.inf, 0.0)[:, None]).exp()
+    out = weights @ v / weights.sum(dim=-1).masked_fill(lse == -torch.inf, 1.0)[:, None]
     delta = (out.to(out_dtype).to(out.dtype) * grad_out).sum(dim=-1) - grad_lse
     ds, d_captured = pull(p * (grad_out @ v.T - delta[:, None]))
 

@@ -147,11 +147,28 @@ def _through_score_mod(
         target = d_captured[call.wanted.index(read.slot)]
         indices = [outputs[i.index] if isinstance(i, Ref) else torch.tensor(i, device=ds.device) for i in read.indices]
         place = torch.broadcast_shapes(*(i.shape for i in indices)) if indices else ()
-        part = visible(outputs[read.output]).sum_to_size(
-            place
-        )  # axes that the place does not depend on are summed first
+        part = _summed_to(visible(outputs[read.output]), place)
         if indices:
-            target.index_put_(wrapped_indices(target, indices), part, accumulate=True)
+            _add_in_order(target, wrapped_indices(target, indices), part)
         else:
             target += part
     return visible(outputs[0])
+
+
+def _summed_to(x: Tensor, place: torch.Size | tuple[()]) -> Tensor:
+    """`sum_to_size`, axis by axis: torch divides a sum to one number among its threads, which rounds it differently."""
+    for axis in range(1, x.ndim + 1):
+        if axis > len(place) or place[-axis] == 1:
+            x = x.sum(dim=-axis, keepdim=True)
+    return x.view(place)
+
+
+def _add_in_order(target: Tensor, indices: tuple[Tensor, ...], part: Tensor) -> None:
+    """``target[indices] += part`` in one order, whatever the number of threads."""
+    if target.is_cuda:
+        target.index_put_(indices, part, accumulate=True)  # sorted there; on the CPU threads would add as they come
+        return
+    place = indices[0]
+    for index, size in zip(indices[1:], target.shape[1:], strict=True):
+        place = place * size + index
+    target.view(-1).index_add_(0, place.reshape(-1), part.reshape(-1))

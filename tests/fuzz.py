@@ -1,0 +1,643 @@
+"""Random attentions against the dense float64 oracle, forward and all gradients: any mask, any score_mod, any plan.
+
+A `Case` is a complete Python expression of itself. Failures shrink to a small one, printed as code to run again:
+
+    python tests/fuzz.py --cases 10000 --seed 0 --record benchmarks/results/fuzz.json
+    python tests/fuzz.py --replay 'Case(mask="lambda b, h, q, k: k <= q", seq_len=33, world_size=2)'
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cpflex
+from cases import DTYPES, LAYOUTS, SCHEDULES
+from cpflex.mods.graph import Graph
+from cpflex.mods.trace import trace_mask_mod, trace_score_mod
+from cpflex.testing import run_ranks
+from oracle import Attention, MaskFn, ScoreFn, assert_within_budget, dense_attention
+from runs import assemble, attend_on_rank
+
+CASES_PER_BATCH = 200
+
+# -- cases
+
+TABLE_DTYPES = {name: getattr(torch, name) for name in ("bool", "uint8", "int8", "int16", "int32", "int64")}
+TABLE_DTYPES |= {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+def _code(x: Any) -> str:
+    """The expression that makes a dataclass, less what is as in the simplest one."""
+    fields = ((f, getattr(x, f.name)) for f in dataclasses.fields(x))
+    texts = (
+        (f.name, json.dumps(value) if isinstance(value, str) else repr(value))
+        for f, value in fields
+        if value != f.default
+    )
+    return f"{type(x).__name__}({', '.join(f'{name}={text}' for name, text in texts)})"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A tensor that a mod captures: document ids that rise, or numbers of a dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str = "int64"
+    rising: bool = False
+    special: bool = False
+    """With NaN and infinities."""
+    grad: bool = False
+    seed: int = 0
+
+    def tensor(self) -> Tensor:
+        random = torch.Generator().manual_seed(self.seed)
+        dtype = TABLE_DTYPES[self.dtype]
+        if dtype.is_floating_point:
+            made = torch.randn(self.shape, generator=random)
+            if self.special:
+                made.view(-1)[::3] = torch.tensor(float("nan"))
+                made.view(-1)[1::3] = torch.tensor(-float("inf"))
+        elif self.rising:
+            made = (torch.rand(self.shape, generator=random) < 0.1).cumsum(dim=-1)
+        elif dtype == torch.bool:
+            made = torch.rand(self.shape, generator=random) < 0.5
+        else:
+            made = torch.randint(0 if dtype == torch.uint8 else -20, 60, self.shape, generator=random)
+        return made.to(dtype).requires_grad_(self.grad)
+
+    def __repr__(self) -> str:
+        return _code(self)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention and how it is computed. Mods are Python text, in which captured tables are t0, t1, ..."""
+
+    mask: str = "lambda b, h, q, k: k <= q"
+    score: str = ""
+    tables: tuple[Table, ...] = ()
+    seq_len: int = 1
+    world_size: int = 1
+    layout: str = "contiguous"
+    schedule: str = "ring"
+    batch_size: int = 1
+    heads: tuple[int, int] = (1, 1)  # Hq, H
+    dims: tuple[int, int] = (8, 8)  # D, Dv
+    dtype: str = "fp32"
+    beside: str = ""
+    """Another mask kind that shares the layout."""
+    stored: bool = False
+    """The plan was bytes on its way to the group."""
+    seed: int = 0
+
+    def __repr__(self) -> str:
+        return _code(self)
+
+    @cached_property
+    def names(self) -> dict[str, Any]:
+        """What the texts of mods may say."""
+        return {"torch": torch, "cpflex": cpflex, **{f"t{i}": table.tensor() for i, table in enumerate(self.tables)}}
+
+    @cached_property
+    def mask_mod(self) -> MaskFn:
+        return eval(self.mask, self.names)
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """The mask as torch itself computes it, [B, Hq, S, S]."""
+        sides = [torch.arange(n) for n in (self.batch_size, self.heads[0], self.seq_len, self.seq_len)]
+        b, h, q, k = (x.view([-1] + [1] * (3 - dim)) for dim, x in enumerate(sides))
+        return self.mask_mod(b, h, q, k).expand([len(x) for x in sides])
+
+    @cached_property
+    def leaves(self) -> tuple[int, ...]:
+        """Tables of floats that the score_mod reads: they are in the precision of the oracle."""
+        read = [i for i in range(len(self.tables)) if f"t{i}" in self._words]
+        return tuple(i for i in read if TABLE_DTYPES[self.tables[i].dtype].is_floating_point)
+
+    @property
+    def _words(self) -> frozenset[str]:
+        return frozenset(compile(self.score, "score", "eval").co_consts[0].co_names) if self.score else frozenset()
+
+    def captured(self) -> list[Tensor]:
+        """Fresh leaves: each rank has its own, as processes would."""
+        return [self.tables[i].tensor() for i in self.leaves]
+
+    def score_mod(self, captured: Sequence[Tensor]) -> ScoreFn | None:
+        if not self.score:
+            return None
+        return eval(self.score, self.names | {f"t{i}": x for i, x in zip(self.leaves, captured, strict=True)})
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """q, k, v, grad_out [B, H, S, D] and grad_lse [B, Hq, S]."""
+        (num_heads, kv_heads), (dim, v_dim) = self.heads, self.dims
+        sizes = {"q": (num_heads, dim), "k": (kv_heads, dim), "v": (kv_heads, v_dim), "grad_out": (num_heads, v_dim)}
+        random = torch.Generator().manual_seed(self.seed)
+        made = {
+            name: torch.randn(self.batch_size, h, self.seq_len, d, generator=random).to(DTYPES[self.dtype])
+            for name, (h, d) in sizes.items()
+        }
+        return made | {"grad_lse": torch.randn(self.batch_size, num_heads, self.seq_len, generator=random)}
+
+    def plan(self, group: Any) -> cpflex.Plan:
+        masks = {"mask": self.mask_mod}
+        if self.beside:
+            masks["beside"] = eval(self.beside, self.names)
+        where: dict[str, Any] = (
+            {"rank": group.rank, "world_size": group.world_size} if self.stored else {"group": group}
+        )
+        plan = cpflex.make_plan(
+            masks, self.seq_len, **where, batch_size=self.batch_size, num_heads=self.heads[0],
+            layout=LAYOUTS[self.layout], schedule=SCHEDULES[self.schedule],
+        )  # fmt: skip
+        if self.stored:
+            plan = cpflex.Plan.from_bytes(plan.to_bytes()).bind(group)
+        return plan["mask"]
+
+    def dense(self, precision: torch.dtype) -> Attention:
+        captured = self.captured()
+        found = dense_attention(
+            **self.tensors,
+            mask_mod=lambda b, h, q, k: self.seen[b, h, q, k],
+            score_mod=(lambda *captured: self.score_mod(captured)) if self.score else None,
+            captured=captured,
+            precision=precision,
+        )
+        for attention in filter(None, (found, found.terms)):
+            attention.d_captured = [d for d, x in zip(attention.d_captured, captured, strict=True) if x.requires_grad]
+        return found
+
+    def features(self) -> Iterator[tuple[str, Any]]:
+        """What a record counts."""
+        yield from (("world_size", self.world_size), ("layout", self.layout), ("schedule", self.schedule))
+        yield from (
+            ("dtype", self.dtype),
+            ("heads", f"{self.heads[0]} over {self.heads[1]}"),
+            ("batch_size", self.batch_size),
+        )
+        yield "seq_len", f"up to {next(n for n in (1, 16, 64, 128, 256, 512) if self.seq_len <= n)}"
+        yield "dims", "equal" if self.dims[0] == self.dims[1] else "Dv differs"
+        yield "plan", "stored" if self.stored else "made in place"
+        yield "mask kinds", 2 if self.beside else 1
+        yield "captured tensors with gradients", sum(self.tables[i].grad for i in self.leaves)
+        visible = self.seen.any(dim=-1)
+        yield "mask", "nothing" if not visible.any() else "everything" if self.seen.all() else "some queries see nothing" if not visible.all() else "every query sees some"  # fmt: skip
+        yield from (("op in masks", op) for op in _ops(trace_mask_mod(self.mask_mod).graph))
+        score_mod = self.score_mod(self.captured())
+        yield from (
+            ("op in score_mods", op)
+            for op in (_ops(trace_score_mod(score_mod).graph) if score_mod else ["no score_mod"])
+        )
+
+
+def _ops(graph: Graph) -> set[str]:
+    return {node.op for node in graph.nodes} - {"input", "const", "captured"}
+
+
+def check(case: Case) -> None:
+    """All ranks compute what one dense attention does, within the error of its own precision; none of them hangs."""
+    results = run_ranks(partial(attend_on_rank, problem=case), case.world_size, timeout=60)
+    assert_within_budget(assemble(results), case.dense(torch.float32), case.dense(torch.float64))
+
+
+# -- random mods, as text: i an integer of int64, x a float, c a bool
+#
+# Both sides compute the same mask if every operation has one right result: floats in masks are added, multiplied,
+# divided, rounded and compared, no more. Score_mods are smooth in the score and do not magnify its error.
+
+INT_OF_ONE = ["(-{i})", "{i}.abs()", "(~{i})", "torch.sign({i})", "({i} * {i})", "({i} ** 3)", "({i} == 3).long()"]
+INT_OF_ONE += [f"{{i}}.to(torch.{dtype}).long()" for dtype in ("int8", "uint8", "int16", "int32")]
+INT_AND_NUMBER = [
+    "({i} + {n})",
+    "({i} - {n})",
+    "({n} - {i})",
+    "({i} * {n})",
+    "({i} // {n})",
+    "({i} % {n})",
+    "({i} & {n})",
+]
+INT_AND_NUMBER += [
+    "({i} | {n})",
+    "({i} ^ {n})",
+    "torch.fmod({i}, {n})",
+    "({i} // -{n})",
+    "({i} % -{n})",
+    "({i} >> {bits})",
+]
+INT_AND_NUMBER += [
+    "torch.div({i}, {n}, rounding_mode='trunc')",
+    "{i}.clamp(min={n})",
+    "{i}.clamp(-{n}, {n})",
+    "({i} << {bits})",
+]
+INT_OF_TWO = [
+    "({i} + {j})",
+    "({i} - {j})",
+    "({i} * {j})",
+    "({i} & {j})",
+    "({i} | {j})",
+    "({i} ^ {j})",
+    "torch.maximum({i}, {j})",
+]
+INT_OF_TWO += [
+    "torch.minimum({i}, {j})",
+    "({i} // ({j} % 7 + 1))",
+    "({i} % ({j} % 7 + 1))",
+    "torch.fmod({i}, {j} % 7 - 8)",
+]
+INT_OF_TWO += ["({i} << ({j} & 7))", "({i} >> ({j} & 7))", "torch.where({c}, {i}, {j})"]
+FLOAT_OF_ONE = ["(-{x})", "{x}.abs()", "torch.sign({x})", "torch.floor({x})", "torch.ceil({x})", "torch.round({x})"]
+FLOAT_OF_ONE += [
+    "torch.trunc({x})",
+    "torch.sqrt({x})",
+    "torch.relu({x})",
+    "{x}.bfloat16().float()",
+    "{x}.half().float()",
+]
+FLOAT_AND_NUMBER = [
+    "({x} + {f})",
+    "({x} - {f})",
+    "({f} - {x})",
+    "({x} * {f})",
+    "({x} / {f})",
+    "({f} / {x})",
+    "{x}.clamp(max={f})",
+]
+FLOAT_OF_TWO = [
+    "({x} + {y})",
+    "({x} - {y})",
+    "({x} * {y})",
+    "({x} / {y})",
+    "torch.maximum({x}, {y})",
+    "torch.where({c}, {x}, {y})",
+]
+COMPARE = ["<", "<=", ">", ">=", "==", "!="]
+LOGIC = [
+    "({c} & {d})",
+    "({c} | {d})",
+    "({c} ^ {d})",
+    "(~{c})",
+    "torch.where({c}, {d}, {e})",
+    "({c} == {d})",
+    "torch.logical_or({c}, {d})",
+]
+KNOWN = [
+    "(k <= q)",
+    "(q - k < {n})",
+    "((q - k).abs() <= {n})",
+    "(k < {n})",
+    "(q // {n} == k // {n})",
+    "(q // {n} >= k // {n})",
+]
+KNOWN += ["((q - k) % {n} == 0)", "((q ^ k) < {n})", "(k >= 0)", "(q < 0)", "(q + k < {n})"]
+LIBRARY = [
+    "cpflex.causal()",
+    "cpflex.full()",
+    "cpflex.sliding_window({n})",
+    "cpflex.sliding_window({n}, {n})",
+    "cpflex.prefix_lm({n})",
+]
+LIBRARY += ["cpflex.document({documents})"]
+SMOOTH = ["(3.0 * torch.tanh({x} / 3.0))", "torch.sin({x})", "torch.cos({x})", "torch.erf({x})", "torch.sigmoid({x})"]
+SMOOTH += ["torch.sqrt({x} * {x} + 1.0)", "torch.log1p({x} * {x})", "torch.exp(-{x} * {x})", "torch.exp2(-{x} * {x})"]
+SMOOTH += [
+    "({x} / ({x} * {x} + 1.0))",
+    "torch.rsqrt({x} * {x} + 1.0)",
+    "torch.nn.functional.gelu({x})",
+    "torch.expm1(-{x} * {x})",
+]
+SMOOTH += [
+    "torch.nn.functional.silu({x})",
+    "torch.log2({x} * {x} + 2.0)",
+    "({x} + 0.5 * {x}.detach())",
+    "torch.log({x} * {x} + 1.0)",
+]
+SMOOTH += ["({x} * {x} + 1.0) ** 0.5"]
+BIAS = [
+    "({x} + {t})",
+    "({x} * torch.sigmoid({t}))",
+    "({x} * {t} / 4.0)",
+    "({x} - {t} * 0.01 * (q - k).abs())",
+    "({x} / ({t} * {t} + 1.0))",
+]
+BIAS += [
+    "({x} + torch.tanh({t}) * torch.sigmoid({u}))",
+    "torch.atan2({x}, {t} * {t} + 1.0)",
+    "({x} + {i}.clamp(-9, 9) * 0.1)",
+]
+BIAS += [
+    "torch.where({c}, {x}, {t})",
+    "torch.where({c}, {x}, {x} * 0.5)",
+    "({x} * torch.log(q + 2.0) / 6.0)",
+    "({x} - 0.05 * (q - k).abs())",
+]
+BIAS += [
+    "({x} * torch.cos((q - k) * 0.1))",
+    "({x} + {t}.abs())",
+    "({x} + torch.maximum({t}, {u}))",
+    "({x} + {t}.clamp(-0.5, 0.5))",
+]
+NUMBERS = [1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 40, 64, 100]
+FLOATS = ["0.1", "0.5", "1.0", "2.0", "3.7", "16.0", "40.0"]
+SPANS = {"q": "seq_len", "k": "seq_len", "b": "batch_size", "h": "num_heads"}
+
+
+class _Mods:
+    """Draws the texts of mods; their tables have the sizes of one case."""
+
+    def __init__(self, draw: Callable, seq_len: int, batch_size: int, num_heads: int) -> None:
+        self.draw = draw
+        self.sizes = {"q": seq_len, "k": seq_len, "b": batch_size, "h": num_heads}
+        self.tables: list[Table] = []
+
+    def pick(self, options: Sequence[Any]) -> Any:
+        return self.draw(st.sampled_from(options))
+
+    def fill(self, form: str, depth: int) -> str:
+        """The form with each placeholder drawn once."""
+        makers = {
+            **dict.fromkeys("ij", lambda: self.int(depth - 1)),
+            **dict.fromkeys("xy", lambda: self.float(depth - 1)),
+            **dict.fromkeys("cde", lambda: self.bool(depth - 1)),
+            **dict.fromkeys("tu", lambda: self.learned(depth - 1)),
+            "n": lambda: str(self.pick(NUMBERS)),
+            "f": lambda: self.pick(FLOATS),
+            "bits": lambda: str(self.pick([0, 1, 3, 8])),
+            "documents": lambda: self.table(
+                self.pick([(self.sizes["q"],), (self.sizes["b"], self.sizes["q"])]), "int64", rising=True
+            ),
+        }
+        return form.format_map({name: make() for name, make in makers.items() if f"{{{name}}}" in form})
+
+    def table(self, shape: tuple[int, ...], dtype: str, **options: Any) -> str:
+        self.tables.append(Table(shape, dtype, **options, seed=self.draw(st.integers(0, 99))))
+        return f"t{len(self.tables) - 1}"
+
+    def gather(self, dtype: str, depth: int, **options: Any) -> str:
+        """One element: at a position as it is, or anywhere within, counted from either end."""
+        shape, indices = [], []
+        for _ in range(self.pick([1, 1, 1, 2, 0])):
+            if depth <= 0 or self.draw(st.booleans()):
+                name = self.pick("qkqkhb")
+                shape.append(self.sizes[name])
+                indices.append(name)
+                continue
+            size, i = self.pick([1, 2, 5, 16]), self.int(depth - 1)
+            shape.append(size)
+            indices.append(self.pick([f"{i} % {size}", f"{i} % {size} - {size}", f"{i}.clamp({-size}, {size - 1})"]))
+        name = self.table(tuple(shape), dtype, **options)
+        return f"{name}[{', '.join(indices)}]" if indices else name
+
+    def learned(self, depth: int) -> str:
+        grad = self.pick([True, True, False])
+        dtype = "float32" if grad else self.pick(["float32", "bfloat16", "float16", "float64"])
+        # what is computed in 16 bits would be as coarse, and the oracle is not
+        return self.gather(dtype, depth, grad=grad) + (".to(score.dtype)" if dtype.endswith("16") else "")
+
+    def int(self, depth: int) -> str:
+        form = self.pick(["leaf"] if depth <= 0 else ["leaf", "one", "number", "number", "two", "gather"])
+        if form == "leaf":
+            return self.pick(["q", "k", "(q - k)", "(k - q)", "h", "b"])
+        if form == "gather":
+            return self.gather(self.pick(["int64", "int32", "int16", "int8", "uint8"]), depth) + ".long()"
+        return self.fill(self.pick({"one": INT_OF_ONE, "number": INT_AND_NUMBER, "two": INT_OF_TWO}[form]), depth)
+
+    def float(self, depth: int) -> str:
+        form = self.pick(["cast"] if depth <= 0 else ["cast", "one", "number", "two", "gather"])
+        if form == "cast":
+            return f"{self.int(depth - 1)}.float()"
+        if form == "gather":
+            dtype = self.pick(["float32", "float16", "bfloat16", "float64"])
+            return self.gather(dtype, depth, special=self.pick([False, False, True])) + ".float()"
+        return self.fill(self.pick({"one": FLOAT_OF_ONE, "number": FLOAT_AND_NUMBER, "two": FLOAT_OF_TWO}[form]), depth)
+
+    def bool(self, depth: int) -> str:
+        form = self.pick(
+            ["known"] if depth <= 0 else ["known", "known", "logic", "logic", "int", "float", "gather", "documents"]
+        )
+        if form == "known":
+            return self.fill(self.pick(KNOWN), depth)
+        if form == "logic":
+            return self.fill(self.pick(LOGIC), depth)
+        if form == "gather":
+            return self.gather("bool", depth)
+        if form == "documents":
+            ids = self.table((self.sizes["q"],), self.pick(["int64", "int32"]), rising=True)
+            return f"({ids}[q] == {ids}[k])"
+        make, numbers = (self.int, NUMBERS) if form == "int" else (self.float, FLOATS)
+        other = str(self.pick(numbers)) if self.draw(st.booleans()) else make(depth - 1)
+        return f"({make(depth - 1)} {self.pick(COMPARE)} {other})"
+
+    def mask(self, depth: int) -> str:
+        """A plain callable, masks of the library, or both together."""
+        form = self.pick(["plain", "library", "both"])
+        plain = f"lambda b, h, q, k: {self.bool(depth)}" if form != "library" else ""
+        if form == "plain":
+            return plain
+        known = self.fill(self.pick(LIBRARY), depth)
+        other = f"({plain})" if form == "both" else self.fill(self.pick(LIBRARY), depth)
+        return self.pick(["{} & {}", "{} | {}", "~{} & {}", "{} & ~({} & cpflex.full())"]).format(known, other)
+
+    def score(self) -> str:
+        steps = self.pick([0, 1, 1, 2, 3])
+        if steps == 0:
+            return ""
+        x = "score"
+        for _ in range(steps):
+            form = self.pick(SMOOTH if self.draw(st.booleans()) else BIAS)
+            x = self.fill(form.replace("{x}", "<x>"), 2).replace("<x>", x)
+        if self.pick([False] * 5 + [True]):
+            x = self.fill("torch.where({c}, <x>, -torch.inf)", 1).replace("<x>", x)
+        return f"lambda score, b, h, q, k: {x}"
+
+
+@st.composite
+def cases(draw: Callable, worlds: Sequence[int] = tuple(range(1, 9))) -> Case:
+    lengths = [
+        st.integers(1, 20),
+        st.integers(1, 100),
+        st.integers(1, 100),
+        st.integers(100, 200),
+        st.integers(200, 330),
+    ]
+    seq_len = draw(st.one_of(lengths))
+    kv_heads, group_size, batch_size = (
+        draw(st.sampled_from([1, 1, 2])),
+        draw(st.sampled_from([1, 1, 2, 3])),
+        draw(st.sampled_from([1, 1, 2])),
+    )
+    mods = _Mods(draw, seq_len, batch_size, kv_heads * group_size)
+    mask, score = mods.mask(draw(st.sampled_from([1, 2, 3]))), mods.score()
+    beside = mods.mask(1) if draw(st.sampled_from([False] * 4 + [True])) else ""
+    case = Case(
+        mask, score, tuple(mods.tables), seq_len,
+        world_size=draw(st.sampled_from(worlds)),
+        layout=draw(st.sampled_from(list(LAYOUTS))),
+        schedule=draw(st.sampled_from(list(SCHEDULES))),
+        batch_size=batch_size,
+        heads=(kv_heads * group_size, kv_heads),
+        dims=draw(st.sampled_from([(8, 8), (16, 16), (8, 24), (1, 3)])),
+        dtype=draw(st.sampled_from(list(DTYPES))),
+        beside=beside,
+        stored=draw(st.sampled_from([False] * 7 + [True])),
+        seed=draw(st.integers(0, 9)),
+    )  # fmt: skip
+    if case.seen.any() or draw(st.sampled_from([False, False, False, True])):
+        return case
+    return dataclasses.replace(case, mask=f"cpflex.causal() | ({mask})")
+
+
+# -- running many
+
+
+@dataclass
+class Failure:
+    """The smallest case that fails, and how."""
+
+    case: Case
+    error: str
+
+
+@dataclass
+class Report:
+    """What was tried and what came of it."""
+
+    num_cases: int = 0
+    distinct: set[str] = dataclasses.field(default_factory=set)
+    failures: list[Failure] = dataclasses.field(default_factory=list)
+    features: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
+
+    def add(self, case: Case) -> None:
+        self.num_cases += 1
+        self.distinct.add(repr(case))
+        for name, value in case.features():
+            self.features.setdefault(name, Counter())[str(value)] += 1
+
+
+def run(
+    num_cases: int,
+    check: Callable[[Case], None] = check,
+    strategy: st.SearchStrategy[Case] | None = None,
+    random_seed: int | None = None,
+    report: Report | None = None,
+) -> Report:
+    """Check random cases up to the first that fails, which is shrunk.
+
+    Args:
+        random_seed: None for the same cases at every run.
+    """
+    report = report or Report()
+    tried: list[Case] = []
+    errors: list[BaseException] = []
+
+    def body(case: Case) -> None:
+        tried.append(case)
+        if not errors:
+            report.add(case)
+        try:
+            check(case)
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    quiet = {
+        "database": None,
+        "deadline": None,
+        "suppress_health_check": list(HealthCheck),
+        "report_multiple_bugs": False,
+    }
+    test = given(strategy if strategy is not None else cases())(body)
+    test = settings(
+        max_examples=num_cases, derandomize=random_seed is None, phases=[Phase.generate, Phase.shrink], **quiet
+    )(test)
+    test = test if random_seed is None else seed(random_seed)(test)
+    try:
+        test()
+    except Exception as error:
+        if not errors:
+            raise
+        # hypothesis ends with the smallest one
+        report.failures.append(Failure(tried[-1], f"{type(error).__name__}: {error}"))
+    return report
+
+
+def fuzz(num_cases: int, random_seed: int) -> Report:
+    """Batches of cases, each up to its first failure, with their progress."""
+    report, began = Report(), time.perf_counter()
+    batch = 0
+    while report.num_cases < num_cases:
+        known = len(report.failures)
+        run(
+            min(CASES_PER_BATCH, num_cases - report.num_cases),
+            random_seed=random_seed * 1_000_003 + batch,
+            report=report,
+        )
+        batch += 1
+        for failure in report.failures[known:]:
+            print(f"\nFAILED {failure.error}\n{replay_command(failure.case)}\n", flush=True)
+        took = time.perf_counter() - began
+        print(f"{report.num_cases:6d} cases, {len(report.failures)} failures, {took:.0f} s", flush=True)
+    return report
+
+
+def replay_command(case: Case) -> str:
+    return f"python tests/fuzz.py --replay {shlex.quote(repr(case))}"
+
+
+def replayed(text: str) -> Case:
+    return eval(text, {"Case": Case, "Table": Table})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replay", help="check this one case")
+    parser.add_argument("--record", type=Path, help="write what was tried, and what failed, to this file")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # memory that nobody wrote reads as NaN
+    if options.replay:
+        check(replayed(options.replay))
+        print("the case passes")
+        return 0
+    began = time.perf_counter()
+    report = fuzz(options.cases, options.seed)
+    record = {
+        "command": f"python tests/fuzz.py --cases {options.cases} --seed {options.seed} --record benchmarks/results/fuzz.json",
+        "cases": report.num_cases,
+        "distinct": len(report.distinct),
+        "failures": [{"case": repr(f.case), "error": f.error} for f in report.failures],
+        "seconds": round(time.perf_counter() - began),
+        "cpu_seconds": round(time.process_time()),
+        "versions": {"cpflex": cpflex.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "coverage": {
+            name: dict(sorted(counts.items(), key=lambda item: (len(item[0]), item[0])))
+            for name, counts in report.features.items()
+        },
+    }
+    if options.record:
+        options.record.write_text(json.dumps(record, indent=2) + "\n")
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Deliberate bugs, planted one at a time in a copy of the repository: the tests that should catch each must fail.
+
+python tests/mutants.py                  all of them; the table of docs/mutants.md with --table docs/mutants.md
+python tests/mutants.py --only window    those whose name contains a word
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("cpflex", "tests", "launch", "benchmarks", "docs", "examples", "README.md", "pyproject.toml", "Makefile")
+SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: ``old`` stands exactly once in ``file`` under cpflex/, and becomes ``new``."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    """Under tests/, separated by spaces; `file::test` and `file -k word` for part of a file."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    mutant: Mutant
+    caught_by: str
+    """The test that failed; empty if all passed."""
+    seconds: float
+    said: str
+
+
+THREADS = "test_attention_threads.py"
+RANKS = f"{THREADS} -k w4"
+KERNELS = "kernels/test_triton_kernels.py"
+
+MASKS = [
+    Mutant("window one token too wide", "masks.py", "k > q - size", "k >= q - size", "test_masks.py"),
+    Mutant("two-sided window one token too narrow", "masks.py", "(k <= q + after", "(k < q + after", "test_masks.py"),
+    Mutant("prefix one token too long", "masks.py", "(k < length", "(k <= length", "test_masks.py"),
+    Mutant("~ forgotten", "masks.py", "~self(b, h, q, k)", "self(b, h, q, k)", "test_masks.py"),
+]  # fmt: skip
+MODS = [
+    Mutant("negative index not wrapped", "mods/evaluate.py", "torch.where(i < 0, i + n, i).clamp", "i.clamp", "mods/test_trace.py"),
+    Mutant("index beyond a table not clamped", "mods/evaluate.py", "i).clamp(0, n - 1)", "i)", THREADS),
+    Mutant("floor division truncates", "mods/evaluate.py", '"floor_div": lambda a, b: torch.div(a, b, rounding_mode="floor")', '"floor_div": lambda a, b: torch.div(a, b, rounding_mode="trunc")', "mods/test_trace.py"),
+    Mutant("n - x traced as x - n", "mods/trace.py", "a, b = b, a if alpha == 1", "a, b = a, b if alpha == 1", "mods/test_trace.py"),
+    Mutant("0.0 and -0.0 are one constant", "mods/graph.py", "key = repr(node)", "key = node", "mods/test_graph.py"),
+    Mutant("product rule crossed", "mods/vjp.py", '(op("mul", g, y), op("mul", g, x))', '(op("mul", g, x), op("mul", g, y))', "mods/test_vjp.py"),
+    Mutant("second use of a value overwrites its gradient", "mods/vjp.py", "part if known is None else builder.add(\"add\", known, part, dtype=dtype)", "part", "mods/test_vjp.py"),
+    Mutant("every captured gradient goes to the first tensor", "mods/vjp.py", "reads.append((int(node.args[0])", "reads.append((wanted[0]", "mods/test_vjp.py"),
+    Mutant("interval rule of < unsound", "mods/intervals.py", "Interval(a.hi < b.lo, ~(a.lo >= b.hi))", "Interval(a.hi <= b.lo, ~(a.lo >= b.hi))", "mods/test_intervals.py"),
+    Mutant("interval of a difference too narrow", "mods/intervals.py", "Interval(a.lo - b.hi, a.hi - b.lo)", "Interval(a.lo - b.lo, a.hi - b.hi)", "mods/test_intervals.py"),
+    Mutant("an index of both signs taken for one sign", "mods/intervals.py", "both_signs = (index.lo < 0) & (index.hi >= 0)", "both_signs = (index.lo < 0) & (index.hi < 0)", "mods/test_intervals.py"),
+    Mutant("int8 that wraps around not noticed", "mods/intervals.py", "_unless((result.lo < info.min) | (result.hi > info.max), dtype, result)", "result", "mods/test_intervals.py"),
+    Mutant("floats bounded without rounding", "mods/intervals.py", "lo, hi = lo - below, hi + above", "pass", "mods/test_intervals.py"),
+]  # fmt: skip
+PLANNER = [
+    Mutant("pad keys not masked", "plan.py", 'for name in ("q_idx", "kv_idx"):', 'for name in ("q_idx",):', "test_probes.py"),
+    Mutant("captured mask tensors not copied", "plan.py", 'tensor.detach().to("cpu", copy=True)', "tensor.detach()", "test_plan.py"),
+    Mutant("a mask judged for the first head only", "needs.py", "(0, num_heads - 1)", "(0, 0)", "test_tile_mask.py"),
+    Mutant("FULL instead of PARTIAL", "tile_mask.py", "np.where(seen.any(1).numpy(), PARTIAL, EMPTY)", "np.where(seen.any(1).numpy(), FULL, EMPTY)", "test_tile_mask.py"),
+    Mutant("EMPTY instead of PARTIAL", "tile_mask.py", "np.where(seen.any(1).numpy(), PARTIAL, EMPTY)", "EMPTY", "test_tile_mask.py"),
+    Mutant("a quarter of a square forgotten", "tile_mask.py", "np.array([0, 1, 0, 1])", "np.array([0, 1, 0, 0])", "test_tile_mask.py"),
+    Mutant("last row of a FULL square dropped", "tile_mask.py", "np.searchsorted(q_tiles, rows + sides)", "np.searchsorted(q_tiles, rows + np.maximum(sides - 1, 1))", "test_tile_mask.py"),
+    Mutant("runs joined over the end of a row", "tile_mask.py", "| (row[1:] != row[:-1]) |", "|", "test_tile_mask.py"),
+    Mutant("positions of all tiles from the first", "tile_mask.py", "torch.repeat_interleave(first - starts[:-1]", "torch.repeat_interleave(first[:1] - starts[:-1]", "test_tile_mask.py"),
+    Mutant("sends what it needs, not what the peer needs", "needs.py", "self._rows(self._sent[peer], self.rank)", "self._rows(self._received, self.rank)", "ring/test_schedule.py"),
+    Mutant("one hop too few", "ring/schedule.py", "range(1, num_hops + 1)", "range(1, num_hops)", "ring/test_schedule.py"),
+    Mutant("wrong owner of a visiting shard", "ring/schedule.py", "owner = (rank - hop) % world_size", "owner = (rank + hop) % world_size", "ring/test_schedule.py"),
+    Mutant("gradients sent home to the wrong peer", "ring/schedule.py", "Transfer(owner, hop, shard)", "Transfer(previous, hop, shard)", "ring/test_schedule.py"),
+    Mutant("gradient rows of every source taken from the first", "ring/schedule.py", "offset += num_rows\n", "offset += 0\n", "ring/test_schedule.py"),
+    Mutant("every rank thinks it holds the first rank's tokens", "sharding/layout.py", "np.asarray(self.chunks[rank], dtype=np.int64)", "np.asarray(self.chunks[0], dtype=np.int64)", "sharding/test_shard.py"),
+    Mutant("unshard puts every part where the own belongs", "sharding/shard.py", "layout.positions(owner)", "layout.positions(rank)", "sharding/test_shard.py"),
+    Mutant("gradients of unshard not summed", "sharding/shard.py", "torch.stack(_swap(parts, rank, links)).sum(dim=0)", "_swap(parts, rank, links)[rank]", "sharding/test_shard.py"),
+    Mutant("only the first mask kind is balanced", "sharding/balance.py", "work = np.stack([needs[kind].work for kind in kinds])", "work = np.stack([needs[kinds[0]].work for kind in kinds])", "sharding/test_balance.py"),
+]  # fmt: skip
+RING = [
+    Mutant("K and V swapped on the way", "ring/transport.py", "for x, packed in zip(pair, ", "for x, packed in zip(pair[::-1], ", RANKS),
+    Mutant("one receive buffer for all messages of a size", "ring/transport.py", "[like.k.new_empty(t.num_rows * width) for t in receives]", "[vars(self).setdefault(t.num_rows, like.k.new_empty(t.num_rows * width)) for t in receives]", RANKS),
+    Mutant("stale packed buffer", "ring/transport.py", "packed[index] = arrival.buffers[0]", "packed[index + 1] = packed.setdefault(index, arrival.buffers[0])", RANKS),
+    Mutant("a block let go before it was sent on", "ring/transport.py", "self.steps[index + 2 :]", "self.steps[index + 3 :]", RANKS),
+    Mutant("parts for the own shard added twice", "ring/transport.py", "self._grads.pop(block, [])", "self._grads.get(block, [])", RANKS),
+    Mutant("arrived dV dropped", "ring/transport.py", "grads.v[:, :, start:stop] += part.v[:, :, here]", "pass", RANKS),
+    Mutant("arrived dK overwrites", "ring/transport.py", "grads.k[:, :, start:stop] += part.k", "grads.k[:, :, start:stop] = part.k", RANKS),
+    Mutant("dK and dV rounded to 16 bits on their way", "ring/backward.py", "Pair(dk, dv)", "Pair(dk.to(q.dtype).float(), dv.to(q.dtype).float())", "ring/test_transport.py"),
+    Mutant("delta without the gradient of lse", "ring/backward.py", "- grad_lse  #", "#", RANKS),
+    Mutant("delta from the gradient alone", "ring/backward.py", "(out.float() * grad_out.float())", "grad_out.float()", RANKS),
+    Mutant("state begun anew at each step", "ring/forward.py", "empty(q, v_dim) if state is None else state", "empty(q, v_dim)", RANKS),
+    Mutant("what pads hold is used", "ring/operator.py", "q, k, v = (_without(x, pads) for x in (q, k, v))", "q, k, v = (x for x in (q, k, v))", "test_probes.py"),
+    Mutant("gradients of lse at pads are used", "ring/operator.py", "grad_lse = _without(grad_lse.unsqueeze(-1), pads).squeeze(-1)", "pass", "test_probes.py"),
+    Mutant("a call known by its number is not compared", "ring/agreement.py", "elif not known or (numbers != number).any():", "elif not known:", "ring/test_agreement.py"),
+    Mutant("the scale is not compared", "ring/operator.py", '"scale": scale,\n', '"scale": 0,\n', "test_refusals.py -k unlike"),
+]  # fmt: skip
+REFERENCE = [
+    Mutant("lse without the sum", "kernels/state.py", "state.m + state.l.log()", "state.m", "test_attention.py"),
+    Mutant("sums of steps not merged", "kernels/reference.py", "l[..., rows] = l[..., rows] * decay + p.sum(dim=-1)", "l[..., rows] = p.sum(dim=-1)", "kernels/test_reference.py"),
+    Mutant("old accumulator not rescaled", "kernels/reference.py", "acc[..., rows, :] * decay.unsqueeze(-1)", "acc[..., rows, :]", "kernels/test_reference.py"),
+    Mutant("dQ overwritten instead of added", "kernels/reference.py", "dq[:, :, rows] += ", "dq[:, :, rows] = ", "kernels/test_reference.py"),
+    Mutant("dK without the scale", "kernels/reference.py", "(ds.mT @ q_rows) * call.scale", "ds.mT @ q_rows", "kernels/test_reference.py"),
+    Mutant("mods at local query positions", "kernels/reference.py", "tile_mask.q_positions[rows].long()", "torch.arange(rows.start, rows.stop, device=device)", "kernels/test_reference.py"),
+    Mutant("mask not applied under a score_mod", "kernels/reference.py", "modified.masked_fill(~seen, -torch.inf) if seen is not None else modified.clone()", "modified.clone()", "kernels/test_reference.py"),
+    Mutant("infinite derivatives at hidden pairs kept", "kernels/reference.py", "x.masked_fill(~seen, 0.0)", "x", "kernels/test_reference.py"),
+    Mutant("gradients of groups of heads mixed", "kernels/reference.py", "b h (g r) d -> b (h g) r d", "b h (g r) d -> b (g h) r d", "kernels/test_reference.py"),
+    Mutant("-inf - (-inf)", "kernels/reference.py", "m_new == -torch.inf, 0.0, m_new", "m_new == torch.inf, 0.0, m_new", "kernels/test_reference.py"),
+    Mutant("captured gradients added by threads as they come", "kernels/reference.py", "if target.is_cuda:", "if True:", "test_determinism.py"),
+    Mutant("a sum divided among threads", "kernels/reference.py", "_summed_to(visible(outputs[read.output]), place)", "visible(outputs[read.output]).sum_to_size(place)", "test_determinism.py"),
+]  # fmt: skip
+FUSED = [
+    Mutant("fused: carried state not rescaled", "kernels/forward.py", "acc_old * decay_old[:, None]", "acc_old", f"{KERNELS} -k w2"),
+    Mutant("fused: mask not applied", "kernels/forward.py", 's = tl.where(seen, s, float("-inf"))', "pass", f"{KERNELS} -k w2"),
+    Mutant("fused: maximum before the carried one", "kernels/forward.py", "m_new = tl.maximum(m, m_old)", "m_new = m", f"{KERNELS} -k w2"),
+    Mutant("fused: state of unseen queries read", "kernels/forward.py", " & (m_old > float(\"-inf\"))[:, None]", "", f"{KERNELS} -k saw_nothing"),
+    Mutant("fused: dQ overwritten instead of added", "kernels/backward.py", "tl.load(ptrs, mask=inside, other=0.0) + dq * scale", "dq * scale", f"{KERNELS} -k w2"),
+    Mutant("fused: dK without delta", "kernels/backward.py", "ds = p_vjp * (dp - delta)", "ds = p_vjp * dp", f"{KERNELS} -k w1"),
+    Mutant("fused: next head of a group never begins", "kernels/backward.py", "h += anew.to(tl.int32)", "h += 0", f"{KERNELS} -k gqa"),
+    Mutant("fused: score_mod of unscaled products", "kernels/scores.py", "score_mod(s * scale, b,", "score_mod(s, b,", f"{KERNELS} -k softcap"),
+    Mutant("fused: rests of FULL runs dropped", "kernels/work.py", "full_end > whole_end", "full_end < whole_end", f"{KERNELS} -k full-"),
+    Mutant("fused: rows beyond a run not masked", "kernels/forward.py", "seen = inside & mask_mod", "seen = mask_mod", f"{KERNELS} -k doc_causal"),
+    Mutant("fused: negative index not wrapped", "mods/triton_math.py", "tl.where(index < 0, index + size, index)", "index", "mods/test_triton_source.py -k wrapping"),
+    Mutant("fused: hidden pairs add to captured gradients", "kernels/captured.py", "part = tl.where(seen, outputs[OUTPUT], 0.0)", "part = outputs[OUTPUT]", f"{KERNELS} -k alibi"),
+]  # fmt: skip
+MUTANTS = [*MASKS, *MODS, *PLANNER, *RING, *REFERENCE, *FUSED]
+
+
+def occurrences(mutant: Mutant, root: Path = ROOT) -> int:
+    return (root / "cpflex" / mutant.file).read_text().count(mutant.old)
+
+
+@contextmanager
+def copy_of_the_repository() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        for name in COPIED:
+            source, target = ROOT / name, Path(folder) / name
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+            elif source.exists():
+                shutil.copy(source, target)
+        yield Path(folder)
+
+
+def selections(tests: str) -> Iterator[list[str]]:
+    """Arguments of pytest, one run per file."""
+    for part in re.split(r" (?!-k )(?<!-k )", tests):
+        yield [f"tests/{part.split()[0]}", *part.split()[1:]]
+
+
+def run_tests(root: Path, tests: str) -> tuple[str, str]:
+    """(the first test that failed or "", what pytest said)"""
+    said = ""
+    for selection in selections(tests):
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-m", "not slow and not gpu and not multi_gpu"]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(
+                [*command, *selection], cwd=root, env=environment, capture_output=True, text=True, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return f"{selection[0].removeprefix('tests/')}, which waits", "timeout"
+        said = done.stdout + done.stderr
+        if done.returncode == 1:
+            failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+?)(\[|\s|$)", said, re.MULTILINE)
+            return (failed.group(1) if failed else selection[0].removeprefix("tests/")), said
+        if done.returncode != 0:
+            raise RuntimeError(f"pytest could not run {selection}:\n{said}")
+    return "", said
+
+
+def try_out(mutant: Mutant, root: Path) -> Outcome:
+    path = root / "cpflex" / mutant.file
+    text, began = path.read_text(), time.perf_counter()
+    path.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        caught_by, said = run_tests(root, mutant.tests)
+    finally:
+        path.write_text(text)
+    return Outcome(mutant, caught_by, time.perf_counter() - began, said)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    rows = [f"| {o.mutant.name} | `{o.mutant.file}` | {f'`{o.caught_by}`' if o.caught_by else '**nothing**'} | {o.seconds:.0f} |" for o in outcomes]  # fmt: skip
+    return "\n".join(["| planted bug | in | caught by | seconds |", "| --- | --- | --- | --- |", *rows])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a word in the name")
+    parser.add_argument("--table", type=Path, help="replace the table in this file")
+    parser.add_argument("--verbose", action="store_true", help="what pytest said of survivors")
+    options = parser.parse_args(arguments)
+    mutants = [m for m in MUTANTS if options.only in m.name]
+    misplaced = [m for m in mutants if occurrences(m) != 1]
+    for mutant in misplaced:
+        print(f"MISPLACED {mutant.name}: its text is found {occurrences(mutant)} times in {mutant.file}")
+    outcomes = []
+    with copy_of_the_repository() as root:
+        for mutant in mutants:
+            if mutant in misplaced:
+                continue
+            outcome = try_out(mutant, root)
+            outcomes.append(outcome)
+            print(f"{'caught  ' if outcome.caught_by else 'SURVIVED'} {outcome.seconds:4.0f} s  {mutant.name}  {outcome.caught_by}", flush=True)  # fmt: skip
+            if options.verbose and not outcome.caught_by:
+                print(outcome.said)
+    survived = [o for o in outcomes if not o.caught_by]
+    print(f"\n{table(outcomes)}\n\n{len(outcomes) - len(survived)} of {len(mutants)} caught, {len(survived)} survived")
+    if options.table:
+        before = options.table.read_text().split("| planted bug |")[0]
+        options.table.write_text(f"{before}{table(outcomes)}\n")
+    return 1 if survived or misplaced else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
