@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
 import cpflex
+from cpflex.handles import resolve
 from processes import Outcome, RankProcesses
 
 SEQ_LEN = 64
@@ -251,6 +252,16 @@ def replan(**options: Any) -> Change:
     return change
 
 
+def shorter(made: Arguments, group: Any) -> None:
+    """By one token, which is padded: local lengths are the same."""
+    mask = cpflex.causal() & cpflex.document(torch.arange(SEQ_LEN - 1) // 20)
+    made["block_mask"] = cpflex.make_plan(mask, SEQ_LEN - 1, group, layout=cpflex.zigzag)
+
+
+def of_version(**other: Any) -> Change:
+    return lambda made, group: resolve(made["block_mask"].handle).facts.update(other)
+
+
 # name -> (change on one rank; what the ranks disagree about)
 MISMATCHES: dict[str, tuple[Change, str]] = {
     "another mask": (replan(mask=cpflex.causal()), "mask"),
@@ -260,6 +271,15 @@ MISMATCHES: dict[str, tuple[Change, str]] = {
     ),
     "another layout": (replan(layout=cpflex.contiguous), "layout"),
     "another schedule": (replan(schedule=cpflex.direct), "schedule"),
+    "another length": (shorter, "seq_len"),
+    "another version of cpflex": (of_version(**{"cpflex version": "0.0.9"}), "cpflex version"),
+    "another format of plans": (of_version(**{"plan format": 99}), "plan format"),
+    "other heads": (each(lambda x: x[:, :2]), "query"),
+    "fewer heads of keys": (
+        lambda made, group: made.update(key=made["key"][:, :2], value=made["value"][:, :2], enable_gqa=True),
+        "key",
+    ),
+    "another backend": (put(kernel_options={"backend": "reference"}), "backend"),
     "another scale": (put(scale=0.5), "scale"),
     "another score mod": (put(score_mod=other_softcap), "score_mod"),
     "no score mod": (put(score_mod=None), "score_mod"),
