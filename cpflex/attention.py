@@ -91,11 +91,8 @@ def flex_attention(
         backend = _backend(kernel_options)
         _check_aux(return_aux)
         mod = _traced(score_mod)
-        if mod is not None and mod.table_len is not None and mod.table_len < plan.seq_len:
-            raise ValueError(
-                f"the score_mod indexes a captured tensor of {mod.table_len} elements with a position; "
-                f"the plan has seq_len={plan.seq_len}"
-            )
+        if mod is not None:
+            _check_captured(mod, query, plan)
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
         if not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number; got {scale}")
@@ -209,6 +206,20 @@ def _traced(score_mod: ScoreMod | ScoreFn | None) -> ScoreMod | None:
     if not callable(score_mod):
         raise TypeError(f"score_mod must be callable; got {type(score_mod).__name__}")
     return ScoreMod(score_mod)
+
+
+def _check_captured(mod: ScoreMod, query: Tensor, plan: Plan) -> None:
+    if mod.table_len is not None and mod.table_len < plan.seq_len:
+        raise ValueError(
+            f"the score_mod indexes a captured tensor of {mod.table_len} elements with a position; "
+            f"the plan has seq_len={plan.seq_len}"
+        )
+    elsewhere = [x.device for x in mod.captured if x.requires_grad and x.device != query.device]
+    if elsewhere:
+        raise ValueError(
+            f"the score_mod captures a tensor that requires grad on {elsewhere[0]}; query is on {query.device} - move "
+            "it there first"
+        )
 
 
 def _refuse_untraced() -> NoReturn:

@@ -197,6 +197,15 @@ def block_mask() -> Any:
     return create_block_mask(lambda b, h, q, k: q >= k, 1, 1, SEQ_LEN, SEQ_LEN, device="cpu")
 
 
+def test_a_trained_tensor_on_another_device_is_refused():
+    slopes = torch.ones(4, requires_grad=True)
+    made = arguments() | {"score_mod": lambda s, b, h, q, k: s * slopes[h]}
+    for name in ("query", "key", "value"):
+        made[name] = made[name].to("meta")
+    with pytest.raises(ValueError, match="requires grad on cpu; query is on meta - move it there"):
+        attend(made)
+
+
 WITHOUT_A_PLAN = {
     "a torch BlockMask": (block_mask, "torch BlockMask, which knows no ranks; pass cpflex.make_plan"),
     "no mask": (lambda: None, "must be a plan made by cpflex.make_plan; got NoneType"),
