@@ -43,7 +43,7 @@ class Links(Protocol):
         ...
 
     def all_gather_number(self, value: int, plan: str) -> Tensor:
-        """Every rank's number, by rank, int64 [world_size]; on a GPU the host does not wait for it.
+        """Every rank's number, by rank, int64 [world_size]; in a group of NCCL alone the host does not wait for it.
 
         Args:
             plan: what is to be computed, told to ranks that wait in vain.
@@ -62,9 +62,9 @@ class ProcessLinks:
         self.group = group
         self.rank = group.rank()
         self.world_size = group.size()
-        by_nccl = "cuda:nccl" in dist.get_backend_config(group)
-        self.device = torch.device("cuda" if by_nccl else "cpu")
-        """Of the messages about a call; its tensors may be elsewhere on a rank that is mistaken."""
+        backends = dist.get_backend_config(group)
+        self.device = torch.device("cuda" if "nccl" in backends and "gloo" not in backends else "cpu")
+        """Of the messages about a call: by what the group can do, as the tensors of one rank may be a mistake."""
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
         operations = [

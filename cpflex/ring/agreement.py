@@ -38,7 +38,7 @@ def number_of(facts: Mapping[str, Any]) -> int:
 def agree(links: Links, plan: str, facts: Mapping[str, Any], number: int, known: bool) -> None:
     """Compare ``facts`` with every rank's: by their number if they are ``known`` from an earlier call, else in words.
 
-    On a GPU a number that differs stops the device, on all ranks, as the host does not wait for it.
+    In a group of NCCL alone a number that differs stops the device, on all ranks, as the host does not wait for it.
 
     Args:
         plan: fingerprint, by which ranks that wait for one another in different groups are found.
