@@ -118,7 +118,7 @@ REFERENCE = [
     Mutant("infinite derivatives at hidden pairs kept", "kernels/reference.py", "x.masked_fill(~seen, 0.0)", "x", "kernels/test_reference.py"),
     Mutant("gradients of groups of heads mixed", "kernels/reference.py", "b h (g r) d -> b (h g) r d", "b h (g r) d -> b (g h) r d", "kernels/test_reference.py"),
     Mutant("-inf - (-inf)", "kernels/reference.py", "m_new == -torch.inf, 0.0, m_new", "m_new == torch.inf, 0.0, m_new", "kernels/test_reference.py"),
-    Mutant("captured gradients added by threads as they come", "kernels/reference.py", "if target.is_cuda:", "if True:", "test_determinism.py"),
+    Mutant("captured gradients added by threads as they come", "mods/evaluate.py", "if target.is_cuda:", "if True:", "test_determinism.py"),
     Mutant("a sum divided among threads", "kernels/reference.py", "_summed_to(visible(outputs[read.output]), place)", "visible(outputs[read.output]).sum_to_size(place)", "test_determinism.py"),
 ]  # fmt: skip
 FUSED = [

@@ -21,7 +21,7 @@ from cpflex.kernels.call import Call
 from cpflex.kernels.launch import NOT_SPECIALIZED
 from cpflex.kernels.scores import dot, load_rows, load_vector, modified
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_key, work_by_query
-from cpflex.mods.evaluate import evaluate, wrapped_indices
+from cpflex.mods.evaluate import add_at, evaluate
 from cpflex.mods.graph import Graph, GraphBuilder, Ref
 from cpflex.mods.vjp import CapturedGradient
 from cpflex.tile_mask import TileMask
@@ -108,7 +108,7 @@ def _add_at_place(
     found = iter(evaluate(place, call.captured, inputs))
     indices = [next(found) if isinstance(i, Ref) else torch.tensor(i, device=sums.device) for i in read.indices]
     sums = sums.sum_to_size(torch.broadcast_shapes(*(i.shape for i in indices)))
-    target.index_put_(wrapped_indices(target, indices), sums, accumulate=True)
+    add_at(target, indices, sums)
 
 
 def _launch(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cpflex.kernels.call import Call
 from cpflex.kernels.state import State
-from cpflex.mods.evaluate import evaluate, wrapped_indices
+from cpflex.mods.evaluate import add_at, evaluate
 from cpflex.mods.graph import Ref
 from cpflex.tile_mask import TileMask
 
@@ -149,7 +149,7 @@ def _through_score_mod(
         place = torch.broadcast_shapes(*(i.shape for i in indices)) if indices else ()
         part = _summed_to(visible(outputs[read.output]), place)
         if indices:
-            _add_in_order(target, wrapped_indices(target, indices), part)
+            add_at(target, indices, part)
         else:
             target += part
     return visible(outputs[0])
@@ -161,14 +161,3 @@ def _summed_to(x: Tensor, place: torch.Size | tuple[()]) -> Tensor:
         if axis > len(place) or place[-axis] == 1:
             x = x.sum(dim=-axis, keepdim=True)
     return x.view(place)
-
-
-def _add_in_order(target: Tensor, indices: tuple[Tensor, ...], part: Tensor) -> None:
-    """``target[indices] += part`` in one order, whatever the number of threads."""
-    if target.is_cuda:
-        target.index_put_(indices, part, accumulate=True)  # sorted there; on the CPU threads would add as they come
-        return
-    place = indices[0]
-    for index, size in zip(indices[1:], target.shape[1:], strict=True):
-        place = place * size + index
-    target.view(-1).index_add_(0, place.reshape(-1), part.reshape(-1))

@@ -87,3 +87,20 @@ def wrapped_indices(table: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, .
     """
     sizes = table.shape
     return tuple(torch.where(i < 0, i + n, i).clamp(0, n - 1) for i, n in zip(indices, sizes, strict=True))
+
+
+def add_at(target: Tensor, indices: Sequence[Tensor], part: Tensor) -> None:
+    """``target[indices] += part`` at `wrapped_indices`, in one order, whatever the number of threads.
+
+    Args:
+        target: contiguous.
+        part: of the shape to which the indices, one per dim of ``target``, broadcast.
+    """
+    at = wrapped_indices(target, indices)
+    if target.is_cuda:
+        target.index_put_(at, part, accumulate=True)  # sorted there; on the CPU threads would add as they come
+        return
+    place = at[0]
+    for index, size in zip(at[1:], target.shape[1:], strict=True):
+        place = place * size + index
+    target.view(-1).index_add_(0, place.reshape(-1), part.reshape(-1))
