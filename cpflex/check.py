@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cpflex.mask_kind import KindWork, MaskKind, plan_kind
+from cpflex.plan_bytes import WrongPlan
 from cpflex.ring.schedule import ScheduleFn, direct, ring
 from cpflex.sharding.layout import Layout
 
@@ -23,7 +24,7 @@ def check_layout(layout: Layout, rank: int) -> None:
     """A layout itself refuses a table that does not deal out every chunk once.
 
     Raises:
-        ValueError: numbers that no layout has.
+        WrongPlan: numbers that no layout has.
     """
     for name, value, least, most in (
         ("seq_len", layout.seq_len, 1, 2**31 - 1),
@@ -31,25 +32,25 @@ def check_layout(layout: Layout, rank: int) -> None:
         ("rank", rank, 0, layout.world_size - 1),
     ):
         if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"the plan is wrong: {name} must be from {least} to {most}; got {value!r}")
+            raise WrongPlan(f"the plan is wrong: {name} must be from {least} to {most}; got {value!r}")
 
 
 def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: ScheduleFn | None) -> None:
     """Plan one mask again and compare.
 
     Raises:
-        ValueError: something differs, or the schedule function is not known.
+        WrongPlan: something differs, or the schedule function is not known.
     """
     chosen = schedule or SCHEDULES.get(kind.schedule)
     if chosen is None:
-        raise ValueError(f"to check the plan, pass its schedule function: plan.check(schedule={kind.schedule})")
+        raise WrongPlan(f"to check the plan, pass its schedule function: plan.check(schedule={kind.schedule})")
     if kind.mask.captured[-1].tolist() != layout.seq_len:
-        raise ValueError(f"the plan is wrong: the mask of {name!r} is of another sequence length")
+        raise WrongPlan(f"the plan is wrong: the mask of {name!r} is of another sequence length")
     batch_size, num_heads = kind.sizes
     work = KindWork({name: kind.mask}, {name: 1.0}, batch_size or 1, num_heads or 1)
     again = plan_kind(name, kind.mask, layout, rank, work, chosen, batch_size, num_heads)
     if part := _difference(replace(again, reason=kind.reason), kind, f"kinds[{name!r}]"):
-        raise ValueError(f"the plan is wrong: {part} is not what make_plan would make of its mask and layout")
+        raise WrongPlan(f"the plan is wrong: {part} is not what make_plan would make of its mask and layout")
 
 
 def _difference(one: Any, other: Any, name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from cpflex.mask_kind import FORMAT, KindWork, MaskKind, plan_kind
 from cpflex.masks import MaskFn, MaskMod
 from cpflex.mods.graph import Graph, GraphBuilder, Mod, Node, Ref, table_sizes
 from cpflex.mods.trace import UnsupportedMod, trace_mask_mod
+from cpflex.plan_bytes import WrongPlan
 from cpflex.ring.bound import Bound
 from cpflex.ring.schedule import Exchange, ScheduleFn, Source, Step, Transfer, auto
 from cpflex.sharding.balance import balanced
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 BROKEN = (
     *(ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, MemoryError, NotImplementedError),
-    *(RecursionError, RuntimeError, StopIteration, TypeError, UnsupportedMod, ValueError, json.JSONDecodeError),
+    *(RecursionError, RuntimeError, StopIteration, TypeError, UnsupportedMod, ValueError),
 )
 """What planning on damaged tables may raise."""
 
@@ -100,7 +100,8 @@ def make_plan(
     }
     by_b, by_h = (any(mod.uses(name) for mod in mods.values()) for name in "bh")
     plan = Plan(table, rank, planned, links, batch_size if by_b else None, num_heads if by_h else None)
-    log.info("%r made in %.1f ms: %s", plan, 1e3 * (time.perf_counter() - began), _Summary(plan))
+    if log.isEnabledFor(logging.INFO):
+        log.info("%r made in %.1f ms: %s", plan, 1e3 * (time.perf_counter() - began), _summary(plan))
     return plan
 
 
@@ -275,29 +276,23 @@ class Plan:
         parts = (self.layout, self.rank, self.kinds, self.batch_size, self.num_heads)
         return plan_bytes.to_bytes(parts, VERSION)
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Plan:
+    @staticmethod
+    def from_bytes(data: bytes) -> Plan:
         """A plan that `to_bytes` gave, from anywhere: nothing in the bytes is run, and the plan is checked.
 
         Raises:
             ValueError: the bytes are no plan, damaged, of another version, or not what `make_plan` would make.
         """
         try:
-            plan = cls._from_bytes(data)
+            plan = _unpickled(data)
             plan.check()
             if plan.to_bytes() != data:
-                raise ValueError("the plan is damaged: it is written in another way than Plan.to_bytes writes")
+                raise WrongPlan("the plan is damaged: it is written in another way than Plan.to_bytes writes")
+        except WrongPlan:
+            raise
         except BROKEN as error:
-            if type(error) is ValueError and "the plan" in str(error):
-                raise
-            raise ValueError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+            raise WrongPlan(f"the plan is damaged: {type(error).__name__}: {error}") from error
         return plan
-
-    @classmethod
-    def _from_bytes(cls, data: bytes) -> Plan:
-        """Not checked, beyond damage on the way."""
-        layout, rank, kinds, *sizes = plan_bytes.from_bytes(data, {part.__name__: part for part in PARTS}, VERSION)
-        return cls(layout, rank, kinds, None, *sizes)
 
     def check(self, schedule: ScheduleFn | None = None) -> None:
         """Plan again, from the traced masks and the layout, and compare everything.
@@ -313,30 +308,26 @@ class Plan:
             check_kind(name, kind, self.layout, self.rank, schedule)
         sizes = [next(filter(None, found), None) for found in zip(*(k.sizes for k in self.kinds.values()), strict=True)]
         if [self.batch_size, self.num_heads] != sizes:
-            raise ValueError(f"the plan is wrong: batch_size={self.batch_size}, num_heads={self.num_heads}")
+            raise WrongPlan(f"the plan is wrong: batch_size={self.batch_size}, num_heads={self.num_heads}")
 
     def __reduce__(self):
         return _unpickled, (self.to_bytes(),)
 
 
-class _Summary:
-    """Of a plan, for the log: counted only if it is printed."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-
-    def __str__(self) -> str:
-        plans = {name: self.plan[name].stats for name in self.plan.kinds}
-        return "; ".join(
-            f"{name}: {s['schedule']}, work {s['imbalance']:.3f} x the mean at most, "
-            f"{s['recv_tokens'][self.plan.rank]} K/V rows to receive, {s['full_tiles']} FULL and "
-            f"{s['partial_tiles']} PARTIAL tiles"
-            for name, s in plans.items()
-        )
+def _summary(plan: Plan) -> str:
+    """What was decided, for the log."""
+    plans = {name: plan[name].stats for name in plan.kinds}
+    return "; ".join(
+        f"{name}: {s['schedule']}, work {s['imbalance']:.3f} x the mean at most, {s['recv_tokens'][plan.rank]} K/V "
+        f"rows to receive, {s['full_tiles']} FULL and {s['partial_tiles']} PARTIAL tiles"
+        for name, s in plans.items()
+    )
 
 
 def _unpickled(data: bytes) -> Plan:
-    return Plan._from_bytes(data)
+    """Not checked, beyond damage on the way."""
+    layout, rank, kinds, *sizes = plan_bytes.from_bytes(data, {part.__name__: part for part in PARTS}, VERSION)
+    return Plan(layout, rank, kinds, None, *sizes)
 
 
 def _check_options(batch_size: object, num_heads: object, layout: object, schedule: object) -> None:

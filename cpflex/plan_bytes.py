@@ -23,6 +23,10 @@ DIGEST_SIZE = hashlib.sha256().digest_size
 START = len(MAGIC) + DIGEST_SIZE
 
 
+class WrongPlan(ValueError):
+    """Bytes that are no plan, or a plan that `make_plan` would not make."""
+
+
 def to_bytes(value: Any, version: str) -> bytes:
     """``value``: dataclasses, named tuples, tuples, dicts with string keys, tensors, arrays, numbers, strings."""
     arrays: list[bytes] = []
@@ -36,17 +40,17 @@ def from_bytes(data: bytes, types: Mapping[str, type], version: str) -> Any:
     """The value again; its dataclasses and named tuples are among ``types``, by name.
 
     Raises:
-        ValueError: the bytes are not a plan, are damaged, or were written by another version.
+        WrongPlan: the bytes are not a plan, are damaged, or were written by another version.
     """
     if data[: len(MAGIC)] != MAGIC:
-        raise ValueError(f"these {len(data)} bytes are not a plan; pass what Plan.to_bytes gave")
+        raise WrongPlan(f"these {len(data)} bytes are not a plan; pass what Plan.to_bytes gave")
     rest = memoryview(data)[START:]
     if hashlib.sha256(rest).digest() != data[len(MAGIC) : START]:
-        raise ValueError("the plan is damaged: its bytes are not those that Plan.to_bytes gave")
+        raise WrongPlan("the plan is damaged: its bytes are not those that Plan.to_bytes gave")
     size = int.from_bytes(rest[:8], "little")
     header = json.loads(bytes(rest[8 : 8 + size]))
     if header["version"] != version:
-        raise ValueError(f"the plan was made by {header['version']}; this is {version}, make it again")
+        raise WrongPlan(f"the plan was made by {header['version']}; this is {version}, make it again")
     ends = np.cumsum([8 + size, *header["sizes"]]).tolist()
     arrays = [rest[begin:end] for begin, end in itertools.pairwise(ends)]
     return _decoded(header["value"], arrays, types)

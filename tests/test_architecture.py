@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "needs": {"mods", "ring", "sharding", "tile_mask"},
     "mask_kind": {"mods", "needs", "ring", "sharding", "tile_mask", "version"},
     "plan_bytes": set(),
-    "check": {"mask_kind", "ring", "sharding"},
+    "check": {"mask_kind", "plan_bytes", "ring", "sharding"},
     "plan": {
         *(
             "check",
