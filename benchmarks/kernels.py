@@ -153,8 +153,8 @@ def cpflex_call(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
 
 
 def cpflex_kernel(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
-    from cpflex.handles import resolve
     from cpflex.kernels import Call, attend_and_finish, attend_backward
+    from cpflex.ring.handles import resolve
 
     mask, (step,), _ = resolve(cpflex.make_plan(mask_mod_of(row), row.seq_len).handle).on(grad_out.device)
     score_mod = score_mod_of(row)

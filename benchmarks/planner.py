@@ -27,8 +27,9 @@ import torch
 
 import cpflex
 from cpflex.mods.trace import trace_mask_mod
-from cpflex.needs import classifier
-from cpflex.tile_mask import Tiles, classify_squares
+from cpflex.planning.needs import classifier
+from cpflex.planning.squares import classify_squares
+from cpflex.tile_mask import Tiles
 from documents import draw_documents
 
 SCALING = ("causal", "documents", "doc+window", "block diffusion")

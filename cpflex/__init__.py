@@ -3,7 +3,8 @@
 from cpflex.attention import flex_attention, score_mod
 from cpflex.masks import MaskMod, causal, document, full, prefix_lm, sliding_window
 from cpflex.mods.trace import UnsupportedMod
-from cpflex.plan import Plan, make_plan
+from cpflex.planning.make import make_plan
+from cpflex.planning.plan import Plan
 from cpflex.ring.agreement import RankMismatch
 from cpflex.ring.schedule import auto, direct, ring
 from cpflex.sharding.balance import balanced

@@ -110,7 +110,7 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from cpflex.doctor import examine
+    from cpflex.seeing.doctor import examine
 
     if not examine():
         raise SystemExit(1)

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from cpflex.mods.graph import Mod, table_sizes
 from cpflex.mods.trace import trace_score_mod
-from cpflex.plan import Plan
+from cpflex.planning.plan import Plan
 from cpflex.ring.operator import attention, intern_score_mod
 
 ScoreFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

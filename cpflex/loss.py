@@ -17,16 +17,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from cpflex.links import Links, ProcessLinks, links_of
+from cpflex.links.processes import Group, ProcessLinks, links_of
 
 # B batch, S tokens of the whole sequence, V vocabulary; "..." are the local tokens, [S_local] or [B, S_local]
 
 IGNORE_INDEX = -100
 """The label of a token that predicts nothing: the default ``ignore_index`` of torch and of Hugging Face."""
-
-Group = dist.ProcessGroup | DeviceMesh | Links
 
 
 def shift_labels(

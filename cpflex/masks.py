@@ -156,8 +156,13 @@ def prefix_lm(prefix_len: int) -> MaskMod:
     return MaskMod(lambda b, h, q, k: (k <= q) | (k < length.to(q.device)), f"prefix_lm({prefix_len})")
 
 
+def is_count(value: object, least: int) -> bool:
+    """An integer of at least ``least``; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _count(value: int, name: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_count(value, least):
         raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
     if value >= 2**62:
         raise ValueError(f"{name} must be below 2**62; got {value}")

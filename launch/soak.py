@@ -29,8 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import cpflex
 import ranks
-from cpflex import handles
-from cpflex.ring import operator
+from cpflex.ring import handles, operator
 
 RANKS = 4
 EVERY = 25

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import cpflex
-from cpflex.handles import resolve
 from cpflex.kernels import Call, tuning
 from cpflex.kernels.tuning import KernelConfig
+from cpflex.ring.handles import resolve
 from cpflex.tile_mask import TileMask
 
 SEQ_LEN, TOKENS, HIDDEN = 16384, 32768, 2048

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import cpflex
-from cpflex.handles import resolve
+from cpflex.ring.handles import resolve
 
 SEQ_LEN = 512
 MOMENTS = {

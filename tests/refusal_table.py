@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent / "mods"))
+sys.path.extend(str(Path(__file__).parent / folder) for folder in ("mods", "planning"))
 
+import test_plan
 import test_trace
 
 import test_masks
-import test_plan
 import test_refusals
 from cpflex.mods.trace import trace_mask_mod
 

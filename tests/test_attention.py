@@ -17,8 +17,8 @@ from torch.nn.attention.flex_attention import AuxRequest
 
 import cpflex
 from cases import Problem
-from cpflex import handles
-from cpflex.handles import resolve
+from cpflex.ring import handles
+from cpflex.ring.handles import resolve
 from cpflex.testing import ThreadLinks, run_ranks
 from processes import RankProcesses
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import cpflex
-from cpflex import doctor
 from cpflex.__main__ import _masks, main
 from cpflex.masks import MaskFn
+from cpflex.seeing import doctor
 
 WINDOW = cpflex.causal() & cpflex.sliding_window(4096)
 MILLION = ["--mask", "causal,window:4096,doc:lengths.txt", "--seq-len", "1m", "--ranks", "64", "--rank", "9"]

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
 import cpflex
-from cpflex.handles import resolve
+from cpflex.ring.handles import resolve
 from processes import Outcome, RankProcesses
 
 SEQ_LEN = 64

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from cpflex.integrations.accelerate import attach
 from cpflex.integrations.transformers import ModelPlan, plan_for, shard_batch
-from cpflex.loss import IGNORE_INDEX, shift_labels
+from cpflex.integrations.transformers.batch import shifted
 
 SEAMS = ("create_accelerator_and_postprocess", "_prepare_context_parallel_inputs", "_get_num_items_in_batch")
 """Methods of the Trainer that are extended here: of transformers 5.23, where they are tested."""
@@ -71,16 +71,10 @@ class Trainer(transformers.Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         for batch in batch_samples:  # counted as they will be used: not across documents
             if "shift_labels" not in batch and batch.get("labels") is not None:
-                batch["shift_labels"] = _shifted(batch)
+                batch["shift_labels"] = shifted(batch["labels"], batch.get("position_ids"), batch.get("attention_mask"))
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any):
         if not prediction_loss_only:
             raise NotImplementedError("logits are of one rank's tokens; pass prediction_loss_only=True to evaluate")
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-
-
-def _shifted(batch: dict[str, Any]) -> Tensor:  # [B, S]
-    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    shifted = shift_labels(batch["labels"], doc_ids=None if positions is None else (positions == 0).cumsum(dim=-1))
-    return shifted if mask is None else shifted.masked_fill(mask == 0, IGNORE_INDEX)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from cpflex.links import Links
-from cpflex.whereabouts import Astray
+from cpflex.links.protocol import Links
+from cpflex.links.whereabouts import Astray
 
 IN_WORDS, REFUSED = 0, -1
 """Instead of a call's number: it was never compared; it will not be made."""

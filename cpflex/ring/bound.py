@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpflex.links import Links
+from cpflex.links.protocol import Links
 from cpflex.mods.graph import Mod
 from cpflex.ring.agreement import agree, number_of, refuse
 from cpflex.ring.schedule import Step

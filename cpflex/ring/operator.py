@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpflex.handles import resolve
 from cpflex.kernels import Call
 from cpflex.mods.graph import Mod
 from cpflex.ring.backward import backward
 from cpflex.ring.bound import Bound
 from cpflex.ring.forward import forward
+from cpflex.ring.handles import resolve
 from cpflex.ring.schedule import Step
 from cpflex.ring.transport import Pair, Transport
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from cpflex.links import Links, Message, Work
+from cpflex.links.protocol import Links, Message, Work
 from cpflex.ring.schedule import Rows, Step, Transfer
 
 # B batch, H heads of keys and values, R rows, D head dim of keys, Dv of values

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpflex.links import Links, Message
+from cpflex.links.protocol import Links, Message
 from cpflex.sharding.layout import Layout
 
 

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import cpflex
-from cpflex.links import ProcessLinks
+from cpflex.links.processes import ProcessLinks
 from cpflex.loss import IGNORE_INDEX, cross_entropy, num_labels, shift_labels
 from processes import RankProcesses
 

@@ -23,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import cpflex
-from cpflex.handles import resolve
 from cpflex.kernels import Call, backward, empty, forward, tuning
 from cpflex.mods.trace import trace_score_mod
+from cpflex.ring.handles import resolve
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORE_OP = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}

@@ -21,11 +21,11 @@ from torch import Tensor
 
 import cpflex
 from cases import DIMS, DTYPES, Problem
-from cpflex.handles import resolve
 from cpflex.kernels import Call, State, attend, attend_and_finish, attend_backward, empty, finish, tuning
 from cpflex.kernels.launch import described
 from cpflex.mods.graph import Mod
 from cpflex.mods.trace import trace_score_mod
+from cpflex.ring.handles import resolve
 from cpflex.testing import run_ranks
 from cpflex.tile_mask import TileMask
 from oracle import Attention, assert_within_budget

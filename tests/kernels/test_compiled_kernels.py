@@ -11,8 +11,8 @@ import triton
 from ahead_of_time import CAPABILITIES, HEAD_DIMS, MODS, launches_compile
 
 import cpflex
-from cpflex.handles import resolve
 from cpflex.kernels import Call, backward, empty, forward
+from cpflex.ring.handles import resolve
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7),

@@ -11,7 +11,7 @@ import torch
 
 import cpflex
 from cases import Problem
-from cpflex.links import Message
+from cpflex.links.protocol import Message
 from cpflex.ring.schedule import Transfer
 from cpflex.ring.transport import Pair, Transport
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import cpflex
 from cases import Problem
 from cpflex.kernels import Call
-from cpflex.links import ProcessLinks
+from cpflex.links.processes import ProcessLinks
 from cpflex.ring.backward import backward
 from cpflex.ring.forward import forward
 from cpflex.ring.transport import Pair, Transport

@@ -50,24 +50,32 @@ def shard_batch(batch: Mapping[str, Any], plan: ModelPlan) -> dict[str, Any]:
     }
     labels = batch.get("shift_labels")
     if labels is None and batch.get("labels") is not None:
-        labels = _shifted(batch["labels"], plan)
+        labels = shifted(batch["labels"], plan.position_ids, plan.padding_mask)
     if labels is not None:
         count = batch.get("num_items_in_batch")
-        shifted = plan.plan.shard(labels, dim=1, pad_value=IGNORE_INDEX)
+        local_labels = plan.plan.shard(labels, dim=1, pad_value=IGNORE_INDEX)
         local |= {
-            "labels": shifted,
-            "shift_labels": shifted,
+            "labels": local_labels,
+            "shift_labels": local_labels,
             "num_items_in_batch": (labels != IGNORE_INDEX).sum().clamp(min=1) if count is None else count,
         }
     return local
 
 
-def _shifted(labels: Tensor, plan: ModelPlan) -> Tensor:  # [B, S]
-    """Nothing is predicted across documents, by padding or of padding."""
-    if plan.padding_mask is not None:
-        padding = ~plan.padding_mask.to(labels.device)
-        return shift_labels(labels.masked_fill(padding, IGNORE_INDEX)).masked_fill(padding, IGNORE_INDEX)
-    return shift_labels(labels, doc_ids=documents_of(plan.position_ids).to(labels.device).expand(labels.shape))
+def shifted(
+    labels: Tensor,  # [B, S]
+    position_ids: Tensor | None,  # [1 or B, S]
+    padding_mask: Tensor | None,  # [B, S], 0 at padding
+) -> Tensor:  # [B, S]
+    """Labels of a whole batch, one to the left. Nothing is predicted across documents, by padding or of padding."""
+    documents = None
+    if position_ids is not None:
+        documents = documents_of(position_ids).to(labels.device).expand(labels.shape)
+    if padding_mask is None:
+        return shift_labels(labels, doc_ids=documents)
+    padding = padding_mask.to(labels.device) == 0
+    labels = labels.masked_fill(padding, IGNORE_INDEX)
+    return shift_labels(labels, doc_ids=documents).masked_fill(padding, IGNORE_INDEX)
 
 
 def _checked_positions(position_ids: Tensor | None, plan: ModelPlan) -> Tensor:

@@ -13,8 +13,8 @@ from transformers import PretrainedConfig
 from cpflex import Plan, make_plan
 from cpflex.integrations.transformers.attention import PlanMask
 from cpflex.integrations.transformers.masks import MAKERS, compose, layer_types, positions_and_padding
+from cpflex.links.processes import Group
 from cpflex.masks import MaskFn
-from cpflex.plan import Group
 
 # B batch, S tokens of the whole sequence
 

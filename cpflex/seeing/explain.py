@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from cpflex.doubts import doubts
 from cpflex.mods.intervals import EMPTY, FULL, PARTIAL
-from cpflex.needs import blocks_of, classifier
+from cpflex.planning.needs import blocks_of, classifier
+from cpflex.seeing.doubts import doubts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from cpflex.plan import MaskKind, Plan
+    from cpflex.planning.mask_kind import MaskKind
+    from cpflex.planning.plan import Plan
 
 MANY_RANKS = 16
 """More ranks than this are summarised."""

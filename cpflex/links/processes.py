@@ -1,9 +1,9 @@
-"""Links: what one rank can do with its peers. `torch.distributed` in production, threads when debugging."""
+"""Ranks as processes, over `torch.distributed`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,50 +13,15 @@ import torch.distributed.nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from cpflex.whereabouts import Watch
+from cpflex.links.protocol import Links, Message, Work
+from cpflex.links.whereabouts import Watch
 
-Message = tuple[int, Tensor]
-"""(peer, by rank within the group; contiguous 1-D tensor to send, or to receive into)."""
-
-
-class Work(Protocol):
-    """A transfer under way."""
-
-    def wait(self) -> None:
-        """Return when the received tensors may be read and the sent ones written, in the order of the current
-        stream.
-        """
-        ...
-
-
-@runtime_checkable
-class Links(Protocol):
-    """A group of ranks as one of them sees it."""
-
-    rank: int
-    world_size: int
-
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
-        """Start all transfers at once. Ranks call it in one global order; messages of a pair arrive in the order
-        sent.
-        """
-        ...
-
-    def all_gather_number(self, value: int, plan: str) -> Tensor:
-        """Every rank's number, by rank, int64 [world_size]; in a group of NCCL alone the host does not wait for it.
-
-        Args:
-            plan: what is to be computed, told to ranks that wait in vain.
-        """
-        ...
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
-        ...
+Group = dist.ProcessGroup | DeviceMesh | Links
+"""What `make_plan` takes for the ranks that share a sequence."""
 
 
 class ProcessLinks:
-    """Ranks as processes, over a `torch.distributed` group: NCCL for CUDA tensors, gloo for CPU tensors."""
+    """A process group as one of its ranks sees it: NCCL for CUDA tensors, gloo for CPU tensors."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -111,7 +76,7 @@ class _ProcessWork:
         self.buffers = ()
 
 
-def links_of(group: dist.ProcessGroup | DeviceMesh | Links) -> Links:
+def links_of(group: Group) -> Links:
     """The links of a process group, a 1-D device mesh, or an object that is links already.
 
     Raises:

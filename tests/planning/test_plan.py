@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import cpflex
 from cases import LAYOUTS, MASKS, SCHEDULES, Problem
-from cpflex import handles
+from cpflex.ring import handles
 from cpflex.testing import ThreadLinks, run_ranks
 from processes import RankProcesses
 from runs import assemble, attend_on_rank

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpflex.mask_kind import KindWork, MaskKind, plan_kind
-from cpflex.plan_bytes import WrongPlan
+from cpflex.planning.mask_kind import KindWork, MaskKind, plan_kind
+from cpflex.planning.plan_bytes import WrongPlan
 from cpflex.ring.schedule import ScheduleFn, direct, ring
 from cpflex.sharding.layout import Layout
 

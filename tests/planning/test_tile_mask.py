@@ -12,8 +12,9 @@ import torch
 import cpflex
 from cases import FACTORS, MASKS, Problem, pairwise
 from cpflex.mods.trace import trace_mask_mod
-from cpflex.needs import classifier
-from cpflex.tile_mask import TILE, Runs, TileMask, Tiles, classify_squares
+from cpflex.planning.needs import classifier
+from cpflex.planning.squares import classify_squares
+from cpflex.tile_mask import TILE, Runs, TileMask, Tiles
 
 SAMPLE = [
     Problem(**row, heads="gqa")
@@ -199,6 +200,6 @@ def test_the_planner_looks_along_the_boundary_and_not_at_the_area(mask: str):
 
 
 def test_tables_that_would_not_fit_in_memory_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("cpflex.tile_mask.MAX_RUNS", 100)
+    monkeypatch.setattr("cpflex.planning.tables.MAX_RUNS", 100)
     with pytest.raises(NotImplementedError, match=r"made of [\d,]+ runs of tiles; 100 are supported"):
         cpflex.make_plan(cpflex.causal(), 1 << 16, rank=0, world_size=8)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from cpflex.mods.graph import Mod
-from cpflex.needs import Needs, blocks_of, chunk_needs, classifier
+from cpflex.planning.needs import Needs, blocks_of, chunk_needs, classifier
+from cpflex.planning.tables import make_tile_masks
 from cpflex.ring.schedule import Exchange, ScheduleFn, Step
 from cpflex.sharding.balance import work_per_rank
 from cpflex.sharding.layout import ChunkNeeds, Layout
-from cpflex.tile_mask import make_tile_masks
 from cpflex.version import __version__
 
 FORMAT = 1

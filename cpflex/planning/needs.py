@@ -13,9 +13,10 @@ import numpy as np
 
 from cpflex.mods.graph import Mod
 from cpflex.mods.intervals import TileClassifier
+from cpflex.planning.squares import Classify, Squares, classify_squares
 from cpflex.ring.schedule import Rows
 from cpflex.sharding.layout import ChunkNeeds, Layout
-from cpflex.tile_mask import TILE, Classify, Squares, Tiles, classify_squares
+from cpflex.tile_mask import TILE, Tiles
 
 MAX_BLOCKS = 4096
 """Blocks of the whole sequence in which a layout and the overall traffic are judged."""

@@ -7,15 +7,21 @@ import json
 import pickle
 import pickletools
 import random
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 import cpflex
 from cases import FACTORS, Problem, pairwise
-from cpflex import plan_bytes
+from cpflex.planning import plan_bytes
+from cpflex.planning.plan import VERSION
+
+STORED = Path(__file__).parent / "stored"
+"""Of `test_a_plan_written_before_is_the_same_or_refused_by_its_version`, one of each format that was released."""
 
 SAMPLE = [
     Problem(**row, seq_len=300, heads="gqa")
@@ -65,7 +71,7 @@ def test_tables_of_any_kind_come_back(table: torch.Tensor):
 def test_a_pickle_holds_nothing_but_the_bytes():
     operations = pickletools.genops(pickle.dumps(small_plan(), protocol=2))
     names = {argument for operation, argument, _ in operations if operation.name == "GLOBAL"}
-    assert names <= {"cpflex.plan _unpickled", "_codecs encode"}
+    assert names <= {"cpflex.planning.plan _unpickled", "_codecs encode"}
 
 
 def test_bytes_that_are_no_plan_are_refused():
@@ -75,16 +81,34 @@ def test_bytes_that_are_no_plan_are_refused():
 
 
 def test_a_plan_of_another_version_is_refused():
-    with mock.patch("cpflex.plan.VERSION", "cpflex 9.0, plan format 3"):
+    with mock.patch("cpflex.planning.plan.VERSION", "cpflex 9.0, plan format 3"):
         data = small_plan().to_bytes()
     with pytest.raises(ValueError, match=r"made by cpflex 9\.0, plan format 3; this is cpflex .* make it again"):
         cpflex.Plan.from_bytes(data)
     stored = pickle.dumps(small_plan())
     with (
-        mock.patch("cpflex.plan.VERSION", "cpflex 9.0, plan format 3"),
+        mock.patch("cpflex.planning.plan.VERSION", "cpflex 9.0, plan format 3"),
         pytest.raises(ValueError, match="make it again"),
     ):
         pickle.loads(stored)
+
+
+@pytest.mark.parametrize("stored", sorted(STORED.iterdir()), ids=lambda path: path.stem)
+def test_a_plan_written_before_is_the_same_or_refused_by_its_version(stored: Path):
+    def odd(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) | table[k % 64]
+
+    table = torch.arange(64) % 3 > 0
+    masks = {"full": cpflex.causal() & cpflex.document(cu_seqlens=[0, 100, 300]), "odd": odd}
+    data = stored.read_bytes()
+    if f'"{VERSION}"'.encode() not in data:
+        with pytest.raises(ValueError, match=r"was made by cpflex .* make it again"):
+            cpflex.Plan.from_bytes(data)
+        return
+    plan = cpflex.make_plan(masks, 300, rank=1, world_size=2)
+    again = cpflex.Plan.from_bytes(data)
+    assert again.stats == plan.stats
+    assert again.layout == plan.layout
 
 
 def test_any_byte_that_changed_is_noticed():

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import cpflex
-from cpflex.doubts import doubts
-from cpflex.explain import FEW_COLORS, WIDTH
 from cpflex.masks import MaskFn
+from cpflex.seeing.doubts import doubts
+from cpflex.seeing.explain import FEW_COLORS, WIDTH
 from cpflex.tile_mask import TILE
 
 CU = [0, 100, 101, 700, 1500, 1501, 1900, 2000]

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cpflex.attention import flex_attention
 from cpflex.masks import causal, document, sliding_window
-from cpflex.plan import make_plan
+from cpflex.planning.make import make_plan
 
 PACKAGES = ("cpflex", "torch", "triton", "numpy", "einops", "transformers", "accelerate", "matplotlib")
 RESULTS = ("out", "dq", "dk", "dv")

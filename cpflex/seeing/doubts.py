@@ -14,7 +14,8 @@ from cpflex.mods.graph import Arg, Graph, Node, Ref
 from cpflex.tile_mask import Runs
 
 if TYPE_CHECKING:
-    from cpflex.plan import MaskKind, Plan
+    from cpflex.planning.mask_kind import MaskKind
+    from cpflex.planning.plan import Plan
 
 MUCH_PADDING = 0.10
 """Share of all tokens."""

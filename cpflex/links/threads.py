@@ -1,0 +1,140 @@
+"""Ranks as threads of one process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from cpflex.links.protocol import Message, Work
+
+Result = TypeVar("Result")
+
+
+def run_ranks(fn: Callable[[ThreadLinks], Result], world_size: int, *, timeout: float = 300.0) -> list[Result]:
+    """Call ``fn(group)`` once per rank, each in its own thread; ``group`` is what `make_plan` takes. The results, by
+    rank.
+
+    Autograd runs in the calling thread of each rank, as backward passes of different ranks wait for one another.
+
+    Raises:
+        Exception: the first that a rank raised; the others are stopped at their next exchange.
+        TimeoutError: a rank waited longer than ``timeout`` seconds for a message.
+    """
+    board = _Board(world_size, timeout)
+    results: list[Any] = [None] * world_size
+    failures: list[tuple[int, BaseException]] = []
+
+    def run(rank: int) -> None:
+        try:
+            with torch.autograd.set_multithreading_enabled(False):
+                results[rank] = fn(ThreadLinks(rank, world_size, board))
+        except BaseException as error:  # noqa: BLE001 - handed to the caller below
+            failures.append((rank, error))
+            board.stop()
+
+    threads = [
+        threading.Thread(target=run, args=(rank,), name=f"rank{rank}", daemon=True) for rank in range(world_size)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    own = [error for _, error in failures if not isinstance(error, _Stopped)]
+    if own:
+        raise own[0]
+    return results
+
+
+class _Stopped(ConnectionError):
+    """Another rank failed."""
+
+
+@dataclass
+class _Board:
+    """Where threads leave messages for one another."""
+
+    world_size: int
+    timeout: float
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    mail: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+    values: dict[int, dict[int, Any]] = field(default_factory=dict)
+    stopped: bool = False
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+
+    def until(self, ready: Callable[[], Any], what: str) -> None:
+        """Wait, holding the lock, until ``ready``."""
+        if not self.changed.wait_for(lambda: self.stopped or ready(), self.timeout):
+            raise TimeoutError(f"{what} did not arrive within {self.timeout:g} s")
+        if not ready():
+            raise _Stopped(f"{what} will not arrive: another rank failed")
+
+
+class ThreadLinks:
+    """A group of threads as one of them sees it; counts what it sends, and how often it gathers objects."""
+
+    def __init__(self, rank: int, world_size: int, board: _Board) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.board = board
+        self.bytes_sent = 0
+        self.num_exchanges = 0
+        self.num_gathered = 0
+        self._gathered = 0
+        self._received: dict[int, int] = {}
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
+        self.num_exchanges += 1
+        with self.board.changed:
+            for peer, tensor in sends:
+                assert tensor.ndim == 1, "a message is 1-D"
+                self.bytes_sent += tensor.numel() * tensor.element_size()
+                self.board.mail.setdefault((self.rank, peer), []).append(tensor.clone())
+            self.board.changed.notify_all()
+        return _Delivery(self, receives)
+
+    def all_gather_number(self, value: int, plan: str) -> torch.Tensor:
+        return torch.tensor(self._all_gather(value))
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        self.num_gathered += 1
+        return self._all_gather(value)
+
+    def _all_gather(self, value: Any) -> list[Any]:
+        self._gathered += 1
+        values = self.board.values
+        with self.board.changed:
+            round_ = values.setdefault(self._gathered, {})
+            round_[self.rank] = value
+            self.board.changed.notify_all()
+            self.board.until(lambda: len(round_) == self.world_size, "a value of every rank")
+            values.pop(self._gathered - 1, None)
+        return [round_[rank] for rank in range(self.world_size)]
+
+
+class _Delivery:
+    def __init__(self, links: ThreadLinks, receives: Sequence[Message]) -> None:
+        self.links = links
+        self.receives = list(receives)
+
+    def wait(self) -> None:
+        board = self.links.board
+        for peer, buffer in self.receives:
+            mail = board.mail.setdefault((peer, self.links.rank), [])
+            with board.changed:
+                board.until(lambda mail=mail: mail, f"a message from rank {peer}")
+                message = mail.pop(0)
+            if (message.numel(), message.dtype) != (buffer.numel(), buffer.dtype):
+                raise RuntimeError(
+                    f"rank {self.links.rank} expected {buffer.numel()} x {buffer.dtype} from rank {peer}; "
+                    f"got {message.numel()} x {message.dtype}"
+                )
+            buffer.copy_(message)
+        self.receives = []

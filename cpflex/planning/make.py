@@ -1,0 +1,164 @@
+"""make_plan: everything that is decided once per batch, before any attention is computed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpflex.links.processes import Group, links_of
+from cpflex.links.protocol import Links
+from cpflex.masks import MaskFn, MaskMod, is_count
+from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
+from cpflex.mods.trace import trace_mask_mod
+from cpflex.planning.mask_kind import KindWork, plan_kind
+from cpflex.planning.plan import Plan
+from cpflex.ring.schedule import ScheduleFn, auto
+from cpflex.sharding.balance import balanced
+from cpflex.sharding.layout import Layout, LayoutFn
+
+log = logging.getLogger(__name__)
+
+
+def make_plan(
+    mask: MaskFn | Mapping[str, MaskFn],
+    seq_len: int,
+    group: Group | None = None,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    batch_size: int | None = None,
+    num_heads: int | None = None,
+    layout: LayoutFn = balanced,
+    schedule: ScheduleFn = auto,
+) -> Plan:
+    """Decide which tokens each rank holds, what travels when, and what is computed. Pure: never communicates.
+
+    Args:
+        mask: a mask_mod on global positions, or one per layer kind of a hybrid model, ``{"full": m1, "sliding": m2}``;
+            all kinds share one layout. Captured tensors are copied.
+        seq_len: tokens of the whole sequence, below 2**31; any number of them.
+        group: the ranks that share the sequence: a process group, a 1-D device mesh such as ``mesh["cp"]``, or None for
+            one rank.
+        rank, world_size: instead of a group, to plan for any rank of any job, anywhere; `Plan.bind` adds the group.
+        weights: layers of each kind; 1 each if None.
+        batch_size, num_heads: needed when the mask depends on ``b`` or ``h``: what is computed and sent is then the
+            union over them.
+        layout: `balanced`, `zigzag`, `contiguous`, `striped`, or a function like them.
+        schedule: `auto`, `ring`, `direct`, or a function like them.
+
+    >>> plan = cpflex.make_plan(cpflex.causal() & cpflex.document(cu_seqlens=cu), seq_len=8192, group=mesh["cp"])
+
+    Raises:
+        ValueError: sizes that do not fit each other; the message says which.
+        UnsupportedMod: the mask is not a pointwise bool function.
+    """
+    began = time.perf_counter()
+    links, rank, world_size = _membership(group, rank, world_size)
+    if not is_count(seq_len, 1) or seq_len >= 2**31:
+        raise ValueError(f"seq_len must be an integer from 1 to 2**31 - 1; got {seq_len!r}")
+    masks = dict(mask) if isinstance(mask, Mapping) else {"mask": mask}
+    if not masks or not all(isinstance(kind, str) for kind in masks):
+        raise ValueError(f"mask must name at least one mask kind, by strings; got {masks or 'an empty dict'}")
+    _check_options(batch_size, num_heads, layout, schedule)
+    weights = _weights(weights, masks)
+    copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
+    mods = {kind: _traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
+    work = KindWork(mods, weights, batch_size or 1, num_heads or 1)
+    table = layout(seq_len, world_size, work)
+    if not isinstance(table, Layout) or (table.seq_len, table.world_size) != (seq_len, world_size):
+        raise ValueError(f"layout must return a Layout of seq_len={seq_len} for {world_size} ranks; got {table!r}")
+    planned = {
+        kind: plan_kind(kind, mod, table, rank, work, schedule, batch_size, num_heads) for kind, mod in mods.items()
+    }
+    by_b, by_h = (any(mod.uses(name) for mod in mods.values()) for name in "bh")
+    plan = Plan(table, rank, planned, links, batch_size if by_b else None, num_heads if by_h else None)
+    if log.isEnabledFor(logging.INFO):
+        log.info("%r made in %.1f ms: %s", plan, 1e3 * (time.perf_counter() - began), _summary(plan))
+    return plan
+
+
+def _summary(plan: Plan) -> str:
+    """What was decided, for the log."""
+    plans = {name: plan[name].stats for name in plan.kinds}
+    return "; ".join(
+        f"{name}: {s['schedule']}, work {s['imbalance']:.3f} x the mean at most, {s['recv_tokens'][plan.rank]} K/V "
+        f"rows to receive, {s['full_tiles']} FULL and {s['partial_tiles']} PARTIAL tiles"
+        for name, s in plans.items()
+    )
+
+
+def _check_options(batch_size: object, num_heads: object, layout: object, schedule: object) -> None:
+    for name, size in (("batch_size", batch_size), ("num_heads", num_heads)):
+        if size is not None and not is_count(size, least=1):
+            raise ValueError(f"{name} must be an integer of at least 1; got {size!r}")
+    for name, function, example in (("layout", layout, "zigzag"), ("schedule", schedule, "ring")):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function such as cpflex.{example}; got {function!r}")
+
+
+def _membership(group: Group | None, rank: int | None, world_size: int | None) -> tuple[Links | None, int, int]:
+    if group is not None:
+        if rank is not None or world_size is not None:
+            raise ValueError("pass either a group, or rank and world_size; the group knows both")
+        links = links_of(group)
+        return links, links.rank, links.world_size
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank and world_size go together; got rank={rank}, world_size={world_size}")
+    if rank is None or world_size is None:
+        return None, 0, 1
+    if not (is_count(rank, 0) and is_count(world_size, 1) and rank < world_size):
+        raise ValueError(f"rank must be from 0 to world_size - 1; got rank={rank!r}, world_size={world_size!r}")
+    return None, rank, world_size
+
+
+def _weights(weights: Mapping[str, float] | None, masks: Mapping[str, Any]) -> dict[str, float]:
+    if weights is None:
+        return dict.fromkeys(masks, 1.0)
+    numbers = all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights.values())
+    if set(weights) != set(masks) or not numbers:
+        raise ValueError(f"weights must give each mask kind of {sorted(masks)} a positive number; got {dict(weights)}")
+    return dict(weights)
+
+
+def _traced(
+    mask: MaskFn, seq_len: int, batch_size: int | None, num_heads: int | None, copies: dict[int, tuple[Tensor, Tensor]]
+) -> Mod:
+    """The mask as a graph that is also false at pads, its captured tensors copied to the CPU."""
+    if not callable(mask):
+        raise TypeError(f"mask must be a mask_mod (b, h, q_idx, kv_idx) -> bool Tensor; got {type(mask).__name__}")
+    if isinstance(mask, MaskMod) and mask.lengths - {seq_len}:
+        raise ValueError(f"{mask!r} was made for {sorted(mask.lengths)} tokens; seq_len={seq_len}")
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            # with the original: were it gone, another tensor might get its id
+            copies[id(tensor)] = tensor, tensor.detach().to("cpu", copy=True)
+        return copies[id(tensor)][1]
+
+    mod = trace_mask_mod(mask).map_captured(copied)
+    limits = {"q_idx": ("seq_len", seq_len), "kv_idx": ("seq_len", seq_len)}
+    limits |= {"b": ("batch_size", batch_size), "h": ("num_heads", num_heads)}
+    for name, (argument, size) in limits.items():
+        if size is None:
+            if mod.uses(name):
+                raise ValueError(f"mask {mod.name!r} depends on {name}; pass {argument}= to make_plan")
+            continue
+        for table_len in table_sizes(mod, [name]):
+            if table_len < size:
+                raise ValueError(
+                    f"mask {mod.name!r} indexes a captured tensor of {table_len} elements with {name}; "
+                    f"{argument}={size}"
+                )
+    builder = GraphBuilder(mod.graph.nodes)
+    length = builder.add("captured", len(mod.captured), dtype=torch.int64)
+    seen = mod.graph.outputs[0]
+    for name in ("q_idx", "kv_idx"):
+        position = builder.add("input", name, dtype=torch.int64)
+        seen = builder.add("and", seen, builder.add("lt", position, length, dtype=torch.bool), dtype=torch.bool)
+    return Mod(builder.graph(seen), (*mod.captured, torch.tensor(seq_len)), mod.name)

@@ -1,0 +1,91 @@
+"""Squares: the tiles of a mask that are not EMPTY, found coarse to fine. The cost follows the boundary of the mask, not
+its area.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpflex.mods.intervals import FULL, PARTIAL
+from cpflex.tile_mask import Tiles
+
+Classify = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""(q_lo, q_hi, kv_lo, kv_hi), positions, inclusive -> verdicts EMPTY / PARTIAL / FULL."""
+
+
+@dataclass(frozen=True)
+class Squares:
+    """The tiles that are not EMPTY: FULL ones as squares of tiles, (first row, first column, side); PARTIAL ones
+    singly.
+    """
+
+    full: tuple[np.ndarray, np.ndarray, np.ndarray]
+    partial: tuple[np.ndarray, np.ndarray]
+
+    def rows(self, tiles: Tiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row, first column, end column) of each row of each square, PARTIAL and FULL; squares overhang the last
+        tile.
+        """
+        (rows, cols, sides), (partial_rows, partial_cols) = self.full, self.partial
+        sides = np.append(sides, np.ones_like(partial_rows))
+        return _lines(np.append(rows, partial_rows), np.append(cols, partial_cols), sides, tiles)
+
+
+def classify_squares(
+    classify: Classify, tiles: Tiles, rows: np.ndarray | None = None, cols: np.ndarray | None = None
+) -> Squares:
+    """Coarse to fine: a square that is all EMPTY or all FULL is settled, any other is cut in four.
+
+    Args:
+        rows, cols: bool [num_tiles]; squares without a wanted row and a wanted column are left out.
+    """
+    side = 1 << (tiles.num_tiles - 1).bit_length()
+    lo, hi = _pyramid(tiles.lo, np.minimum, side), _pyramid(tiles.hi, np.maximum, side)
+    wanted = [_pyramid(x, np.logical_or, side) if x is not None else None for x in (rows, cols)]
+    row = col = np.zeros(1, dtype=np.int64)
+    full: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    while True:
+        verdict = classify(lo[side][row], hi[side][row], lo[side][col], hi[side][col])
+        is_full = verdict == FULL
+        full.append((row[is_full] * side, col[is_full] * side, np.full(is_full.sum(), side)))
+        row, col = row[verdict == PARTIAL], col[verdict == PARTIAL]
+        if side == 1:
+            return Squares(tuple(np.concatenate(parts) for parts in zip(*full, strict=True)), (row, col))  # type: ignore[arg-type]
+        side //= 2
+        row = (row[:, None] * 2 + np.array([0, 0, 1, 1])).reshape(-1)
+        col = (col[:, None] * 2 + np.array([0, 1, 0, 1])).reshape(-1)
+        keep = (row < len(lo[side])) & (col < len(lo[side]))
+        row, col = row[keep], col[keep]
+        for index, levels in ((0, wanted[0]), (1, wanted[1])):
+            if levels is not None:
+                keep = levels[side][(row, col)[index]]
+                row, col = row[keep], col[keep]
+
+
+def _pyramid(values: np.ndarray, reduce: np.ufunc, side: int) -> dict[int, np.ndarray]:
+    """The values of groups of 1, 2, 4 ... side tiles, reduced."""
+    levels = {1: values}
+    for level in range(1, side.bit_length()):
+        values = reduce.reduceat(values, np.arange(0, len(values), 2))
+        levels[1 << level] = values
+    return levels
+
+
+def _lines(
+    rows: np.ndarray, cols: np.ndarray, sides: np.ndarray, tiles: Tiles
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, first column, end column) of each row of each square, cut off at the last tile."""
+    square, nth = repeat(sides)
+    row = rows[square] + nth
+    exists = row < tiles.num_tiles
+    row, square = row[exists], square[exists]
+    return row, cols[square], np.minimum(cols[square] + sides[square], tiles.num_tiles)
+
+
+def repeat(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each index as often as its count says, and a number counting its repetitions."""
+    index = np.repeat(np.arange(len(counts)), counts)
+    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
