@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
+from cpflex.kernels.call import BACKENDS
 from cpflex.mods.graph import Mod, table_sizes
 from cpflex.mods.trace import trace_score_mod
 from cpflex.planning.plan import Plan
@@ -72,13 +73,16 @@ def flex_attention(
         scale: of the scores; 1 / sqrt(D) if None.
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: also return lse; ``return_aux=AuxRequest(lse=True)`` is torch's newer spelling.
-        kernel_options: {"backend": "triton"}, fused kernels, or {"backend": "reference"}, plain torch on any device.
-            None: triton for CUDA tensors (sm_80 or later, head dims up to 256), reference for others.
+        kernel_options: {"backend": "triton"}, fused kernels, or {"backend": "reference"}, plain torch on any device;
+            torch's spelling, {"BACKEND": "TRITON"}, is the same. None, or {"BACKEND": "AUTO"}: triton for CUDA tensors
+            (sm_80 or later, head dims up to 256), reference for others.
+        return_aux: ``AuxRequest(lse=True, max_scores=True)``: also return either, or both.
 
     Returns:
         out [B, Hq, S_local, Dv] in the dtype of query; with ``return_lse`` (out, lse), with ``return_aux`` (out,
-        AuxOutput); lse [B, Hq, S_local] is fp32, natural log, differentiable. A query that sees no key gives 0 and
-        -inf.
+        AuxOutput); lse [B, Hq, S_local] is fp32, natural log, differentiable; max_scores [B, Hq, S_local], fp32, is the
+        largest score of a query over all ranks' keys, after the score_mod, without gradient. A query that sees no key
+        gives 0, -inf and -inf.
 
     Raises:
         ValueError, NotImplementedError, TypeError: arguments that cannot be honoured, before anything is exchanged, on
@@ -89,7 +93,7 @@ def flex_attention(
     try:
         _check_tensors(query, key, value, plan, enable_gqa)
         backend = _backend(kernel_options)
-        _check_aux(return_aux)
+        _check_aux(return_lse, return_aux)
         mod = _traced(score_mod)
         if mod is not None:
             _check_captured(mod, query, plan)
@@ -103,9 +107,12 @@ def flex_attention(
     captured = [] if mod is None else mod.captured
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *captured))
     score_key = "" if mod is None else mod.key
-    out, lse = attention(query, key, value, captured, plan.handle, score_key, scale, backend, needs_grad)
+    wants_max = return_aux is not None and return_aux.max_scores
+    out, lse, max_scores = attention(
+        query, key, value, captured, plan.handle, score_key, scale, backend, needs_grad, wants_max
+    )
     if return_aux is not None:
-        return out, AuxOutput(lse=lse if return_aux.lse else None)
+        return out, AuxOutput(lse if return_aux.lse else None, max_scores if wants_max else None)
     return (out, lse) if return_lse else out
 
 
@@ -178,11 +185,11 @@ def _check_heads(query_heads: int, key_heads: int, value_heads: int, enable_gqa:
         raise ValueError(f"the heads of query must be a multiple of those of key; got {query_heads} and {key_heads}")
 
 
-def _check_aux(return_aux: object) -> None:
+def _check_aux(return_lse: bool, return_aux: object) -> None:
     if return_aux is not None and not isinstance(return_aux, AuxRequest):
         raise TypeError(f"return_aux must be an AuxRequest or None; got {type(return_aux).__name__}")
-    if return_aux is not None and return_aux.max_scores:
-        raise NotImplementedError("return_aux: max_scores is not supported; lse is")
+    if return_lse and return_aux is not None:
+        raise ValueError("pass return_lse or return_aux, not both; return_aux=AuxRequest(lse=True) is the newer")
 
 
 def _backend(kernel_options: dict[str, Any] | None) -> str:
@@ -190,12 +197,17 @@ def _backend(kernel_options: dict[str, Any] | None) -> str:
     if kernel_options is not None and not isinstance(kernel_options, dict):
         raise TypeError(f"kernel_options must be a dict or None; got {type(kernel_options).__name__}")
     options = dict(kernel_options or {})
-    backend = options.pop("backend", "")
+    asked = [options.pop(name) for name in ("backend", "BACKEND") if name in options]
     if options:
-        raise NotImplementedError(f"kernel options {sorted(options)} are not supported; supported: 'backend'")
-    if backend not in ("", "triton", "reference"):
-        raise ValueError(f"backend must be 'triton' or 'reference'; got {backend!r}")
-    return backend
+        raise NotImplementedError(f"kernel options {sorted(options, key=repr)} are not supported; supported: 'backend'")
+    if len(asked) > 1:
+        raise ValueError(f"kernel_options must name one backend; got 'backend' and 'BACKEND', {asked}")
+    if not asked:
+        return ""
+    backend = asked[0].lower() if isinstance(asked[0], str) else asked[0]
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be 'triton', 'reference' or 'auto'; got {asked[0]!r}")
+    return "" if backend == "auto" else backend
 
 
 def _traced(score_mod: ScoreMod | ScoreFn | None) -> ScoreMod | None:

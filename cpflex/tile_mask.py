@@ -1,8 +1,7 @@
 """TileMask: what one (local queries, visiting keys) pair has to compute, as runs of tiles.
 
 A tile is at most `TILE` consecutive tokens of one chunk, on either axis. Tiles where the mask is false everywhere are
-not listed; FULL ones skip the mask; PARTIAL ones evaluate it at the tokens' positions. Classification goes from coarse
-squares to tiles: its cost follows the boundary of the mask, not its area.
+not listed; FULL ones skip the mask; PARTIAL ones evaluate it at the tokens' positions.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -119,6 +118,15 @@ class TileMask:
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class Idle(NamedTuple):
+    """A rank's tokens that take no part, bool [1 or B, 1 or Hq, S_local]; [0] where there are none."""
+
+    keys: Tensor
+    """No query of any rank sees them."""
+    queries: Tensor
+    """They see no key of any rank."""
 
 
 def _positions(first: Tensor, starts: Tensor) -> Tensor:

@@ -102,8 +102,10 @@ RING = [
     Mutant("delta without the gradient of lse", "ring/backward.py", "- grad_lse  #", "#", RANKS),
     Mutant("delta from the gradient alone", "ring/backward.py", "(out.float() * grad_out.float())", "grad_out.float()", RANKS),
     Mutant("state begun anew at each step", "ring/forward.py", "empty(q, v_dim) if state is None else state", "empty(q, v_dim)", RANKS),
-    Mutant("what pads hold is used", "ring/operator.py", "q, k, v = (_without(x, pads) for x in (q, k, v))", "q, k, v = (x for x in (q, k, v))", "test_probes.py"),
-    Mutant("gradients of lse at pads are used", "ring/operator.py", "grad_lse = _without(grad_lse.unsqueeze(-1), pads).squeeze(-1)", "pass", "test_probes.py"),
+    Mutant("what idle tokens hold is used", "ring/operator.py", "return x.masked_fill(idle.unsqueeze(-1), 0.0)", "return x", "test_probes.py"),
+    Mutant("a key cleared that some head of its group sees", "ring/operator.py", ".all(dim=2)", ".any(dim=2)", "planning/test_idle.py"),
+    Mutant("one half of the sequence not searched for a query that sees a key", "planning/idle.py", "np.append(lo, middle + 1), np.append(middle, hi)", "np.append(lo, lo), np.append(middle, middle)", "planning/test_idle.py"),
+    Mutant("gradients of lse at idle queries are used", "ring/operator.py", "(_without(x, idle.queries) for x in (q, grad_out, grad_lse.unsqueeze(-1)))", "(*(_without(x, idle.queries) for x in (q, grad_out)), grad_lse.unsqueeze(-1))", "test_probes.py"),
     Mutant("a call known by its number is not compared", "ring/agreement.py", "elif not known or (numbers != number).any():", "elif not known:", "ring/test_agreement.py"),
     Mutant("the scale is not compared", "ring/operator.py", '"scale": scale,\n', '"scale": 0,\n', "test_refusals.py -k unlike"),
 ]  # fmt: skip
@@ -123,6 +125,7 @@ REFERENCE = [
 ]  # fmt: skip
 FUSED = [
     Mutant("fused: carried state not rescaled", "kernels/forward.py", "acc_old * decay_old[:, None]", "acc_old", f"{KERNELS} -k w2"),
+    Mutant("fused: largest scores in base 2", "kernels/forward.py", 'tl.store(max_ptr + at, tl.where(m > LOWEST, m * LN2,', 'tl.store(max_ptr + at, tl.where(m > LOWEST, m,', f"{KERNELS} -k w2"),
     Mutant("fused: mask not applied", "kernels/forward.py", 's = tl.where(seen, s, float("-inf"))', "pass", f"{KERNELS} -k w2"),
     Mutant("fused: maximum before the carried one", "kernels/forward.py", "m_new = tl.maximum(m, m_old)", "m_new = m", f"{KERNELS} -k w2"),
     Mutant("fused: state of unseen queries read", "kernels/forward.py", " & (m_old > float(\"-inf\"))[:, None]", "", f"{KERNELS} -k saw_nothing"),

@@ -49,6 +49,9 @@ def test_what_is_returned_is_what_torch_returns():
         torch.testing.assert_close(other, out, rtol=0, atol=0)
     torch.testing.assert_close(with_aux[1].lse, with_lse[1], rtol=0, atol=0)
     assert with_aux[1].max_scores is None
+    for options in ({"backend": "reference"}, {"BACKEND": "REFERENCE"}, {"BACKEND": "AUTO"}, {"backend": "auto"}, {}):
+        same = cpflex.flex_attention(q, k, v, block_mask=made, kernel_options=options)
+        torch.testing.assert_close(same, out, rtol=0, atol=0)
     assert without[1].lse is None
 
 

@@ -146,10 +146,16 @@ LOCAL: dict[str, tuple[Change, type[Exception], str]] = {
         (ValueError, NotImplementedError),
         "flash",
     ),
-    "the largest scores": (
-        put(return_aux=AuxRequest(max_scores=True)),
-        NotImplementedError,
-        "max_scores is not supported",
+    "lse asked for twice": (
+        put(return_lse=True, return_aux=AuxRequest(lse=True)),
+        ValueError,
+        "pass return_lse or return_aux, not both",
+    ),
+    "a backend of torch's": (put(kernel_options={"BACKEND": "FLASH"}), ValueError, "or 'auto'; got 'FLASH'"),
+    "two backends": (
+        put(kernel_options={"BACKEND": "TRITON", "backend": "reference"}),
+        ValueError,
+        "must name one backend; got 'backend' and 'BACKEND'",
     ),
     "a score mod that is not pointwise": (put(score_mod=summed), cpflex.UnsupportedMod, "reduction"),
     "a score mod with a short table": (put(score_mod=indexed_too_far), ValueError, "63 elements .*seq_len=64"),

@@ -66,11 +66,12 @@ def attend_and_finish(
     tile_mask: TileMask,
     call: Call,
     state: State | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The last step: `attend`, then `finish`, in one pass where the backend can; without a state it is also the first.
 
     Returns:
-        out [B, Hq, S, Dv] in q's dtype and lse [B, Hq, S] fp32, natural log; 0 and -inf for a query that saw no key.
+        out [B, Hq, S, Dv] in q's dtype, lse [B, Hq, S] fp32, natural log, and the largest score of each query, [B, Hq,
+        S] fp32 if the call wants it, else [0]; 0, -inf and -inf for a query that saw no key.
     """
     if _is_fused(q, call):
         from cpflex.kernels import forward
@@ -78,7 +79,7 @@ def attend_and_finish(
         return forward.attend_and_finish(q, k, v, tile_mask, call, state)
     state = empty(q, v.shape[-1]) if state is None else state
     reference.attend(q, k, v, tile_mask, call, state)
-    return finish(state, q.dtype)
+    return *finish(state, q.dtype), state.m if call.wants_max else state.m.new_empty(0)
 
 
 def attend_backward(

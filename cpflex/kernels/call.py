@@ -28,6 +28,8 @@ class Call:
     """Slots of ``captured`` whose gradient is needed."""
     backend: str | None = None
     """One of BACKENDS; None: triton for CUDA tensors, reference for others."""
+    wants_max: bool = False
+    """The largest score of each query is wanted."""
 
     @cached_property
     def score_vjp(self) -> Vjp | None:

@@ -44,7 +44,7 @@ def attend(
     state: State,
 ) -> None:
     """Continue ``state`` with the visiting keys, in place."""
-    _launch(q, k, v, tile_mask, call, state, None, None)
+    _launch(q, k, v, tile_mask, call, state, None, None, None)
 
 
 def attend_and_finish(
@@ -54,16 +54,20 @@ def attend_and_finish(
     tile_mask: TileMask,
     call: Call,
     state: State | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The last step, `attend` and `finish` in one pass; without a state it is also the first.
 
     Returns:
-        out [B, Hq, S, Dv] in q's dtype, and lse [B, Hq, S] fp32, natural log.
+        out [B, Hq, S, Dv] in q's dtype, lse [B, Hq, S] fp32, natural log, and the largest scores [B, Hq, S] fp32, [0]
+        unless the call wants them.
     """
-    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    _launch(q, k, v, tile_mask, call, state, out, lse)
-    return out, lse
+    rows = q.shape[:-1]
+    out = torch.empty(*rows, v.shape[-1], dtype=q.dtype, device=q.device)
+    lse, max_scores = (
+        torch.empty(shape, dtype=torch.float32, device=q.device) for shape in (rows, rows if call.wants_max else (0,))
+    )
+    _launch(q, k, v, tile_mask, call, state, out, lse, max_scores if call.wants_max else None)
+    return out, lse, max_scores
 
 
 def _launch(
@@ -75,6 +79,7 @@ def _launch(
     state: State | None,
     out: Tensor | None,
     lse: Tensor | None,
+    max_scores: Tensor | None,
 ) -> None:
     q, k, v = (with_whole_rows(x) for x in (q, k, v))
     config = tuning.lookup("forward", q, v)
@@ -84,7 +89,7 @@ def _launch(
     carried = (None, None, None) if state is None else (state.acc, state.m, state.l)
     with on_device_of(q):
         attend_kernel[(work.num_items * q.shape[0] * q.shape[1],)](
-            *(q, k, v, *described(config.tma, config.block_kv, k, v), *carried, out, lse),
+            *(q, k, v, *described(config.tma, config.block_kv, k, v), *carried, out, lse, max_scores),
             *strides_of(q, k, v),
             *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
             *(work.items, work.runs, work.num_items, *Heads.of(q, k, v, walk="keys")),
@@ -106,6 +111,7 @@ def attend_kernel(
     l_ptr,  # [B, Hq, S] fp32
     out_ptr,  # [B, Hq, S, Dv]; None if another step follows
     lse_ptr,  # [B, Hq, S] fp32
+    max_ptr,  # [B, Hq, S] fp32; None if it is not wanted
     q_stride_b,
     q_stride_h,
     q_stride_s,
@@ -209,3 +215,5 @@ def attend_kernel(
         tl.store(out_ptr + at_acc, out.to(out_ptr.dtype.element_ty), mask=inside_acc)
         lse = tl.where(saw_a_key, (m + tl.log2(l)) * LN2, float("-inf"))
         tl.store(lse_ptr + at, lse, mask=inside)
+        if max_ptr is not None:
+            tl.store(max_ptr + at, tl.where(m > LOWEST, m * LN2, float("-inf")), mask=inside)

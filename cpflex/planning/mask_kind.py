@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from cpflex.mods.graph import Mod
+from cpflex.planning.idle import find_idle
 from cpflex.planning.needs import Needs, blocks_of, chunk_needs, classifier
 from cpflex.planning.tables import make_tile_masks
 from cpflex.ring.schedule import Exchange, ScheduleFn, Step
 from cpflex.sharding.balance import work_per_rank
 from cpflex.sharding.layout import ChunkNeeds, Layout
+from cpflex.tile_mask import Idle
 from cpflex.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """Version of the plan's contents; ranks that disagree on it do not exchange."""
 
 
@@ -27,6 +29,7 @@ class MaskKind:
 
     mask: Mod
     steps: tuple[Step, ...]
+    idle: Idle
     facts: dict[str, Any]
     """Equal on two ranks iff their plans belong together."""
     schedule: str
@@ -93,8 +96,9 @@ def plan_kind(
         "tensors captured by the mask": mod.content_key,
     }
     steps = _steps(mod, needs, chosen.exchanges, batch_size or 1, num_heads or 1)
+    idle = find_idle(mod, table, rank, batch_size or 1, num_heads or 1)
     loads = work_per_rank(table, chunks)
-    return MaskKind(mod, steps, facts, chosen.name, chosen.reason, chosen.recv_tokens, loads, needs.tokens)
+    return MaskKind(mod, steps, idle, facts, chosen.name, chosen.reason, chosen.recv_tokens, loads, needs.tokens)
 
 
 def _steps(mod: Mod, needs: Needs, exchanges: Sequence[Exchange], batch_size: int, num_heads: int) -> tuple[Step, ...]:

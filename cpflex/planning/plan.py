@@ -24,11 +24,11 @@ from cpflex.ring.bound import Bound
 from cpflex.ring.schedule import Exchange, ScheduleFn, Source, Step, Transfer
 from cpflex.sharding.layout import Layout
 from cpflex.sharding.shard import shard, unshard
-from cpflex.tile_mask import Runs, TileMask
+from cpflex.tile_mask import Idle, Runs, TileMask
 from cpflex.version import __version__
 
 VERSION = f"cpflex {__version__}, plan format {FORMAT}"
-PARTS = (Layout, MaskKind, Mod, Graph, Node, Ref, Step, Exchange, Source, Transfer, TileMask, Runs)
+PARTS = (Layout, MaskKind, Mod, Graph, Node, Ref, Step, Exchange, Source, Transfer, TileMask, Runs, Idle)
 """What a plan is made of, besides numbers, strings, tuples and tensors."""
 
 BROKEN = (
@@ -79,7 +79,7 @@ class Plan:
                 "this plan was made for inspection, without a group; call plan = plan.bind(group) first"
             )
         (kind,) = self.kinds.values()
-        bound = Bound(kind.mask, kind.steps, links, kind.facts, kind.fingerprint, self.seq_len, self.positions)
+        bound = Bound(kind.mask, kind.steps, kind.idle, links, kind.facts, kind.fingerprint)
         self.handle = handles.register(bound)
         """Stands for this plan in the operator, int64 []."""
 
@@ -156,7 +156,7 @@ class Plan:
     def unshard(self, x: Tensor, dim: int) -> Tensor:
         """All ranks' tokens in their original order, pads dropped: ``local_len`` -> ``seq_len``.
 
-        All ranks must call it. Differentiable: the ranks' gradients are summed in fp32, in rank order.
+        All ranks must call it. Differentiable: the ranks' gradients are summed in rank order, in fp32 or wider.
         """
         if self._links is None and self.world_size > 1:
             raise RuntimeError("this plan has no group to gather from; call plan = plan.bind(group) first")

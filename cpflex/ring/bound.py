@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cpflex.links.protocol import Links
 from cpflex.mods.graph import Mod
 from cpflex.ring.agreement import agree, number_of, refuse
 from cpflex.ring.schedule import Step
+from cpflex.tile_mask import Idle
 
 
 @dataclass(eq=False)
@@ -21,23 +21,22 @@ class Bound:
 
     mask: Mod
     steps: tuple[Step, ...]
+    idle: Idle
     links: Links | None
     facts: dict[str, Any]
     """What ranks must agree on to have plans that belong together."""
     fingerprint: str
     """Of the facts."""
-    seq_len: int
-    positions: Tensor  # int64 [S_local], CPU
     agreed: dict[Any, int] = field(default_factory=dict)
     """Numbers of the kinds of calls on which the ranks have agreed."""
-    devices: dict[torch.device, tuple[Mod, tuple[Step, ...], Tensor]] = field(default_factory=dict)
+    devices: dict[torch.device, tuple[Mod, tuple[Step, ...], Idle]] = field(default_factory=dict)
 
-    def on(self, device: torch.device) -> tuple[Mod, Sequence[Step], Tensor]:
-        """(mask, steps, indices of the rank's pads) with their tensors on a device; copied once."""
+    def on(self, device: torch.device) -> tuple[Mod, Sequence[Step], Idle]:
+        """(mask, steps, idle tokens) with their tensors on a device; copied once."""
         if device not in self.devices:
             steps = tuple(replace(s, tile_mask=replace(s.tile_mask, device=device)) for s in self.steps)
-            pads = torch.nonzero(self.positions >= self.seq_len).view(-1).to(device)
-            self.devices[device] = (self.mask.map_captured(lambda t: t.to(device)), steps, pads)
+            idle = Idle(*(table.to(device) for table in self.idle))
+            self.devices[device] = (self.mask.map_captured(lambda t: t.to(device)), steps, idle)
         return self.devices[device]
 
     def agree(self, facts: dict[str, Any]) -> None:

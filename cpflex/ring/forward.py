@@ -8,15 +8,15 @@ from cpflex.kernels import Call, attend, attend_and_finish, empty, require_suppo
 from cpflex.ring.transport import Transport
 
 
-def forward(q: Tensor, v_dim: int, call: Call, transport: Transport) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, v_dim: int, call: Call, transport: Transport) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of the local queries to every key that they see.
 
     Args:
         q: [B, Hq, S_local, D].
 
     Returns:
-        out [B, Hq, S_local, Dv] in q's dtype and lse [B, Hq, S_local] fp32, natural log; 0 and -inf for a query that
-        sees no key.
+        out [B, Hq, S_local, Dv] in q's dtype, lse and max_scores [B, Hq, S_local] fp32, natural log, the last [0]
+        unless the call wants it; 0, -inf and -inf for a query that sees no key.
     """
     require_support(q, v_dim, call)  # while nothing has been sent
     state = None

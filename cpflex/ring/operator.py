@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from cpflex.kernels import Call
@@ -22,6 +23,7 @@ from cpflex.ring.forward import forward
 from cpflex.ring.handles import resolve
 from cpflex.ring.schedule import Step
 from cpflex.ring.transport import Pair, Transport
+from cpflex.tile_mask import Idle
 
 _score_mods: weakref.WeakValueDictionary[str, Mod] = weakref.WeakValueDictionary()
 
@@ -42,21 +44,23 @@ def attention(
     scale: float,
     backend: str,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, S_local, Dv] in q's dtype and lse [B, Hq, S_local] fp32. Exchanges K/V with the ranks of the plan's
-    group.
+    wants_max: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, Hq, S_local, Dv] in q's dtype, lse and max_scores [B, Hq, S_local] fp32, the last only if ``wants_max``,
+    else [0]. Exchanges K/V with the ranks of the plan's group.
     """
     bound: Bound = resolve(plan)
     bound.agree(_facts("forward", q, k, v, captured, score_key, scale, backend, needs_grad))
-    call, steps, pads = _call(bound, captured, score_key, scale, backend, (), q.device)
-    q, k, v = (_without(x, pads) for x in (q, k, v))
+    call, steps, idle = _call(bound, captured, score_key, scale, backend, (), q.device, wants_max)
+    k, v = (_without(x, idle.keys) for x in (k, v))
     return forward(q, v.shape[-1], call, Transport(bound.links, steps, Pair(k, v)))
 
 
 @attention.register_fake
-def _(q, k, v, captured, plan, score_key, scale, backend, needs_grad):
+def _(q, k, v, captured, plan, score_key, scale, backend, needs_grad, wants_max):
     rows = q.shape[:-1]
-    return q.new_empty(*rows, v.shape[-1]), q.new_empty(rows, dtype=torch.float32)
+    lse, max_scores = (q.new_empty(shape, dtype=torch.float32) for shape in (rows, rows if wants_max else (0,)))
+    return q.new_empty(*rows, v.shape[-1]), lse, max_scores
 
 
 @torch.library.custom_op("cpflex::attention_backward", mutates_args=())
@@ -78,9 +82,10 @@ def attention_backward(
     """[dq, dk, dv, *gradients of the captured tensors in the slots ``wanted``], each in the dtype of its tensor."""
     bound: Bound = resolve(plan)
     bound.agree(_facts("backward", q, k, v, captured, score_key, scale, backend, True))
-    call, steps, pads = _call(bound, captured, score_key, scale, backend, tuple(wanted), q.device)
-    q, k, v, grad_out = (_without(x, pads) for x in (q, k, v, grad_out))
-    grad_lse = _without(grad_lse.unsqueeze(-1), pads).squeeze(-1)
+    call, steps, idle = _call(bound, captured, score_key, scale, backend, tuple(wanted), q.device)
+    k, v = (_without(x, idle.keys) for x in (k, v))
+    q, grad_out, grad_lse = (_without(x, idle.queries) for x in (q, grad_out, grad_lse.unsqueeze(-1)))
+    grad_lse = grad_lse.squeeze(-1)
     transport = Transport(bound.links, steps, Pair(k, v))
     dq, (dk, dv), d_captured = backward(grad_out, grad_lse, q, out, lse, call, transport)
     likes = [q, k, v, *(captured[slot] for slot in wanted)]
@@ -95,8 +100,9 @@ def _(grad_out, grad_lse, q, k, v, out, lse, captured, plan, score_key, scale, b
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, captured, plan, score_key, scale, backend, _ = inputs
-    out, lse = output
+    q, k, v, captured, plan, score_key, scale, backend, *_ = inputs
+    out, lse, max_scores = output
+    ctx.mark_non_differentiable(max_scores)
     ctx.save_for_backward(q, k, v, out, lse, plan, *captured)
     ctx.score_key, ctx.scale, ctx.backend = score_key, scale, backend
     ctx.score_mod = _score_mods.get(score_key)  # alive until backward
@@ -104,7 +110,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(True)
 
 
-def _backward(ctx, grad_out: Tensor, grad_lse: Tensor):
+def _backward(ctx, grad_out: Tensor, grad_lse: Tensor, _: Tensor):
     q, k, v, out, lse, plan, *captured = ctx.saved_tensors
     dq, dk, dv, *d_captured = attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, captured, plan, ctx.score_key, ctx.scale, ctx.backend, ctx.wanted
@@ -112,7 +118,7 @@ def _backward(ctx, grad_out: Tensor, grad_lse: Tensor):
     by_slot: list[Tensor | None] = [None] * len(captured)
     for slot, grad in zip(ctx.wanted, d_captured, strict=True):
         by_slot[slot] = grad
-    return dq, dk, dv, by_slot, None, None, None, None, None
+    return dq, dk, dv, by_slot, None, None, None, None, None, None
 
 
 def _refuse_double_backward(ctx, *grads: Tensor):
@@ -155,15 +161,23 @@ def _call(
     backend: str,
     wanted: tuple[int, ...],
     device: torch.device,
-) -> tuple[Call, Sequence[Step], Tensor]:
-    mask, steps, pads = bound.on(device)
+    wants_max: bool = False,
+) -> tuple[Call, Sequence[Step], Idle]:
+    mask, steps, idle = bound.on(device)
     score_graph = _score_mods[score_key].graph if score_key else None
-    return Call(mask, scale, score_graph, tuple(captured), wanted, backend or None), steps, pads
+    return Call(mask, scale, score_graph, tuple(captured), wanted, backend or None, wants_max), steps, idle
 
 
-def _without(x: Tensor, pads: Tensor) -> Tensor:
-    """x [B, H, S_local, D] with zeros at pad tokens: what they hold, NaN included, reaches nothing."""
-    return x.index_fill(2, pads, 0.0) if pads.numel() else x
+def _without(
+    x: Tensor,  # [B, H or Hq, S_local, D]
+    idle: Tensor,  # bool [1 or B, 1 or Hq, S_local], or [0]
+) -> Tensor:
+    """``x`` with zeros at idle tokens: what they hold, NaN included, reaches nothing."""
+    if not idle.numel():
+        return x
+    if idle.shape[1] > x.shape[1]:  # a key is idle if it is so for all heads of its group
+        idle = rearrange(idle, "b (h g) s -> b h g s", h=x.shape[1]).all(dim=2)
+    return x.masked_fill(idle.unsqueeze(-1), 0.0)
 
 
 def _signature(x: Tensor) -> tuple[str, tuple[int, ...]]:

@@ -37,8 +37,8 @@ def shard(x: Tensor, dim: int, layout: Layout, rank: int, pad_value: float | int
 
 
 def unshard(x: Tensor, dim: int, layout: Layout, rank: int, links: Links | None) -> Tensor:
-    """All ranks' tokens in their original order, pads dropped. Backward sums the ranks' gradients in fp32, in rank
-    order.
+    """All ranks' tokens in their original order, pads dropped. Backward sums the ranks' gradients in rank
+    order, in fp32 or in the dtype of ``x``, the wider.
 
     Args:
         x: ``x.shape[dim] == local_len``; equal shapes and dtypes on all ranks.
@@ -71,7 +71,7 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         dim, layout, rank, links, dtype = ctx.args
-        grad = grad.float()
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         parts = [shard(grad, dim, layout, owner, pad_value=0.0).contiguous() for owner in range(layout.world_size)]
         total = torch.stack(_swap(parts, rank, links)).sum(dim=0)
         return total.to(dtype), None, None, None, None

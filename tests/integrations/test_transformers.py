@@ -34,7 +34,8 @@ from torch import Tensor
 
 import cpflex
 from cpflex.integrations import transformers as integration
-from cpflex.integrations.transformers import PlanMask, plan_for, shard_batch
+from cpflex.integrations.transformers import PlanMask, masks, plan_for, shard_batch
+from cpflex.integrations.transformers.batch import shifted
 from processes import RankProcesses
 
 pytestmark = pytest.mark.hf
@@ -224,6 +225,28 @@ def test_a_mask_goes_where_batches_are_moved():
 # -- batches
 
 
+def test_labels_in_padding_are_cleared_by_the_trainer_as_by_shard_batch():
+    """Also real labels that lie there: neither are they predicted, nor by padding."""
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    labels = torch.arange(1, 11).view(2, 5)
+    expected = torch.tensor([[-100, -100, 4, 5, -100], [7, 8, -100, -100, -100]])
+    plan = plan_for(ARCHITECTURES["llama"].config(), attention_mask=mask)
+    batch = {"input_ids": labels, "labels": labels, "attention_mask": mask}
+    assert torch.equal(plan.plan.shard(expected, 1, pad_value=-100), shard_batch(batch, plan)["labels"])
+    assert torch.equal(shifted(labels, None, mask), expected)
+    packed = torch.tensor([[0, 1, 2, 0, 1]])
+    assert shifted(labels, packed, None).tolist() == [[2, 3, -100, 5, -100], [7, 8, -100, 10, -100]]
+
+
+def test_masks_of_a_release_that_needs_something_unknown_are_refused(monkeypatch: pytest.MonkeyPatch):
+    def newer(config, inputs_embeds, attention_mask, sink_table, position_ids=None):
+        raise AssertionError("not called")
+
+    monkeypatch.setitem(masks.MAKERS, "full_attention", newer)
+    with pytest.raises(NotImplementedError, match=r"newer of transformers .* needs \['sink_table'\]"):
+        plan_for(ARCHITECTURES["llama"].config(), seq_len=64)
+
+
 def test_a_batch_is_shifted_before_it_is_sharded():
     config = ARCHITECTURES["llama"].config()
     ids = torch.arange(3, 3 + SEQ_LEN)[None]
@@ -245,9 +268,9 @@ def test_a_batch_is_shifted_before_it_is_sharded():
 def test_what_a_batch_already_knows_is_used():
     plan = plan_for(ARCHITECTURES["llama"].config(), **TOKENS["packed"].planned)
     ids = torch.full((1, SEQ_LEN), 7)
-    shifted = torch.full((1, SEQ_LEN), 9)
-    part = shard_batch({"input_ids": ids, "shift_labels": shifted, "num_items_in_batch": 1000}, plan)
-    assert torch.equal(part["labels"][:, :SEQ_LEN], shifted)
+    labels = torch.full((1, SEQ_LEN), 9)
+    part = shard_batch({"input_ids": ids, "shift_labels": labels, "num_items_in_batch": 1000}, plan)
+    assert torch.equal(part["labels"][:, :SEQ_LEN], labels)
     assert part["num_items_in_batch"] == 1000
     assert "labels" not in shard_batch({"input_ids": ids}, plan)
 

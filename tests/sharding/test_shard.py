@@ -103,17 +103,18 @@ def unshard_gradient(group: ThreadLinks, seq_len: int, layout: str, dtype: torch
     local = plan.shard(whole(seq_len, 1, dtype), 1, pad_value=0.0).requires_grad_()
     weights = [upstream(rank, seq_len, dtype) for rank in range(plan.world_size)]
     (gradient,) = torch.autograd.grad(plan.unshard(local, 1), local, weights[plan.rank])
-    total = sum((w.float() for w in weights[1:]), weights[0].float()).to(dtype)
+    wide = [w.to(torch.promote_types(dtype, torch.float32)) for w in weights]
+    total = sum(wide[1:], wide[0]).to(dtype)
     return gradient, plan.shard(total, 1, pad_value=0.0)
 
 
 def upstream(rank: int, seq_len: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(3, seq_len, 4, generator=torch.Generator().manual_seed(rank)).to(dtype)
+    return torch.randn(3, seq_len, 4, generator=torch.Generator().manual_seed(rank), dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_gradient_of_unshard_is_the_ranks_sum_taken_in_fp32_in_rank_order(layout: str, dtype: torch.dtype):
+def test_the_gradient_of_unshard_is_the_ranks_sum_taken_in_fp32_or_wider_in_rank_order(layout: str, dtype: torch.dtype):
     for gradient, expected in run_ranks(partial(unshard_gradient, seq_len=127, layout=layout, dtype=dtype), 5):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.masking_utils import (
@@ -64,11 +65,18 @@ def compose(
         "input_embeds": sizes,
         "attention_mask": padding_mask,
         "cache_position": torch.arange(position_ids.shape[1]),
-        "past_key_values": None,
+        "past_key_values": None,  # before transformers 5.24
+        "cache": None,
         "position_ids": position_ids,
         **functions,
     }
     taken = inspect.signature(maker).parameters
+    required = {name for name, parameter in taken.items() if parameter.default is parameter.empty}
+    if unknown := sorted(required - set(arguments)):
+        raise NotImplementedError(
+            f"{maker.__name__} of transformers {transformers.__version__} needs {unknown}, which cpflex does not know; "
+            "install a release of the support matrix"
+        )
     mask = maker(**{name: value for name, value in arguments.items() if name in taken})
     if len(position_ids) > 1 or not one_row:
         return mask
