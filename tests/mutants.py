@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from patience import patience
+
 ROOT = Path(__file__).parents[1]
 COPIED = ("cpflex", "tests", "launch", "benchmarks", "docs", "examples", "README.md", "pyproject.toml", "Makefile")
 SECONDS = 300
@@ -171,7 +173,12 @@ def run_tests(root: Path, tests: str) -> tuple[str, str]:
         environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(
-                [*command, *selection], cwd=root, env=environment, capture_output=True, text=True, timeout=SECONDS
+                [*command, *selection],
+                cwd=root,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=patience(SECONDS),
             )
         except subprocess.TimeoutExpired:
             return f"{selection[0].removeprefix('tests/')}, which waits", "timeout"

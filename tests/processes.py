@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GLOO_TIMEOUT = timedelta(seconds=40)
+from patience import patience
+
+GLOO_SECONDS = 40
 
 
 @dataclass
@@ -60,7 +62,7 @@ class RankProcesses:
         request = pickle.dumps((fn, args, self._generation))
         for connection in self._connections:
             connection.send_bytes(request)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patience(timeout)
         outcomes = [self._answer(connection, deadline) for connection in self._connections]
         if any(isinstance(outcome.error, TimeoutError) and not outcome.traceback for outcome in outcomes):
             self.close()
@@ -130,7 +132,7 @@ def _join(rank: int, world_size: int, folder: str, generation: int) -> int:
         init_method=f"file://{folder}/generation{generation}",
         rank=rank,
         world_size=world_size,
-        timeout=GLOO_TIMEOUT,
+        timeout=timedelta(seconds=patience(GLOO_SECONDS)),
     )
     return generation
 

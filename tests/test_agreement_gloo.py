@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import cpflex
+from patience import patience
 from processes import RankProcesses
 
 
@@ -42,7 +43,7 @@ def test_a_plan_of_another_group_is_found_within_ten_seconds(first_agree: bool, 
         ) or (
             "(rank 1 of the job) waits in another group, of ranks [0, 1], while ranks [0, 2] wait" in str(outcome.error)
         )
-        assert outcome.seconds < 10
+        assert outcome.seconds < patience(10)
     assert [outcome.error for outcome in outcomes[2:]] == [None, None]
 
 
@@ -72,7 +73,7 @@ def test_a_rank_that_does_not_come_is_named_at_the_timeout(four_processes: RankP
     for outcome in waiting:
         assert isinstance(outcome.error, ConnectionError), outcome.traceback
         assert "before forward, mask kind 'mask'" in str(outcome.error)
-        assert outcome.seconds < 12
+        assert outcome.seconds < patience(12)
     assert all("group ranks [2] are gone or elsewhere" in str(outcome.error) for outcome in waiting)
 
 
@@ -90,4 +91,4 @@ def test_layers_in_another_order_are_found_at_once(four_processes: RankProcesses
         assert str(outcome.error).startswith(
             "the ranks disagree about mask kind: group ranks 0, 1, 2: full; group rank 3: sliding"
         )
-        assert outcome.seconds < 10
+        assert outcome.seconds < patience(10)

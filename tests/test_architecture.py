@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import cpflex
+from patience import patience
 
 ROOT = Path(cpflex.__file__).parent
 LONGEST_FILE = 550
@@ -156,7 +157,7 @@ def loaded_by(code: str) -> set[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=patience(120),
     )
     return {name.split(".")[0] for name in said.stdout.split()}
 

@@ -20,6 +20,7 @@ from cases import Problem
 from cpflex.ring import handles
 from cpflex.ring.handles import resolve
 from cpflex.testing import ThreadLinks, run_ranks
+from patience import patience
 from processes import RankProcesses
 
 SEQ_LEN = 48
@@ -278,7 +279,7 @@ def test_attention_sinks_are_written_with_lse():
 
 
 def fail_in_the_second_exchange(group: dist.ProcessGroup) -> None:
-    short = dist.new_group([0, 1], timeout=timedelta(seconds=3))
+    short = dist.new_group([0, 1], timeout=timedelta(seconds=patience(3)))
     made = cpflex.make_plan(cpflex.full(), SEQ_LEN, short, schedule=cpflex.ring)
     q = torch.randn(1, 1, made.local_len, 16)
     cpflex.flex_attention(q, q, q, block_mask=made)
@@ -300,7 +301,7 @@ def test_a_peer_that_fails_in_an_exchange_is_named_with_the_step_and_the_directi
 
 
 def leave_after_the_first_call(group: dist.ProcessGroup) -> str:
-    short = dist.new_group([0, 1], timeout=timedelta(seconds=4))
+    short = dist.new_group([0, 1], timeout=timedelta(seconds=patience(4)))
     made = cpflex.make_plan(cpflex.full(), SEQ_LEN, short)
     q = torch.randn(1, 1, made.local_len, 16)
     for _ in range(2 - group.rank()):

@@ -14,6 +14,7 @@ import cpflex
 from cpflex.__main__ import _masks, main
 from cpflex.masks import MaskFn
 from cpflex.seeing import doctor
+from patience import patience
 
 WINDOW = cpflex.causal() & cpflex.sliding_window(4096)
 MILLION = ["--mask", "causal,window:4096,doc:lengths.txt", "--seq-len", "1m", "--ranks", "64", "--rank", "9"]
@@ -21,7 +22,7 @@ MILLION = ["--mask", "causal,window:4096,doc:lengths.txt", "--seq-len", "1m", "-
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cpflex", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=patience(120))
 
 
 def cpu_seconds_of_children() -> float:

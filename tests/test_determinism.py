@@ -22,6 +22,7 @@ from torch import Tensor
 from cases import Problem
 from cpflex.testing import run_ranks
 from fuzz import Case, Table
+from patience import patience
 from runs import TOKEN_TENSORS, attend_on_rank
 
 PROBLEMS = [
@@ -49,7 +50,7 @@ def _digest(*tensors: Tensor) -> str:
 
 def digests_of(problem: Problem | Case) -> dict[str, str]:
     """Of each result, over all ranks."""
-    ranks = run_ranks(partial(attend_on_rank, problem=problem), problem.world_size, timeout=100)
+    ranks = run_ranks(partial(attend_on_rank, problem=problem), problem.world_size, timeout=patience(100))
     found = {name: _digest(*(rank[name] for rank in ranks)) for name in TOKEN_TENSORS}
     return found | {"d_captured": _digest(*(x for rank in ranks for x in rank["d_captured"]))}
 
@@ -74,7 +75,7 @@ def in_a_process(num_threads: int, hash_seed: str) -> dict:
     environment = {"PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
         [sys.executable, __file__, str(num_threads)],
-        env=os.environ | environment, capture_output=True, text=True, check=True, timeout=250,
+        env=os.environ | environment, capture_output=True, text=True, check=True, timeout=patience(250),
     )  # fmt: skip
     return json.loads(done.stdout)
 

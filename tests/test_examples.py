@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from patience import patience
 from processes import RankProcesses
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -77,7 +78,12 @@ def test_it_runs_as_its_docstring_says(name: str):
         # a free port: others may be running on this machine
         arguments = ["-m", "torch.distributed.run", "--standalone", *arguments]
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=EXAMPLES.parent, timeout=200, check=False
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=EXAMPLES.parent,
+        timeout=patience(200),
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert_says(name, done.stdout)

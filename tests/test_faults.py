@@ -12,6 +12,7 @@ import pytest
 
 import faulty
 from faulty import MOMENTS, Ending, Fault, die, endings, leave, stall
+from patience import patience
 
 TIMEOUT = 5.0
 BETWEEN_CALLS = ["before a forward", "between forward and backward", "after a backward"]
@@ -61,9 +62,10 @@ def name_of(value: object) -> str:
 )
 def test_every_other_rank_ends_with_an_error_that_says_where(action, moment: str, world_size: int):
     culprit = world_size // 2
-    found = endings(world_size, Fault(culprit, action, moment), TIMEOUT)
+    timeout = patience(TIMEOUT)
+    found = endings(world_size, Fault(culprit, action, moment), timeout)
     # a process that dies is noticed at once; one that is stopped only when nothing comes for as long as the group allows
-    check_survivors(found, culprit, moment, within=TIMEOUT + 5 if action is stall else 5)
+    check_survivors(found, culprit, moment, within=timeout + patience(5) if action is stall else patience(5))
 
 
 @pytest.mark.parametrize(
@@ -73,16 +75,17 @@ def test_ranks_that_the_network_parts_end_at_the_timeout(moment: str):
     if os.geteuid() != 0 or not shutil.which("ip") or subprocess.run(["ip", "netns"], check=False).returncode:
         pytest.skip("needs the right to make network namespaces")
     with faulty.two_networks() as cut:
-        found = endings(2, Fault(1, cut, moment), TIMEOUT, join=faulty.enter)
+        timeout = patience(TIMEOUT)
+        found = endings(2, Fault(1, cut, moment), timeout, join=faulty.enter)
     (ending, _) = found
     assert WHERE.match(ending.error), ending.error
-    assert ending.seconds < TIMEOUT + 5
+    assert ending.seconds < timeout + patience(5)
 
 
 def test_no_process_is_left_behind():
     before = children()
-    endings(2, Fault(1, die, "as forward sends"), TIMEOUT)
-    endings(2, Fault(1, functools.partial(os._exit, 3), "after a backward"), TIMEOUT)
+    endings(2, Fault(1, die, "as forward sends"), patience(TIMEOUT))
+    endings(2, Fault(1, functools.partial(os._exit, 3), "after a backward"), patience(TIMEOUT))
     assert children() - before <= {"forkserver", "resource_tracker"}
 
 

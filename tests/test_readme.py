@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cpflex
 from cpflex.testing import ThreadLinks, run_ranks
+from patience import patience
 
 README = Path(__file__).parent.parent / "README.md"
 S, HEADS, DIM = 200, 4, 16
@@ -263,7 +264,7 @@ def test_the_hugging_face_run_does_what_one_process_does(tmp_path: Path):
     directory = small_model(tmp_path / "model")
     (tmp_path / "my_run.py").write_text(text.replace(NAME, repr(directory)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "my_run.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=patience(200), check=False)
     assert done.returncode == 0, done.stderr
     said = re.findall(r"loss (\S+), gradient norm (\S+)", done.stdout)
     expected = losses_and_norms_of_one_process(directory)

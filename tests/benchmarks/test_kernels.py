@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from patience import patience
+
 ROOT = Path(__file__).parents[2]
 MASKS = ("full", "causal", "window", "doc_causal", "doc_window")
 
@@ -132,14 +134,14 @@ def test_a_row_of_the_tuning_table_is_printed_as_the_table_has_it(tune: ModuleTy
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", [["launch/bench.py", "kernels"], ["launch/tune.py"]], ids=["bench", "tune"])
 def test_it_says_that_a_gpu_is_missing(command: list[str]):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=patience(120), cwd=ROOT)
     assert done.returncode == 1
     assert "CUDA GPU" in done.stderr
 
 
 def test_an_unknown_benchmark_is_refused():
     done = subprocess.run(
-        [sys.executable, "launch/bench.py", "x"], capture_output=True, text=True, timeout=60, cwd=ROOT
+        [sys.executable, "launch/bench.py", "x"], capture_output=True, text=True, timeout=patience(60), cwd=ROOT
     )
     assert done.returncode == 1
     assert "usage: bench.py {kernels," in done.stderr

@@ -23,6 +23,7 @@ from torch import Tensor
 import cpflex
 from cpflex.kernels import tuning
 from cpflex.testing import run_ranks
+from patience import patience
 
 pytestmark = [
     pytest.mark.gpu,
@@ -273,5 +274,5 @@ def test_memcheck_finds_nothing(tmp_path: Path):
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(script)]
     # an allocation for each tensor, so that memory beside it is nobody's
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(400), env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -17,6 +17,7 @@ from test_train import TINY, TORCHRUN, TRAIN, train
 from torch import nn
 
 import checkpoint
+from patience import patience
 from report import read_log
 
 
@@ -32,14 +33,14 @@ def test_a_rank_that_dies_under_torchrun_is_restarted_with_the_same_losses_bit_b
     train(*TORCHRUN, TRAIN, *TINY, "--run-dir", str(whole))
     command = [sys.executable, *TORCHRUN, "--max-restarts", "2", TRAIN, *TINY, "--resume", "--run-dir", str(broken)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patience(120)
     while len(read_log(broken / "log.jsonl")) < 3:
         assert process.poll() is None, process.stdout and process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     first, second = ranks_of(process.pid)
     os.kill(second, signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=patience(120))
     assert process.returncode == 0, said
     assert "resuming after step" in said
     expected, found = (read_log(run / "log.jsonl") for run in (whole, broken))
@@ -74,7 +75,7 @@ def test_whenever_a_run_is_killed_its_latest_checkpoint_loads(tmp_path: Path):
         for _ in range(20):
             process = context.Process(target=save_for_ever, args=(directory,))
             process.start()
-            before, deadline = checkpoint.latest(directory), time.monotonic() + 60
+            before, deadline = checkpoint.latest(directory), time.monotonic() + patience(60)
             while checkpoint.latest(directory) == before:
                 assert process.is_alive()
                 assert time.monotonic() < deadline

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import patience
 from soak import GROWTH_BYTES, Count, Plans, parse_options, piled_up
 
 SOAK = Path(__file__).parents[2] / "launch" / "soak.py"
@@ -52,7 +53,7 @@ def test_a_soak_that_is_too_short_to_compare_is_refused(capsys: pytest.CaptureFi
 @pytest.mark.slow
 def test_two_hundred_steps_leave_nothing_behind(tmp_path: Path):
     command = [sys.executable, str(SOAK), "--steps", "200", "--ranks", "2", "--out", str(tmp_path / "soak.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(280))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing piled up" in done.stdout
     record = json.loads((tmp_path / "soak.json").read_text())

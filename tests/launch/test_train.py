@@ -17,6 +17,7 @@ import torch
 import checkpoint
 from data import IGNORE, Corpus, pack, read, text_files
 from model import Shape, Transformer
+from patience import patience
 from proof import compare, describe
 from report import StepRecord, read_log, write_log
 from step import loss_and_gradients
@@ -218,7 +219,9 @@ def test_what_an_earlier_run_left_is_kept_under_another_name(tmp_path: Path):
 
 
 def train(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=patience(120), check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -226,7 +229,7 @@ def train(*arguments: str) -> str:
 def kill_after_step(num_steps: int, log: Path, *arguments: str) -> None:
     """Start a run, and kill its launcher as soon as ``num_steps`` are logged; its ranks have to follow."""
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patience(120)
     while len(read_log(log)) < num_steps:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline

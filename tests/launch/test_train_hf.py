@@ -18,6 +18,7 @@ from torch import Tensor
 
 import hf
 from data import Corpus, text_files
+from patience import patience
 from proof import compare
 from report import StepRecord, read_log
 from step import loss_and_gradients
@@ -60,7 +61,7 @@ def written(tmp_path: Path):
 
 def trained(config: str, run_dir: Path, *arguments: str) -> tuple[str, list[StepRecord]]:
     command = [sys.executable, *TORCHRUN, *TINY, "--model", f"hf:{config}", "--run-dir", str(run_dir), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(200), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, read_log(run_dir / "log.jsonl")
 

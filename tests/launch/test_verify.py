@@ -18,6 +18,7 @@ from torch import Tensor
 import cpflex
 import dense
 import verify
+from patience import patience
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--seq-len", "45", "--batch-size", "1", "--heads", "2", "--kv-heads", "1", "--head-dim", "16"]
@@ -64,7 +65,9 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "launch" / "verify.py"), *TINY, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, env=_without_ranks())
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=patience(200), env=_without_ranks()
+    )
 
 
 def _without_ranks() -> dict[str, str]:

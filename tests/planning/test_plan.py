@@ -20,6 +20,7 @@ import cpflex
 from cases import LAYOUTS, MASKS, SCHEDULES, Problem
 from cpflex.ring import handles
 from cpflex.testing import ThreadLinks, run_ranks
+from patience import patience
 from processes import RankProcesses
 from runs import assemble, attend_on_rank
 
@@ -188,7 +189,7 @@ def test_a_fingerprint_is_the_same_in_every_process():
             capture_output=True,
             text=True,
             check=True,
-            timeout=120,
+            timeout=patience(120),
         ).stdout
         for seed, threads in (("0", "1"), ("12345", "2"))
     }

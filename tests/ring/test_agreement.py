@@ -22,7 +22,7 @@ def said_by(fn, world_size: int) -> list[str]:
             return str(error)
         return ""
 
-    return run_ranks(guarded, world_size, timeout=10)
+    return run_ranks(guarded, world_size, timeout=60)
 
 
 def compare(group: ThreadLinks, facts: dict, known: bool = False) -> None:

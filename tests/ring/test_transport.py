@@ -22,6 +22,7 @@ from cpflex.ring.forward import forward
 from cpflex.ring.transport import Pair, Transport
 from cpflex.testing import ThreadLinks, run_ranks
 from oracle import Attention
+from patience import patience
 from processes import RankProcesses
 from runs import assemble, attend_on_rank
 
@@ -321,7 +322,7 @@ def test_a_rank_that_fails_stops_the_others():
     began = time.monotonic()
     with pytest.raises(KeyError, match="a mistake"):
         run_ranks(partial(fail_before_step, rank=1), 3)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < patience(10)
 
 
 def never_answers(group: ThreadLinks) -> None:

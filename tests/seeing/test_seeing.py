@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import cpflex
 from cpflex.testing import ThreadLinks, run_ranks
+from patience import patience
 
 
 def test_a_plan_is_logged_with_what_it_decided(caplog: pytest.LogCaptureFixture):
@@ -42,7 +43,9 @@ def test_torch_logs_turns_it_on():
     """TORCH_LOGS takes the name of any module."""
     script = "import cpflex; cpflex.make_plan(cpflex.causal(), 300)"
     environment = os.environ | {"TORCH_LOGS": "cpflex"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=patience(120)
+    )
     assert "Plan(mask; seq_len=300" in done.stderr, done.stderr
 
 
