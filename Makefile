@@ -2,8 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
+EXTRAS := .[dev,train,viz,hf]
+OF_VERSIONS := (not slow or hf) and not gpu and not multi_gpu
 
-.PHONY: train test test-all test-hf test-gpu check format verify fuzz mutants bench-planner bench-cpu bench-kernels clean
+.PHONY: train test test-all test-hf test-latest test-oldest test-gpu check format verify fuzz mutants bench-planner bench-cpu bench-kernels clean
 
 train: .venv/ready  ## the main job: context-parallel training on real text
 	$(BIN)/python launch/train.py
@@ -16,6 +19,18 @@ test-all: .venv/ready  ## the full matrix
 
 test-hf: .venv/ready  ## models of transformers, the full matrix
 	$(BIN)/pytest -n $(WORKERS) -m "hf and not gpu"
+
+test-latest: .venv/ready  ## quick tests and those of models, with the newest releases of everything
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) .venv-latest
+	$(BIN)/uv pip install --python .venv-latest --editable '$(EXTRAS)'
+	.venv-latest/bin/pytest -n $(WORKERS) -m "$(OF_VERSIONS)"
+	.venv-latest/bin/python tests/integrations/support_matrix.py --ran test-latest
+
+test-oldest: .venv/ready  ## the same with the oldest that pyproject.toml allows
+	$(BIN)/uv venv --quiet --clear --python $(OLDEST_PYTHON) .venv-oldest
+	$(BIN)/uv pip install --python .venv-oldest --resolution lowest-direct --editable '$(EXTRAS)'
+	.venv-oldest/bin/pytest -n $(WORKERS) -m "$(OF_VERSIONS)"
+	.venv-oldest/bin/python tests/integrations/support_matrix.py --ran test-oldest
 
 test-gpu: .venv/ready  ## the kernels on a GPU
 	$(BIN)/pytest -m gpu
@@ -50,8 +65,8 @@ bench-kernels: .venv/ready  ## the fused kernels beside their peers, on a GPU
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,train,viz,hf]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '$(EXTRAS)'
 	touch $@
 
 clean:
-	rm -rf .venv runs dist build
+	rm -rf .venv .venv-latest .venv-oldest runs dist build

@@ -1,15 +1,25 @@
 """The table of what works with models of transformers, made of the tables of the tests.
 
 python tests/integrations/support_matrix.py --write
+python tests/integrations/support_matrix.py --ran latest    the tests passed with the versions installed here: write that too
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import json
+import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "support-matrix.md"
+VERSIONS = Path(__file__).parent / "versions.json"
+"""With which versions the tests passed, by `make` target: written after they have."""
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate")
 HEAD = """\
 # Models of transformers
 
@@ -27,6 +37,12 @@ out. Labels of padding, and of the first token after padding on the left, are ig
 For `llama4_text` the temperature of layers without RoPE depends on the index in the whole sequence, packed or not, as in
 one process.
 
+## Versions
+
+The tests pass with these, on CPUs with gloo (builds of torch with CUDA among them). `make test-latest` and `make test-oldest` run the quick tests
+and all tests of models, and write their row.
+
+VERSIONS_TABLE
 ## With conditions
 
 | | |
@@ -54,13 +70,36 @@ def support_matrix() -> str:
     for name, architecture in ARCHITECTURES.items():
         lines.append(f"| `{name}` | {', '.join(architecture.features)} | {' | '.join(['yes'] * len(TOKENS))} |")
     refused = [f"| {what} | {error.__name__}: ... {message} ... |" for what, (_, error, message) in REFUSALS.items()]
-    return HEAD + "\n".join(lines) + "\n" + NOTES + "\n".join(refused) + "\n"
+    return HEAD + "\n".join(lines) + "\n" + NOTES.replace("VERSIONS_TABLE", _versions()) + "\n".join(refused) + "\n"
 
 
-if __name__ == "__main__":
+def _versions() -> str:
+    rows = [f"| | day | Python | {' | '.join(PACKAGES)} |", "| --- " * (3 + len(PACKAGES)) + "|"]
+    for target, ran in json.loads(VERSIONS.read_text()).items():
+        rows.append(f"| `make {target}` | {ran['day']} | {ran['python']} | {' | '.join(ran[p] for p in PACKAGES)} |")
+    return "\n".join(rows) + "\n"
+
+
+def record(target: str) -> None:
+    ran = {"day": f"{datetime.date.today()}", "python": platform.python_version()}
+    known = json.loads(VERSIONS.read_text()) | {target: ran | {package: version(package) for package in PACKAGES}}
+    VERSIONS.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="replace docs/support-matrix.md")
+    parser.add_argument("--ran", metavar="TARGET", help="of make, whose tests have passed; implies --write")
+    options = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))
+    if options.ran:
+        record(options.ran)
     text = support_matrix()
-    if "--write" in sys.argv:
+    if options.write or options.ran:
         DOCUMENT.write_text(text)
     else:
         print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
