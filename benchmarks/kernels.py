@@ -164,7 +164,7 @@ def cpflex_kernel(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
     kept: dict[str, Tensor] = {"dq": torch.zeros(q.shape, device=q.device)}
 
     def forward() -> Tensor:
-        out, kept["lse"] = attend_and_finish(q, k, v, step.tile_mask, call, None)
+        out, kept["lse"], _ = attend_and_finish(q, k, v, step.tile_mask, call, None)
         kept["delta"] = (out * grad_out).sum(dim=-1, dtype=torch.float32)
         return out
 

@@ -41,7 +41,8 @@ class MaskMod:
         return _combine(other, self, lambda x, y: x | y, "|")
 
     def __invert__(self) -> MaskMod:
-        return MaskMod(lambda b, h, q, k: ~self(b, h, q, k), f"~{self.__name__}", self.lengths)
+        fn = self.fn
+        return MaskMod(lambda b, h, q, k: ~fn(b, h, q, k), f"~{self.__name__}", self.lengths)
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -58,9 +59,9 @@ def _combine(left: MaskFn, right: MaskFn, op: Callable[[Tensor, Tensor], Tensor]
             raise TypeError(f"`{symbol}` combines masks; got {type(side).__name__}, which is not a mask_mod")
     names = [getattr(side, "__name__", type(side).__name__) for side in (left, right)]
     lengths = [length for side in (left, right) if isinstance(side, MaskMod) for length in side.lengths]
-    return MaskMod(
-        lambda b, h, q, k: op(left(b, h, q, k), right(b, h, q, k)), f"({names[0]} {symbol} {names[1]})", lengths
-    )
+    # plain functions inside: torch.compile of torch 2.11 asks what it calls for a truth value
+    f, g = (side.fn if isinstance(side, MaskMod) else side for side in (left, right))
+    return MaskMod(lambda b, h, q, k: op(f(b, h, q, k), g(b, h, q, k)), f"({names[0]} {symbol} {names[1]})", lengths)
 
 
 def causal() -> MaskMod:

@@ -102,6 +102,7 @@ def _collect(processes: list, connections: list[Connection], fault: Fault, timeo
     while (moment := _moment_of_the_fault(connections[fault.culprit])) is None:
         assert time.monotonic() - began < patience(60), "the fault never came"
         time.sleep(0.01)
+    assert isinstance(moment, float), f"the culprit ended before its fault: {moment}"
     deadline = time.monotonic() + timeout + patience(10)
     for rank, process in enumerate(processes):
         if rank == fault.culprit:

@@ -55,7 +55,7 @@ MASKS = [
     Mutant("window one token too wide", "masks.py", "k > q - size", "k >= q - size", "test_masks.py"),
     Mutant("two-sided window one token too narrow", "masks.py", "(k <= q + after", "(k < q + after", "test_masks.py"),
     Mutant("prefix one token too long", "masks.py", "(k < length", "(k <= length", "test_masks.py"),
-    Mutant("~ forgotten", "masks.py", "~self(b, h, q, k)", "self(b, h, q, k)", "test_masks.py"),
+    Mutant("~ forgotten", "masks.py", "~fn(b, h, q, k)", "fn(b, h, q, k)", "test_masks.py"),
 ]  # fmt: skip
 MODS = [
     Mutant("negative index not wrapped", "mods/evaluate.py", "torch.where(i < 0, i + n, i).clamp", "i.clamp", "mods/test_trace.py"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_a_million_tokens_on_64_ranks_take_less_than_ten_seconds(tmp_path: Path)
     (tmp_path / "lengths.txt").write_text("\n".join(map(str, lengths)))
     before = cpu_seconds_of_children()
     result = run("explain", *MILLION, cwd=tmp_path)
-    assert cpu_seconds_of_children() - before < 10
+    assert cpu_seconds_of_children() - before < patience(10)
     assert result.returncode == 0, result.stderr
     cu_seqlens = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     mask = WINDOW & cpflex.document(cu_seqlens=cu_seqlens)
@@ -82,7 +83,7 @@ def test_layout_schedule_and_kinds_reach_the_plan(capsys: pytest.CaptureFixture[
 def test_doctor_says_what_there_is_and_tests_it(tmp_path: Path):
     result = run("doctor", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    for words in ("cpflex       0.1.0", f"torch        {torch.__version__}", "kernels      ", "dv   is off by"):
+    for words in ("cpflex       0.1.0", f"torch        {version('torch')}", "kernels      ", "dv   is off by"):
         assert words in result.stdout
     assert "passed in" in result.stdout
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
@@ -179,10 +179,13 @@ def _layout(tokens: np.ndarray) -> Layout:
 @cache
 def _over_ranks(local_attention: type, cp_attention: type) -> type:
     """The context-parallel twin of one of torchtitan's inner attentions: the same configuration."""
+    known, wanted = ({field.name for field in fields(of.Config)} for of in (local_attention, cp_attention))
+    if wanted - known:
+        raise ImportError(f"this torchtitan's context parallelism is configured by {wanted - known}, unknown to cpflex")
 
     class OverRanks(cp_attention, local_attention):
         @dataclass(kw_only=True, slots=True)
-        class Config(cp_attention.Config, local_attention.Config):
+        class Config(local_attention.Config):  # of one class: Python 3.10 cannot join the slots of two
             pass
 
         @staticmethod
