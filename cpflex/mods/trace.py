@@ -7,6 +7,7 @@ arguments are captured: 0-d ones by value, larger ones through indexing only.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,9 @@ def _trace(fn: Callable[..., Tensor], names: Sequence[str], kind: str) -> Mod:
     name = getattr(fn, "__name__", type(fn).__name__)
     recorder = _Recorder(f"{kind} {name!r}")
     inputs = [recorder.input(n) for n in names]
-    with torch.no_grad(), _PositionsStayTensors(recorder), recorder:
+    with torch.no_grad(), contextlib.ExitStack() as off, _PositionsStayTensors(recorder), recorder:
+        for device_type in filter(torch.is_autocast_enabled, ("cpu", "cuda")):  # it would write casts into the graph
+            off.enter_context(torch.autocast(device_type, enabled=False))
         try:
             result = fn(*inputs)
         except TypeError as error:
