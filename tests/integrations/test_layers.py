@@ -21,6 +21,13 @@ from cpflex.integrations.transformers import PlanMask, attention_forward, plan_f
 pytestmark = pytest.mark.hf
 
 
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def loss_and_gradients(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     loss = model(**batch).loss
     loss.backward()
