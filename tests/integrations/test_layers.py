@@ -35,10 +35,9 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
-@pytest.mark.parametrize("name", ["gemma2", "mistral"])
-def test_layers_may_be_compiled_one_by_one(name: str):
+def test_layers_may_be_compiled_one_by_one():
     """Softcap, windows, and a plan of two kinds."""
-    case = Case(name)
+    case = Case("gemma2")
     eager, compiled = case.model("cpflex"), case.model("cpflex")
     batch = shard_batch(TOKENS[case.tokens].batch(), case.plan(eager.config))
     for layer in compiled.model.layers:
