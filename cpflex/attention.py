@@ -30,10 +30,15 @@ class ScoreMod:
         self.key = self.mod.key
         self._interned = intern_score_mod(self.mod)
         self.captured = list(self.mod.captured)
+        self._copied = [tensor.is_inference() for tensor in self.captured]  # autograd cannot save those
         self.table_len = min(table_sizes(self.mod, ("q_idx", "kv_idx")), default=None)
 
     def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.fn(score, b, h, q_idx, kv_idx)
+
+    def read(self) -> list[Tensor]:
+        """The captured tensors, as they are in this call."""
+        return [x.clone() if copied else x for x, copied in zip(self.captured, self._copied, strict=True)]
 
 
 def score_mod(fn: ScoreFn) -> ScoreMod:
@@ -104,7 +109,7 @@ def flex_attention(
         if not torch.compiler.is_compiling():  # nothing can be sent while a graph is made
             plan.refuse(error)
         raise
-    captured = [] if mod is None else mod.captured
+    captured = [] if mod is None else mod.read()
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *captured))
     score_key = "" if mod is None else mod.key
     wants_max = return_aux is not None and return_aux.max_scores

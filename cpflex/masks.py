@@ -3,7 +3,7 @@
 A mask_mod is ``(b, h, q_idx, kv_idx) -> bool Tensor``: True where the query sees the key. Those made here compose with
 ``&``, ``|`` and ``~``, with each other and with any plain callable of that signature, and work in torch's own
 ``flex_attention`` as well. Numbers are captured as 0-d tensors, so that a new window or prefix is new data and not a
-new program.
+new program. They are ordinary tensors also of masks made in `torch.inference_mode`.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def full() -> MaskMod:
     return MaskMod(lambda b, h, q, k: (q >= 0) & (k >= 0), "full")
 
 
+@torch.inference_mode(False)
 def sliding_window(window: int, right: int | None = None) -> MaskMod:
     """A band around the diagonal.
 
@@ -97,6 +98,7 @@ def sliding_window(window: int, right: int | None = None) -> MaskMod:
     )
 
 
+@torch.inference_mode(False)
 def document(doc_ids: Tensor | None = None, *, cu_seqlens: Tensor | Sequence[int] | None = None) -> MaskMod:
     """Packed documents: a query sees the keys of its own document.
 
@@ -151,6 +153,7 @@ def _renumber(doc_ids: Tensor) -> Tensor:
     return first.argsort().argsort()[inverse].int()
 
 
+@torch.inference_mode(False)
 def prefix_lm(prefix_len: int) -> MaskMod:
     """Causal, and every query sees the first ``prefix_len`` tokens (UniLM, arXiv:1905.03197, section 3.1)."""
     length = torch.tensor(_count(prefix_len, "prefix_len", least=0))

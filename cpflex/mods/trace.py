@@ -7,6 +7,7 @@ arguments are captured: 0-d ones by value, larger ones through indexing only.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,8 +103,12 @@ def trace_score_mod(score_mod: Callable[..., Tensor]) -> Mod:
 def _trace(fn: Callable[..., Tensor], names: Sequence[str], kind: str) -> Mod:
     name = getattr(fn, "__name__", type(fn).__name__)
     recorder = _Recorder(f"{kind} {name!r}")
-    inputs = [recorder.input(n) for n in names]
-    with torch.no_grad(), _PositionsStayTensors(recorder), recorder:
+    with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as modes:
+        for device_type in filter(torch.is_autocast_enabled, ("cpu", "cuda")):  # it would write casts into the graph
+            modes.enter_context(torch.autocast(device_type, enabled=False))
+        inputs = [recorder.input(n) for n in names]
+        modes.enter_context(_PositionsStayTensors(recorder))
+        modes.enter_context(recorder)
         try:
             result = fn(*inputs)
         except TypeError as error:
@@ -224,6 +229,9 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # made of other operations, which autograd shows, but not of tensors of inference mode
+                return func.decompose(*args, **kwargs)
         name = func.overloadpacket.__name__
         if name.endswith("_") and not name.endswith("__"):
             return self._in_place(func, name[:-1], args, kwargs)

@@ -24,6 +24,7 @@ from cpflex.sharding.layout import Layout, LayoutFn
 log = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)
 def make_plan(
     mask: MaskFn | Mapping[str, MaskFn],
     seq_len: int,
@@ -37,7 +38,8 @@ def make_plan(
     layout: LayoutFn = balanced,
     schedule: ScheduleFn = auto,
 ) -> Plan:
-    """Decide which tokens each rank holds, what travels when, and what is computed. Pure: never communicates.
+    """Decide which tokens each rank holds, what travels when, and what is computed. Pure: never communicates. A
+    plan made in `torch.inference_mode` serves training too.
 
     Args:
         mask: a mask_mod on global positions, or one per layer kind of a hybrid model, ``{"full": m1, "sliding": m2}``;

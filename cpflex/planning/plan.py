@@ -90,6 +90,7 @@ class Plan:
         return self._one_kind.get(kind, self)
 
     @cached_property
+    @torch.inference_mode(False)
     def positions(self) -> Tensor:
         """Global position of each local token, int64 [S_local]; pads are numbered S, S + 1, ..."""
         return torch.from_numpy(self.layout.positions(self.rank))
@@ -211,6 +212,7 @@ class Plan:
         return plan_bytes.to_bytes(parts, VERSION)
 
     @staticmethod
+    @torch.inference_mode(False)
     def from_bytes(data: bytes) -> Plan:
         """A plan that `to_bytes` gave, from anywhere: nothing in the bytes is run, and the plan is checked.
 
@@ -248,6 +250,7 @@ class Plan:
         return _unpickled, (self.to_bytes(),)
 
 
+@torch.inference_mode(False)
 def _unpickled(data: bytes) -> Plan:
     """Not checked, beyond damage on the way."""
     layout, rank, kinds, *sizes = plan_bytes.from_bytes(data, {part.__name__: part for part in PARTS}, VERSION)

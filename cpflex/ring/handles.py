@@ -20,7 +20,8 @@ _numbers = itertools.count(1)
 def register(target: Any) -> Tensor:
     """A new handle, int64 []; it keeps ``target`` alive."""
     number = next(_numbers)
-    handle = torch.tensor(number, dtype=torch.int64)
+    with torch.inference_mode(False):  # it is saved for backward
+        handle = torch.tensor(number, dtype=torch.int64)
     handle.cpflex_target = target  # type: ignore[attr-defined]
     _objects[number] = target
     return handle

@@ -7,8 +7,9 @@ one graph.
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,19 @@ def intern_score_mod(mod: Mod) -> Mod:
     return _score_mods.setdefault(mod.key, mod)
 
 
+def _without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """The precision of each operation inside is chosen there; autocast would round what is kept in fp32."""
+
+    @functools.wraps(compute)
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return compute(first, *rest)
+
+    return run
+
+
 @torch.library.custom_op("cpflex::attention", mutates_args=())
+@_without_autocast
 def attention(
     q: Tensor,
     k: Tensor,
@@ -64,6 +77,7 @@ def _(q, k, v, captured, plan, score_key, scale, backend, needs_grad, wants_max)
 
 
 @torch.library.custom_op("cpflex::attention_backward", mutates_args=())
+@_without_autocast
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor,

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import PretrainedConfig
 
 from cpflex import Plan, flex_attention, score_mod
 from cpflex.attention import ScoreMod
@@ -27,12 +28,20 @@ class PlanMask(BlockMask):
         plan: of one mask kind.
         layer_type: the layers it is for; another layer refuses it. None is any.
         window: the sliding window in the mask, if there is one; a layer with another refuses it.
+        softcap: of the scores of the layers, if there is one. It is traced here: `torch.compile` takes no other.
     """
 
-    def __init__(self, plan: Plan, layer_type: str | None = None, window: int | None = None) -> None:
+    def __init__(
+        self, plan: Plan, layer_type: str | None = None, window: int | None = None, softcap: float | None = None
+    ) -> None:
         self.plan = plan
         self.layer_type = layer_type
         self.window = window
+        self.softcap = softcap
+        self.softcap_mod = None if softcap is None else _softcap(softcap)
+
+    def __reduce__(self):
+        return PlanMask, (self.plan, self.layer_type, self.window, self.softcap)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,16 +76,18 @@ def attention_forward(
     try:
         _check_layer(module, mask, kwargs)
         _check_arguments(dropout, kwargs)
+        softcap = _softcap_of(mask, kwargs.get("softcap"))
     except (ValueError, NotImplementedError) as error:
-        mask.plan.refuse(error)
+        if not torch.compiler.is_compiling():  # nothing can be sent while a graph is made
+            mask.plan.refuse(error)
         raise
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    sinks = kwargs.get("s_aux")
     query, key, value = _autocast(_with_global_temperature(module, query, mask.plan), key, value)
     out, lse = flex_attention(
         query,
         key,
         value,
-        score_mod=None if softcap is None else _softcap(softcap),
+        score_mod=softcap,
         block_mask=mask.plan,
         scale=scaling,
         enable_gqa=True,
@@ -115,6 +126,19 @@ def _with_global_temperature(module: Any, query: Tensor, plan: Plan) -> Tensor:
     return (query.float() * ratio[:, None]).to(query.dtype)
 
 
+def _softcap_of(mask: PlanMask, cap: float | None) -> ScoreMod | None:
+    if cap is None:
+        return None
+    if cap == mask.softcap:
+        return mask.softcap_mod
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            f"under torch.compile the plan must know softcap={cap}; it has {mask.softcap} - pass the plan of plan_for, "
+            "made with the config of this model, or PlanMask(plan, softcap=...)"
+        )
+    return _softcap(cap)
+
+
 @lru_cache(maxsize=16)
 def _softcap(cap: float) -> ScoreMod:
     traced = score_mod(lambda score, b, h, q_idx, kv_idx: cap * torch.tanh(score / cap))
@@ -147,11 +171,24 @@ def _check_layer(module: nn.Module, mask: PlanMask, kwargs: Mapping[str, Any]) -
     config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
     if mask.layer_type is None or config is None or layer_idx is None:
         return
-    layer_type = layer_types(config)[layer_idx]
+    layer_type = _layer_type(config, layer_idx)
     if layer_type != mask.layer_type:
         raise ValueError(f"layer {layer_idx} is of type {layer_type!r}; it was given the plan of {mask.layer_type!r}")
     if "sliding_window" in kwargs and kwargs["sliding_window"] != mask.window:
         raise ValueError(f"layer {layer_idx} has sliding_window={kwargs['sliding_window']}; its plan has {mask.window}")
+
+
+def _layer_type(config: PretrainedConfig, layer_idx: int) -> str:
+    """Layers after the last, such as heads that predict several tokens, are of the type of all, if there is one."""
+    known = layer_types(config)
+    if layer_idx < len(known):
+        return known[layer_idx]
+    if len(set(known)) > 1:
+        raise ValueError(
+            f"layer_idx={layer_idx} is beyond the {len(known)} layers of the config, which are of several types; pass "
+            "this layer PlanMask(plan.plan[layer_type]) with the type that it is"
+        )
+    return known[0]
 
 
 HONOURED = frozenset(("sliding_window", "softcap", "s_aux"))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -40,9 +41,11 @@ class ModelPlan:
     """Whether the model takes a dict of masks."""
     rope_limits: tuple[tuple[str, int], ...]
     """RoPE that depends on the longest position: its type, and the length up to which it does not."""
+    softcap: float | None = None
+    """Of the scores of all layers."""
 
     def __getitem__(self, layer_type: str) -> PlanMask:
-        return PlanMask(self.plan[layer_type], layer_type, self.windows[layer_type])
+        return PlanMask(self.plan[layer_type], layer_type, self.windows[layer_type], self.softcap)
 
     @property
     def attention_mask(self) -> PlanMask | dict[str, PlanMask]:
@@ -55,6 +58,7 @@ class ModelPlan:
         return replace(self, plan=self.plan.bind(group))
 
 
+@torch.inference_mode(False)
 def plan_for(
     config: PretrainedConfig,
     group: Group | None = None,
@@ -125,6 +129,7 @@ def plan_for(
         windows={kind: text_config.sliding_window if kind == "sliding_attention" else None for kind in masks},
         per_layer_type=getattr(text_config, "layer_types", None) is not None,
         rope_limits=tuple(_rope_limits(text_config)),
+        softcap=getattr(text_config, "attn_logit_softcapping", None),
     )
 
 
