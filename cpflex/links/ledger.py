@@ -36,7 +36,7 @@ class Ledger:
         with torch.inference_mode(False):  # it is written to in any mode
             self._lines = torch.zeros(LINES, len(like), dtype=torch.int64, device="cpu", pin_memory=like.is_cuda)
         self._open: deque[tuple[int, Tensor, Tell]] = deque()
-        self._num_entered = 0
+        self.num_entered = 0
         self._lock = threading.Lock()
         self.apart: list[int] | None = None
         """Numbers that differed, once they have."""
@@ -47,8 +47,8 @@ class Ledger:
         while len(self._open) >= LINES:
             self.look()
             time.sleep(POLL / 100)
-        line = self._lines[self._num_entered % LINES]
-        self._num_entered += 1
+        line = self._lines[self.num_entered % LINES]
+        self.num_entered += 1
         line.zero_()  # no number is 0
         line.copy_(numbers, non_blocking=True)
         with self._lock:
