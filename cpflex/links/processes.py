@@ -30,7 +30,7 @@ class _Acquaintance:
 
     agreed: dict[int, Words] = field(default_factory=dict)
     connected: list[torch.device] = field(default_factory=list)
-    """Devices of this rank from which NCCL reaches the others, the last one used last."""
+    """Devices of this rank from which NCCL reaches the others, by when they were first used."""
     ledgers: dict[torch.device, Ledger] = field(default_factory=dict)
 
 
