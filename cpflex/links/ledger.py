@@ -44,9 +44,9 @@ class Ledger:
 
     def compare(self, numbers: Tensor, value: int, tell: Tell) -> None:
         """Stop the device unless all ``numbers`` are ``value``, and then tell the numbers; the host does not wait."""
-        while len(self._open) >= LINES:
+        if len(self._open) >= LINES:
+            numbers.tolist()  # waits until the device is here: all lines have arrived
             self.look()
-            time.sleep(POLL / 100)
         line = self._lines[self.num_entered % LINES]
         self.num_entered += 1
         line.zero_()  # no number is 0
