@@ -97,7 +97,7 @@ def num_labels(
     if isinstance(links, ProcessLinks):
         dist.all_reduce(count, group=links.group)
         return count
-    return torch.stack(links.all_gather_object(count)).sum()
+    return count.new_tensor(links.all_gather_number(int(count), "labels")).sum()
 
 
 def cross_entropy(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Message = tuple[int, Tensor]
 """(peer, by rank within the group; contiguous 1-D tensor to send, or to receive into)."""
+
+Words = dict[str, str]
+"""What a number stands for."""
 
 
 class Work(Protocol):
@@ -27,6 +31,8 @@ class Links(Protocol):
 
     rank: int
     world_size: int
+    agreed: dict[int, Words]
+    """Numbers that all ranks had once, and what they stand for; it lives as long as the group."""
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
         """Start all transfers at once. Ranks call it in one global order; messages of a pair arrive in the order
@@ -34,14 +40,32 @@ class Links(Protocol):
         """
         ...
 
-    def all_gather_number(self, value: int, plan: str) -> Tensor:
-        """Every rank's number, by rank, int64 [world_size]; in a group of NCCL alone the host does not wait for it.
+    def all_gather_number(
+        self,
+        value: int,
+        plan: str,
+        device: torch.device | None = None,
+        tell: Callable[[list[int]], None] | None = None,
+    ) -> list[int] | None:
+        """Every rank's number, by rank.
 
         Args:
+            value: not 0 if ``tell`` is given.
             plan: what is to be computed, told to ranks that wait in vain.
+            device: of the tensors that are exchanged if all numbers are equal; None if none will be.
+            tell: given if the host need not know: in a group of NCCL alone it then does not wait and gets None. If the
+                numbers differ, the device stops, ``tell`` is called with them in another thread, and `apart` has them.
         """
         ...
 
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
+    def apart(self) -> list[int] | None:
+        """Every rank's number of a comparison for which the host did not wait, if one is known to have failed."""
+        ...
+
+    def say(self, number: int, words: Words) -> None:
+        """Let every rank of the job find what a number stands for; nobody is waited for."""
+        ...
+
+    def find(self, numbers: Iterable[int]) -> dict[int, Words]:
+        """What was said about ``numbers``; without those about which nothing is said within some seconds."""
         ...

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
-from cpflex.links.protocol import Message, Work
+from cpflex.links.protocol import Message, Words, Work
 
 Result = TypeVar("Result")
 
@@ -61,7 +61,8 @@ class _Board:
     timeout: float
     changed: threading.Condition = field(default_factory=threading.Condition)
     mail: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
-    values: dict[int, dict[int, Any]] = field(default_factory=dict)
+    values: dict[int, dict[int, int]] = field(default_factory=dict)
+    words: dict[int, Words] = field(default_factory=dict)
     stopped: bool = False
 
     def stop(self) -> None:
@@ -78,7 +79,7 @@ class _Board:
 
 
 class ThreadLinks:
-    """A group of threads as one of them sees it; counts what it sends, and how often it gathers objects."""
+    """A group of threads as one of them sees it; counts what it sends, gathers and says."""
 
     def __init__(self, rank: int, world_size: int, board: _Board) -> None:
         self.rank = rank
@@ -87,7 +88,8 @@ class ThreadLinks:
         self.bytes_sent = 0
         self.num_exchanges = 0
         self.num_gathered = 0
-        self._gathered = 0
+        self.num_said = 0
+        self.agreed: dict[int, Words] = {}
         self._received: dict[int, int] = {}
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
@@ -100,23 +102,37 @@ class ThreadLinks:
             self.board.changed.notify_all()
         return _Delivery(self, receives)
 
-    def all_gather_number(self, value: int, plan: str) -> torch.Tensor:
-        return torch.tensor(self._all_gather(value))
-
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_number(
+        self,
+        value: int,
+        plan: str,
+        device: torch.device | None = None,
+        tell: Callable[[list[int]], None] | None = None,
+    ) -> list[int] | None:
         self.num_gathered += 1
-        return self._all_gather(value)
-
-    def _all_gather(self, value: Any) -> list[Any]:
-        self._gathered += 1
         values = self.board.values
         with self.board.changed:
-            round_ = values.setdefault(self._gathered, {})
+            round_ = values.setdefault(self.num_gathered, {})
             round_[self.rank] = value
             self.board.changed.notify_all()
             self.board.until(lambda: len(round_) == self.world_size, "a value of every rank")
-            values.pop(self._gathered - 1, None)
+            values.pop(self.num_gathered - 1, None)
         return [round_[rank] for rank in range(self.world_size)]
+
+    def apart(self) -> list[int] | None:
+        return None
+
+    def say(self, number: int, words: Words) -> None:
+        self.num_said += 1
+        with self.board.changed:
+            self.board.words[number] = words
+            self.board.changed.notify_all()
+
+    def find(self, numbers: Iterable[int]) -> dict[int, Words]:
+        said, wanted = self.board.words, set(numbers)
+        with self.board.changed:
+            self.board.until(lambda: wanted <= said.keys(), "what another rank is about to compute")
+            return {number: said[number] for number in wanted}
 
 
 class _Delivery:

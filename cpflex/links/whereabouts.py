@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
@@ -23,8 +24,43 @@ POLL = 5e-5
 log = logging.getLogger(__name__)
 
 
+MEETING_POLL = 5e-3
+"""Of a meeting each look is a question to the store of the whole job."""
+
+
 class Astray(RuntimeError):
     """A rank waits in another group for what will never come."""
+
+
+class Awaited(Protocol):
+    """What a rank waits for: a collective of torch, or a meeting."""
+
+    def is_completed(self) -> bool: ...
+
+    def wait(self) -> object: ...
+
+
+class Meeting:
+    """All ranks of ``group`` come here once, by the store of the job; another meeting of the same group is over at
+    once.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._key = f"cpflex/meeting/{group.group_name}/{dist.get_process_group_ranks(group)}"
+        self._world_size = group.size()
+        self._ends_at = time.monotonic() + _store().timeout.total_seconds()  # type: ignore[attr-defined]
+        self._num_here = _store().add(self._key, 1)
+
+    def is_completed(self) -> bool:
+        """All are here, or it is too late."""
+        if self._num_here < self._world_size:
+            time.sleep(MEETING_POLL)
+            self._num_here = _store().add(self._key, 0)
+        return self._num_here >= self._world_size or time.monotonic() > self._ends_at
+
+    def wait(self) -> None:
+        if self._num_here < self._world_size:
+            raise RuntimeError(f"timed out: {self._num_here} of {self._world_size} ranks came")
 
 
 @dataclass
@@ -36,7 +72,7 @@ class Watch:
     waits: bool = field(default=False, init=False)
     """It has said so to the others."""
 
-    def until_done(self, work: dist.Work) -> None:
+    def until_done(self, work: Awaited) -> None:
         """Return when ``work`` is done.
 
         Raises:

@@ -1,26 +1,30 @@
 """Agreement: before each attention call, forward and backward, all ranks compare what they are about to do.
 
-The first call of a kind is compared in words, every later one by a number: ranks that call their layers in another
-order are told so, instead of attending to another layer's keys. A rank that finds a mistake in its own arguments says
-so here, and all ranks raise together: one that raised alone would leave the others waiting. The comparison also warms
-up the communicator.
+They compare a number, a hash of it in words: ranks that call their layers in another order are told so, instead of
+attending to another layer's keys. A rank that finds a mistake in its own arguments has a number of its own, and all
+ranks raise together: one that raised alone would leave the others waiting. Words travel only when numbers differ, by a
+way that every group has and on which nobody waits for a rank that is elsewhere (`links/words.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from cpflex.links.protocol import Links
+from cpflex.links.protocol import Links, Words
 from cpflex.links.whereabouts import Astray
 
-IN_WORDS, REFUSED = 0, -1
-"""Instead of a call's number: it was never compared; it will not be made."""
+REFUSAL = "refusal"
+"""The one word of a call that will not be made."""
 
+NUM_REMEMBERED = 256
+"""Kinds of calls of a group, those of a few batches."""
 
 log = logging.getLogger(__name__)
 
@@ -29,68 +33,102 @@ class RankMismatch(RuntimeError):
     """The ranks of a group are about to compute different things."""
 
 
-def number_of(facts: Mapping[str, Any]) -> int:
-    """A positive number that two calls have in common only if all facts about them are equal."""
-    digest = hashlib.blake2b(repr(sorted((name, repr(value)) for name, value in facts.items())).encode(), digest_size=8)
+def words_of(facts: Mapping[str, Any]) -> Words:
+    return {name: str(value) for name, value in facts.items()}
+
+
+def number_of(words: Words) -> int:
+    """A positive number that two calls have in common only if all their words are equal."""
+    digest = hashlib.blake2b(repr(sorted(words.items())).encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "big") >> 1 | 1
 
 
-def agree(links: Links, plan: str, facts: Mapping[str, Any], number: int, known: bool) -> None:
-    """Compare ``facts`` with every rank's: by their number if they are ``known`` from an earlier call, else in words.
+def agree(links: Links, plan: str, words: Words, number: int, device: torch.device | None) -> None:
+    """Compare ``words`` with every rank's, by their number.
 
-    In a group of NCCL alone a number that differs stops the device, on all ranks, as the host does not wait for it.
+    In a group of NCCL alone the host waits for a number that is new in the group, and only the device for one that all
+    ranks had before: if they differ then, it stops on all ranks.
 
     Args:
         plan: fingerprint, by which ranks that wait for one another in different groups are found.
+        device: of the tensors that will be exchanged.
 
     Raises:
         RankMismatch: on every rank, naming the ranks and what differs, or the error that one of them found.
         ConnectionError: a rank did not come, or is gone.
     """
-    numbers = _gathered(links, number if known else IN_WORDS, plan)
-    if known and numbers.is_cuda:
-        torch.ops.aten._assert_async.msg((numbers == number).all(), "the ranks disagree about this attention call")
-    elif not known or (numbers != number).any():
-        _compare(links, facts)
+    new = number not in links.agreed
+    if new:
+        log.debug("group rank %d: a new kind of call: %s", links.rank, words)
+    with in_words(links):
+        numbers = _gathered(links, number, plan, device, None if new else partial(_log_difference, links))
+    if numbers is not None and any(other != number for other in numbers):
+        links.say(number, words)
+        raise RankMismatch(_difference(links, numbers))
+    if new:
+        links.agreed[number] = words
+    if len(links.agreed) > NUM_REMEMBERED:
+        links.agreed.pop(next(iter(links.agreed)))
 
 
 def refuse(links: Links, plan: str, error: Exception) -> None:
     """Tell the other ranks, which are in `agree` or on their way to it, that this one is about to raise ``error``."""
     # now, as the others may be long in coming
     log.error("group rank %d refuses a call: %s: %s", links.rank, type(error).__name__, error)
-    _gathered(links, REFUSED, plan)
-    links.all_gather_object({"refusal": f"{type(error).__name__}: {error}"})
+    words = {REFUSAL: f"{type(error).__name__}: {error}"}
+    number = -number_of(words)
+    links.say(number, words)  # first: whoever sees the number finds it
+    _gathered(links, number, plan)
 
 
-def _gathered(links: Links, number: int, plan: str) -> torch.Tensor:
+@contextmanager
+def in_words(links: Links) -> Iterator[None]:
+    """What fails inside because the device was stopped, now or before, is raised as what the ranks disagree about."""
     try:
-        return links.all_gather_number(number, plan)
+        if links.apart():
+            raise RuntimeError("the device was stopped before this call")
+        yield
+    except (RuntimeError, ConnectionError) as error:
+        if isinstance(error, RankMismatch) or not (numbers := links.apart()):
+            raise
+        raise RankMismatch(_difference(links, numbers)) from error
+
+
+def _gathered(links: Links, number: int, plan: str, *args: Any) -> list[int] | None:
+    try:
+        return links.all_gather_number(number, plan, *args)
     except Astray as error:
         raise RankMismatch(str(error)) from None
 
 
-def _compare(links: Links, facts: Mapping[str, Any]) -> None:
-    log.debug("group rank %d: a new kind of call: %s", links.rank, facts)
-    answers = links.all_gather_object({"facts": dict(facts)})
-    _raise_refusals(answers)
-    for name in dict.fromkeys(name for answer in answers for name in answer["facts"]):
-        values = [answer["facts"].get(name) for answer in answers]
-        if any(value != values[0] for value in values):
-            said = "; ".join(f"{_ranks(values, value)}: {value}" for value in _distinct(values))
-            raise RankMismatch(f"the ranks disagree about {name}: {said}")
+def _log_difference(links: Links, numbers: list[int]) -> None:
+    log.error("group rank %d: the device was stopped: %s", links.rank, _difference(links, numbers))
 
 
-def _raise_refusals(answers: list[dict[str, Any]]) -> None:
-    refusals = {rank: answer["refusal"] for rank, answer in enumerate(answers) if "refusal" in answer}
+def _difference(links: Links, numbers: list[int]) -> str:
+    """What ranks with these numbers disagree about."""
+    known = {number: links.agreed[number] for number in numbers if number in links.agreed}
+    for number, words in known.items():
+        links.say(number, words)  # for ranks whose first call of a kind meets another's later one
+    known |= links.find(set(numbers) - known.keys())
+    calls = [known.get(number) for number in numbers]
+    refusals = {
+        rank: "an error that it did not tell" if words is None else words[REFUSAL]
+        for rank, (number, words) in enumerate(zip(numbers, calls, strict=True))
+        if number < 0
+    }
     if refusals:
         said = "; ".join(f"group rank {rank} raised {text}" for rank, text in refusals.items())
-        raise RankMismatch(f"nothing was exchanged: {said}")
+        return f"nothing was exchanged: {said}"
+    told = [words or {} for words in calls]
+    for name in dict.fromkeys(name for words in told for name in words):
+        values = [words.get(name, "(it did not tell)") for words in told]
+        if any(value != values[0] for value in values):
+            said = "; ".join(f"{_ranks(values, value)}: {value}" for value in dict.fromkeys(values))
+            return f"the ranks disagree about {name}: {said}"
+    raise AssertionError(f"different numbers stand for the same words: {numbers}, {told}")
 
 
-def _distinct(values: list[Any]) -> list[Any]:
-    return [value for i, value in enumerate(values) if value not in values[:i]]
-
-
-def _ranks(values: list[Any], value: Any) -> str:
+def _ranks(values: list[str], value: str) -> str:
     ranks = [str(rank) for rank, other in enumerate(values) if other == value]
     return f"group rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"

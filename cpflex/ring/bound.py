@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from cpflex.links.protocol import Links
+from cpflex.links.protocol import Links, Words
 from cpflex.mods.graph import Mod
-from cpflex.ring.agreement import agree, number_of, refuse
+from cpflex.ring.agreement import agree, in_words, number_of, refuse, words_of
 from cpflex.ring.schedule import Step
 from cpflex.tile_mask import Idle
 
@@ -27,8 +28,8 @@ class Bound:
     """What ranks must agree on to have plans that belong together."""
     fingerprint: str
     """Of the facts."""
-    agreed: dict[Any, int] = field(default_factory=dict)
-    """Numbers of the kinds of calls on which the ranks have agreed."""
+    calls: dict[Any, tuple[Words, int]] = field(default_factory=dict)
+    """Kinds of calls that were made, in words and as the number by which ranks compare them."""
     devices: dict[torch.device, tuple[Mod, tuple[Step, ...], Idle]] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> tuple[Mod, Sequence[Step], Idle]:
@@ -39,19 +40,28 @@ class Bound:
             self.devices[device] = (self.mask.map_captured(lambda t: t.to(device)), steps, idle)
         return self.devices[device]
 
-    def agree(self, facts: dict[str, Any]) -> None:
-        """Compare this call with the other ranks', before every exchange."""
+    def agree(self, facts: dict[str, Any], device: torch.device) -> None:
+        """Compare this call with the other ranks', before every exchange of tensors on ``device``."""
         if self.links is None or self.links.world_size == 1:
             return
         kind = tuple(facts.items())
-        known = kind in self.agreed
-        facts = {**self.facts, **facts}
-        number = self.agreed[kind] if known else number_of(facts)
+        if kind not in self.calls:
+            words = words_of({**self.facts, **facts})
+            self.calls[kind] = words, number_of(words)
         try:
-            agree(self.links, self.fingerprint, facts, number, known)
+            agree(self.links, self.fingerprint, *self.calls[kind], device)
         except ConnectionError as error:
-            raise ConnectionError(f"before {facts['direction']}, mask kind {facts['mask kind']!r}: {error}") from error
-        self.agreed[kind] = number
+            kind_name = self.facts["mask kind"]
+            raise ConnectionError(f"before {facts['direction']}, mask kind {kind_name!r}: {error}") from error
+
+    @contextmanager
+    def in_words(self) -> Iterator[None]:
+        """What fails inside because ranks disagree is raised as what they disagree about."""
+        if self.links is None or self.links.world_size == 1:
+            yield
+            return
+        with in_words(self.links):
+            yield
 
     def refuse(self, error: Exception) -> None:
         """Make the other ranks raise too."""

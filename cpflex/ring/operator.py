@@ -63,10 +63,11 @@ def attention(
     else [0]. Exchanges K/V with the ranks of the plan's group.
     """
     bound: Bound = resolve(plan)
-    bound.agree(_facts("forward", q, k, v, captured, score_key, scale, backend, needs_grad))
+    bound.agree(_facts("forward", q, k, v, captured, score_key, scale, backend, needs_grad), q.device)
     call, steps, idle = _call(bound, captured, score_key, scale, backend, (), q.device, wants_max)
     k, v = (_without(x, idle.keys) for x in (k, v))
-    return forward(q, v.shape[-1], call, Transport(bound.links, steps, Pair(k, v)))
+    with bound.in_words():
+        return forward(q, v.shape[-1], call, Transport(bound.links, steps, Pair(k, v)))
 
 
 @attention.register_fake
@@ -95,13 +96,14 @@ def attention_backward(
 ) -> list[Tensor]:
     """[dq, dk, dv, *gradients of the captured tensors in the slots ``wanted``], each in the dtype of its tensor."""
     bound: Bound = resolve(plan)
-    bound.agree(_facts("backward", q, k, v, captured, score_key, scale, backend, True))
+    bound.agree(_facts("backward", q, k, v, captured, score_key, scale, backend, True), q.device)
     call, steps, idle = _call(bound, captured, score_key, scale, backend, tuple(wanted), q.device)
     k, v = (_without(x, idle.keys) for x in (k, v))
     q, grad_out, grad_lse = (_without(x, idle.queries) for x in (q, grad_out, grad_lse.unsqueeze(-1)))
     grad_lse = grad_lse.squeeze(-1)
     transport = Transport(bound.links, steps, Pair(k, v))
-    dq, (dk, dv), d_captured = backward(grad_out, grad_lse, q, out, lse, call, transport)
+    with bound.in_words():
+        dq, (dk, dv), d_captured = backward(grad_out, grad_lse, q, out, lse, call, transport)
     likes = [q, k, v, *(captured[slot] for slot in wanted)]
     return [grad.to(like.dtype) for grad, like in zip([dq, dk, dv, *d_captured], likes, strict=True)]
 
@@ -164,6 +166,7 @@ def _facts(
         "scale": scale,
         "backend": backend,
         "whether gradients are needed": needs_grad,
+        "device": q.device.type,
     }
 
 

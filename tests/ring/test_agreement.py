@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cpflex
-from cpflex.ring.agreement import agree, number_of, refuse
+from cpflex.ring.agreement import agree, number_of, refuse, words_of
 from cpflex.testing import ThreadLinks, run_ranks
 
 
@@ -25,8 +25,9 @@ def said_by(fn, world_size: int) -> list[str]:
     return run_ranks(guarded, world_size, timeout=60)
 
 
-def compare(group: ThreadLinks, facts: dict, known: bool = False) -> None:
-    agree(group, "a plan", facts, number_of(facts), known)
+def compare(group: ThreadLinks, facts: dict) -> None:
+    words = words_of(facts)
+    agree(group, "a plan", words, number_of(words), None)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
@@ -80,17 +81,19 @@ def test_every_refusal_is_told():
     )
 
 
-def test_a_call_is_compared_in_words_once_and_by_a_number_ever_after():
-    def call(group: ThreadLinks) -> list[int]:
-        plan = cpflex.make_plan(cpflex.causal(), 64, group)
-        in_words = []
-        for dim in (16, 16, 8, 16):
+def test_calls_are_compared_by_one_number_each_and_words_travel_only_when_numbers_differ():
+    """A new plan, new shapes, new documents: none of them costs more than a call that was made before."""
+
+    def call(group: ThreadLinks) -> list[tuple[int, int]]:
+        counts = []
+        for dim, cut in ((16, 20), (16, 20), (8, 20), (16, 30)):
+            plan = cpflex.make_plan(cpflex.causal() & cpflex.document(cu_seqlens=[0, cut, 64]), 64, group)
             q = torch.randn(1, 1, plan.local_len, dim, requires_grad=True)
             cpflex.flex_attention(q, q, q, block_mask=plan).sum().backward()
-            in_words.append(group.num_gathered)
-        return in_words
+            counts.append((group.num_gathered, group.num_said))
+        return counts
 
-    assert run_ranks(call, 2) == [[2, 2, 4, 4]] * 2
+    assert run_ranks(call, 2) == [[(2, 0), (4, 0), (6, 0), (8, 0)]] * 2
 
 
 def call_in_order(group: ThreadLinks, kinds: list[str], backward: bool) -> None:

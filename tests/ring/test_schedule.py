@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -97,9 +96,6 @@ class Recorder:
 
     def wait(self) -> None:
         return
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        raise AssertionError("a transport gathers nothing")
 
 
 def posted(plan: cpflex.Plan, backward: bool) -> list[list[tuple[str, int, int]]]:

@@ -116,9 +116,6 @@ class Logged:
 
         return Waited()
 
-    def all_gather_object(self, value: Any) -> list[Any]:
-        return self.links.all_gather_object(value)
-
 
 def events(group: ThreadLinks, problem: Problem, backward: bool) -> list[str]:
     log: list[str] = []
