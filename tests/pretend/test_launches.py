@@ -1,0 +1,50 @@
+"""A training step launches on every chip, whatever tables its mods read: its kernels find the shared memory they need."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import checks
+import pytest
+import stand_ins
+
+Run = Callable[..., Any]
+pytestmark = pytest.mark.skipif(bool(stand_ins.why_not()), reason=stand_ins.why_not() or "nothing is missing")
+
+TABLE = list(itertools.product(checks.CAPABILITIES, checks.HEAD_DIMS, checks.NUM_TABLES))
+KNOWN: set[tuple[int, int, str]] = set()
+"""Steps that ask for more shared memory than their chip has. One that launches must leave this table."""
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    with checks.process() as call:
+        yield call
+
+
+def check(run: Run, row: tuple[int, int, str]) -> None:
+    failure = run(checks.launch_failure, *row)
+    if row in KNOWN:
+        assert failure, f"{row} launches now: take it out of KNOWN"
+    else:
+        assert not failure, f"{row}: {failure}"
+
+
+def test_todays_sample_launches_on_its_chip(run: Run):
+    """Another part of the table every day."""
+    for row in random.Random(datetime.date.today().isoformat()).sample(TABLE, 2):
+        check(run, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: "sm_{}-D{}-{}".format(*row))
+def test_a_step_launches_on_its_chip(run: Run, row: tuple[int, int, str]):
+    check(run, row)
+
+
+def test_the_table_of_failures_names_steps_that_are_checked():
+    assert set(TABLE) >= KNOWN
