@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import checks
 import pytest
-import stand_ins
 
 Run = Callable[..., Any]
-pytestmark = pytest.mark.skipif(bool(stand_ins.why_not()), reason=stand_ins.why_not() or "nothing is missing")
 
 COUNTED = ("h2d", "d2h", "h2d_async", "operation", "launch", "exchange", "number", "object")
 """Blocking copies, asynchronous ones, operations of torch, launches; what is said to other ranks. Nothing waits for the
@@ -47,12 +45,6 @@ BUDGETS: dict[tuple[int, str, bool], dict[str, Counts]] = {  # ranks, mask, whet
         "second backward": (0, 0, 0, 31, 4, 2, 1, 0),
     },
 }
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    with checks.process() as call:
-        yield call
 
 
 @pytest.mark.parametrize("case", BUDGETS, ids=lambda case: f"{case[0]}-ranks-{case[1]}{'-moved' * case[2]}")

@@ -5,25 +5,17 @@ from __future__ import annotations
 import datetime
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import checks
 import pytest
-import stand_ins
 
 Run = Callable[..., Any]
-pytestmark = pytest.mark.skipif(bool(stand_ins.why_not()), reason=stand_ins.why_not() or "nothing is missing")
 
 TABLE = list(itertools.product(checks.CAPABILITIES, checks.HEAD_DIMS, checks.NUM_TABLES))
 KNOWN: set[tuple[int, int, str]] = set()
 """Steps that ask for more shared memory than their chip has. One that launches must leave this table."""
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    with checks.process() as call:
-        yield call
 
 
 def check(run: Run, row: tuple[int, int, str]) -> None:
@@ -36,7 +28,7 @@ def check(run: Run, row: tuple[int, int, str]) -> None:
 
 def test_todays_sample_launches_on_its_chip(run: Run):
     """Another part of the table every day."""
-    for row in random.Random(datetime.date.today().isoformat()).sample(TABLE, 2):
+    for row in random.Random(datetime.date.today().isoformat()).sample(TABLE, 1):
         check(run, row)
 
 

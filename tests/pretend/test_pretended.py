@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import checks
-import pytest
-import stand_ins
 
 Run = Callable[..., Any]
-pytestmark = pytest.mark.skipif(bool(stand_ins.why_not()), reason=stand_ins.why_not() or "nothing is missing")
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    with checks.process() as call:
-        yield call
 
 
 def test_copies_over_the_bus_are_listed_and_those_that_the_host_waits_for_told_apart(run: Run):
