@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +51,14 @@ class Day:
                 self.record(left_out=[str(x) for x in items[i:]])
                 return
             yield item
+
+    @contextlib.contextmanager
+    def surviving(self, what: object) -> Iterator[None]:
+        """What fails inside is recorded, and the part goes on with the next."""
+        try:
+            yield
+        except Exception:  # noqa: BLE001 - a kernel, a peer, a compiler: anything may fail on a GPU that was never seen
+            self.record(error=f"{what}: {traceback.format_exc()[-2000:]}")
 
     def device(self) -> contextlib.AbstractContextManager:
         """The GPU, or what stands for it."""
@@ -109,21 +118,28 @@ def smoke(day: Day) -> None:
     """One training step of each dtype, and how far it is from the plain backend's."""
     import torch
 
+    for dtype in day.each([torch.bfloat16, torch.float16, torch.float32]):
+        with day.surviving(dtype):
+            day.record(dtype=dtype, **_difference_of_backends(dtype))
+
+
+def _difference_of_backends(dtype: Any) -> dict[str, dict[str, float]]:
+    import torch
+
     import cpflex
 
-    for dtype in day.each([torch.bfloat16, torch.float16, torch.float32]):
-        plan = cpflex.make_plan(cpflex.causal() & cpflex.document(cu_seqlens=[0, 300, 1000]), 1000)
-        drawn = [torch.randn(1, h, plan.local_len, 64, device="cuda").to(dtype) for h in (4, 2, 2, 4)]
-        results = {}
-        for backend in ("triton", "reference"):
-            q, k, v = (x.detach().requires_grad_() for x in drawn[:3])
-            begin = time.perf_counter()
-            out = cpflex.flex_attention(q, k, v, None, plan, enable_gqa=True, kernel_options={"backend": backend})
-            results[backend] = [out, *torch.autograd.grad(out, (q, k, v), drawn[3])]  # type: ignore[arg-type]
-            torch.cuda.synchronize()
-            day.record(backend=backend, dtype=dtype, seconds=time.perf_counter() - begin)
-        pairs = zip(("out", "dq", "dk", "dv"), *results.values(), strict=True)
-        day.record(dtype=dtype, differences={n: (x.float() - y.float()).abs().max().item() for n, x, y in pairs})
+    plan = cpflex.make_plan(cpflex.causal() & cpflex.document(cu_seqlens=[0, 300, 1000]), 1000)
+    drawn = [torch.randn(1, h, plan.local_len, 64, device="cuda").to(dtype) for h in (4, 2, 2, 4)]
+    results, seconds = {}, {}
+    for backend in ("triton", "reference"):
+        q, k, v = (x.detach().requires_grad_() for x in drawn[:3])
+        begin = time.perf_counter()
+        out = cpflex.flex_attention(q, k, v, None, plan, enable_gqa=True, kernel_options={"backend": backend})
+        results[backend] = [out, *torch.autograd.grad(out, (q, k, v), drawn[3])]  # type: ignore[arg-type]
+        torch.cuda.synchronize()
+        seconds[backend] = time.perf_counter() - begin
+    pairs = zip(("out", "dq", "dk", "dv"), *results.values(), strict=True)
+    return {"differences": {n: (x.float() - y.float()).abs().max().item() for n, x, y in pairs}, "seconds": seconds}
 
 
 def of_smoke(found: Records) -> list[str]:
@@ -171,8 +187,10 @@ def sanitizer(day: Day) -> None:
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "tests/gpu/small_run.py"]
         # an allocation for each tensor, so that memory beside it is nobody's
         alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=alone)
-        day.record(check=check, code=done.returncode, said=(done.stdout + done.stderr)[-2000:])
+        with day.surviving(check):
+            left = max(1.0, day.deadline - time.time())
+            done = subprocess.run(command, capture_output=True, text=True, env=alone, timeout=left)
+            day.record(check=check, code=done.returncode, said=(done.stdout + done.stderr)[-2000:])
 
 
 def of_sanitizer(found: Records) -> list[str]:
@@ -206,7 +224,8 @@ def times(day: Day) -> None:
     day.record(setting=bench.setting(), gemm_tflops=bench.gemm_tflops())
     compilations = bench.Compilations()
     for row in day.each([bench.Row(*row) for row in ROWS]):
-        day.record(**bench.measure(row, compilations))
+        with day.surviving(row.name):
+            day.record(**bench.measure(row, compilations))
         torch.cuda.empty_cache()
 
 
@@ -293,9 +312,10 @@ def tuning(day: Day) -> None:
     major, minor = torch.cuda.get_device_capability(0)
     rows = table.rows_for(10 * major + minor, torch.bfloat16)
     for which, dim in day.each([(which, dim) for dim in (128, 64, 256) for which in ("forward", "dkdv", "dq")]):
-        made = tune.problems(dim, torch.bfloat16)
-        for config in day.each([rows[which, dim], *neighbours(rows[which, dim])]):
-            day.record(which=which, head_dim=dim, config=str(config), ms=tune.tried(which, config, made))
+        with day.surviving((which, dim)):
+            made = tune.problems(dim, torch.bfloat16)
+            for config in day.each([rows[which, dim], *neighbours(rows[which, dim])]):
+                day.record(which=which, head_dim=dim, config=str(config), ms=tune.tried(which, config, made))
         torch.cuda.empty_cache()
 
 

@@ -73,6 +73,16 @@ def test_no_part_begins_anything_after_its_time_and_names_what_it_left_out(tmp_p
     assert list(Day(tmp_path, "times", time.time() + 1000, brief=True, pretend=0).each("abc")) == ["a"]
 
 
+def test_a_part_goes_on_after_one_thing_that_fails(tmp_path: Path):
+    day = Day(tmp_path, "times", time.time() + 1000, brief=False, pretend=0)
+    for row in day.each(["first", "second"]):
+        with day.surviving(row):
+            assert row == "second"
+            day.record(row=row)
+    failed, fine = found(day)
+    assert failed["error"].startswith("first: Traceback") and fine == {"row": "second"}
+
+
 def test_a_pretended_gpu_gives_no_numbers_and_a_real_one_none_that_json_has_not(tmp_path: Path):
     for pretend, value in ((90, None), (0, 2.5)):
         day = Day(tmp_path, f"part{pretend}", time.time(), brief=True, pretend=pretend)
