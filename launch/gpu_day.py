@@ -28,6 +28,8 @@ from gpu_parts import PARTS, ROOT, Day
 SECONDS = 500.0
 GRACE = 10.0
 """Seconds between the time at which a part should stop by itself and that at which it is stopped."""
+LEAST = 20.0
+"""Seconds of a part, as long as there are any."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,9 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     context = multiprocessing.get_context("forkserver")  # imports once, before anybody has touched the GPU
     context.set_forkserver_preload(["torch", "triton", "cpflex.kernels.backward", "gpu_parts"])
     begin = time.time()
+    first = context.Process(target=time.time)  # what is imported once is on no part's account
+    first.start()
+    first.join()
     for index, name in enumerate(options.parts):
+        left = begin + options.seconds - time.time() - GRACE
         share = PARTS[name].share / sum(PARTS[later].share for later in options.parts[index:])
-        seconds = share * (begin + options.seconds - time.time() - GRACE)
+        seconds = min(left, max(LEAST, share * left))
         ran = run_part(context, Day(folder, name, time.time() + seconds, options.brief, options.pretend))
         with (folder / "parts.jsonl").open("a") as file:
             file.write(json.dumps(ran) + "\n")
