@@ -366,11 +366,11 @@ def peer(day: Day, rank: int, store: str) -> None:
     import torch.distributed._symmetric_memory as symmetric
 
     torch.cuda.set_device(0)
-    dist.init_process_group("cpu:gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    dist.init_process_group("cpu:gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     group = dist.group.WORLD
     assert group is not None, "the group was just made"
     elements = 1 << 26
-    mine = symmetric.empty(elements, dtype=torch.bfloat16, device="cuda").fill_(rank + 1)
+    mine = symmetric.empty(elements, dtype=torch.bfloat16, device=torch.device("cuda", 0)).fill_(rank + 1)
     theirs = symmetric.rendezvous(mine, group.group_name).get_buffer(1 - rank, (elements,), torch.bfloat16)
     torch.cuda.synchronize()
     dist.barrier()
