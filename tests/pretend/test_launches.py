@@ -15,6 +15,7 @@ Run = Callable[..., Any]
 
 TABLE = list(itertools.product(checks.CAPABILITIES, checks.HEAD_DIMS, checks.NUM_TABLES))
 KNOWN = {
+    (80, 64, "mask_and_two_biases"),
     *((86, 64, mods) for mods in ("three_biases", "mask_and_two_biases")),
     *((86, 128, mods) for mods in ("two_biases", "three_biases", "mask_and_two_biases")),
     (90, 128, "mask_and_two_biases"),
