@@ -32,8 +32,13 @@ test-oldest: .venv/ready  ## the same with the oldest that pyproject.toml allows
 	.venv-oldest/bin/pytest -n $(WORKERS) -m "$(OF_VERSIONS)"
 	.venv-oldest/bin/python tests/integrations/support_matrix.py --ran test-oldest
 
-test-gpu: .venv/ready  ## the kernels on a GPU
-	$(BIN)/pytest -m gpu
+test-gpu:  ## the kernels on a GPU: by .venv if it sees one, else by the machine's own python, where nothing is installed
+	@for python in $(BIN)/python $(PYTHON); do \
+	  if "$$python" -c 'import einops, numpy, pytest, torch, triton; assert torch.cuda.is_available()' 2>/dev/null; then \
+	    echo "$$python sees a GPU"; exec "$$python" -m pytest -m gpu tests/gpu; \
+	  fi; \
+	done; \
+	echo "neither $(BIN)/python nor $(PYTHON) has einops, numpy, pytest, triton and a torch that sees a GPU"; exit 1
 
 check: .venv/ready  ## format, lint, types and the quick tests
 	$(BIN)/ruff format --check .

@@ -34,7 +34,7 @@ from documents import draw_documents
 
 TOKENS = 32768
 """Batch * sequence of a row."""
-HEADS = {64: 32, 128: 16}
+HEADS = {64: 32, 128: 16, 256: 8}
 WINDOW = 1024
 ROUNDS = 5
 ROUND_MS = 60
@@ -52,14 +52,16 @@ class Row(NamedTuple):
     score: str
     head_dim: int
     seq_len: int
+    group_size: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.mask if self.score == 'none' else self.score} D{self.head_dim} S{self.seq_len >> 10}k"
+        sizes = f"D{self.head_dim} S{self.seq_len >> 10}k" + (f" GQA{self.group_size}" if self.group_size > 1 else "")
+        return f"{self.mask if self.score == 'none' else self.score} {sizes}"
 
     @property
     def batch(self) -> int:
-        return TOKENS // self.seq_len
+        return max(1, TOKENS // self.seq_len)
 
 
 ROWS = [
@@ -147,7 +149,7 @@ def cpflex_call(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
 
     def attend() -> Tensor:
         options = {"backend": "triton"}
-        return cpflex.flex_attention(*leaves, traced, plan, kernel_options=options)  # type: ignore[return-value]
+        return cpflex.flex_attention(*leaves, traced, plan, enable_gqa=True, kernel_options=options)  # type: ignore[return-value]
 
     return with_autograd(attend, leaves, grad_out)
 
@@ -189,7 +191,8 @@ def flex(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
     if mask_mod is not None:
         block_mask = torch.compile(create_block_mask)(mask_mod, None, None, row.seq_len, row.seq_len, device=DEVICE)
     score_mod = score_mod_of(row)
-    return with_autograd(lambda: compiled(*leaves, score_mod=score_mod, block_mask=block_mask), leaves, grad_out)
+    options = {"score_mod": score_mod, "block_mask": block_mask, "enable_gqa": row.group_size > 1}
+    return with_autograd(lambda: compiled(*leaves, **options), leaves, grad_out)
 
 
 def sdpa(backend: str) -> Callable[[Row, list[Tensor], Tensor], Peer | None]:
@@ -203,7 +206,8 @@ def sdpa(backend: str) -> Callable[[Row, list[Tensor], Tensor], Peer | None]:
         def attend() -> Tensor:
             with sdpa_kernel(getattr(SDPBackend, backend)):
                 q, k, v = leaves
-                return scaled_dot_product_attention(q, k, v, is_causal=row.mask == "causal")
+                is_grouped = row.group_size > 1
+                return scaled_dot_product_attention(q, k, v, is_causal=row.mask == "causal", enable_gqa=is_grouped)
 
         return with_autograd(attend, leaves, grad_out)
 
@@ -297,7 +301,10 @@ def measure(row: Row, compilations: Compilations) -> dict[str, Any]:
     """One row of the record."""
     torch.manual_seed(0)
     shape = (row.batch, HEADS[row.head_dim], row.seq_len, row.head_dim)
-    leaves = [torch.randn(shape, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    of_keys = (row.batch, HEADS[row.head_dim] // row.group_size, *shape[2:])
+    leaves = [
+        torch.randn(x, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for x in (shape, of_keys, of_keys)
+    ]
     grad_out = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
     from triton.errors import TritonError
 

@@ -13,6 +13,13 @@ from processes import RankProcesses
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """What pyproject.toml says to pytest-timeout is no error where that is not installed, as on a machine with a GPU."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds a test may take; not kept without pytest-timeout")
+        parser.addini("timeout_method", "of pytest-timeout")
+
+
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
     """In deterministic mode torch fills with NaN what `torch.empty` returns, to its own kernels too."""

@@ -11,13 +11,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from dense_head import dense_head
+import verdicts
+from cases_gpu import CASES, DTYPES, Case
 from torch import Tensor
 
 import cpflex
@@ -34,68 +34,6 @@ pytestmark = [
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the oracle multiplies in torch's deterministic mode
 ROOT = Path(__file__).parents[2]
 FUSED, PLAIN = {"backend": "triton"}, {"backend": "reference"}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MaskFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attention; `str` of it is a test id."""
-
-    mask: str
-    score: str = "none"
-    seq_len: int = 4096
-    dims: tuple[int, int] = (128, 128)
-    heads: tuple[int, int] = (8, 2)
-    batch: int = 2
-    dtype: str = "bf16"
-
-    def __str__(self) -> str:
-        sizes = f"S{self.seq_len}-D{self.dims[0]}-Dv{self.dims[1]}-H{self.heads[0]}-{self.heads[1]}-B{self.batch}"
-        return f"{self.mask}-{self.score}-{sizes}-{self.dtype}"
-
-    def mask_mod(self, device: str) -> MaskFn:
-        """Also in words that the oracle can run on the GPU."""
-        ids = (torch.arange(self.seq_len, device=device) * 7 // self.seq_len + 1) // 2  # documents of uneven lengths
-        windows = torch.arange(1, self.heads[0] + 1, device=device) * 100
-        masks: dict[str, MaskFn] = {
-            "full": lambda b, h, q, k: (q >= 0) & (k >= 0),
-            "causal": lambda b, h, q, k: q >= k,
-            "window": lambda b, h, q, k: (q >= k) & (q - k < 1024),
-            "doc_causal": lambda b, h, q, k: (q >= k) & (ids[q] == ids[k]),
-            "doc_window": lambda b, h, q, k: (q >= k) & (q - k < 300) & (ids[q] == ids[k]),
-            "prefix_lm": lambda b, h, q, k: (q >= k) | (k < self.seq_len // 3),
-            "dilated": lambda b, h, q, k: (q >= k) & ((q - k) % 5 == 0),
-            "window_per_head": lambda b, h, q, k: (q >= k) & (q - k < windows[h]),
-            "some_see_nothing": lambda b, h, q, k: (q >= k) & (q % 3 != 0),
-        }
-        return masks[self.mask]
-
-    def score_mod(self, device: str) -> Callable | None:
-        slopes = 2.0 ** -torch.arange(1.0, self.heads[0] + 1, device=device)
-        bias = torch.linspace(-1, 1, 129, device=device)
-        mods = {
-            "none": None,
-            "softcap": lambda s, b, h, q, k: 20.0 * torch.tanh(s / 20.0),
-            "alibi": lambda s, b, h, q, k: s - slopes[h] * (q - k).abs(),
-            "relative_bias": lambda s, b, h, q, k: s + bias[(q - k).clamp(-64, 64) + 64],
-        }
-        return mods[self.score]
-
-
-CASES = [
-    *(Case(mask, dtype=dtype) for mask in ("full", "causal", "doc_causal") for dtype in ("bf16", "fp16")),
-    *(Case(mask, dims=(64, 64)) for mask in ("window", "doc_window", "prefix_lm", "dilated", "window_per_head")),
-    *(Case("causal", score, dims=(dim, dim)) for score in ("softcap", "alibi", "relative_bias") for dim in (64, 128)),
-    *(Case("doc_causal", "alibi", dims=dims) for dims in ((16, 16), (80, 80), (96, 96), (192, 128), (256, 256))),
-    Case("some_see_nothing", "softcap"),
-    Case("causal", heads=(7, 7), batch=1, seq_len=5001),
-    Case("causal", heads=(16, 1), batch=1),
-    Case("causal", dims=(24, 40), seq_len=1000),
-    *(Case("causal", dims=(dim, dim), seq_len=1024, dtype="fp32") for dim in (64, 128)),
-    *(Case(mask, seq_len=32768, batch=2, heads=(16, 4)) for mask in ("full", "causal", "doc_window")),
-    Case("causal", "softcap", seq_len=32768, batch=1, heads=(32, 8), dims=(64, 64), dtype="fp16"),
-]
 
 
 def tensors_of(case: Case) -> list[Tensor]:
@@ -121,46 +59,10 @@ def attend(case: Case, tensors: list[Tensor], options: dict[str, str] | None = F
     return {name: x.detach()[:, :, : case.seq_len] for name, x in named.items()}
 
 
-def exact(case: Case, tensors: list[Tensor], precision: torch.dtype) -> dict[str, Tensor]:
-    """Of the last group."""
-    heads, kv_heads = case.heads
-    group, first = heads // kv_heads, heads - heads // kv_heads
-    mask_mod, score_mod = case.mask_mod("cuda"), case.score_mod("cuda")
-    b = torch.tensor(case.batch - 1, device="cuda")
-
-    def head_of(place: int) -> Tensor:
-        return torch.tensor(first + place, device="cuda")
-
-    def seen(place: int, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask_mod(b, head_of(place), q_idx, kv_idx).expand(len(q_idx), len(kv_idx))
-
-    def modified(scores: Tensor, place: int, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return scores if score_mod is None else score_mod(scores, b, head_of(place), q_idx, kv_idx)
-
-    q, k, v, grad_out = (x[-1] for x in tensors)
-    return dense_head(q[-group:], k[-1], v[-1], grad_out[-group:], seen, modified, precision)
-
-
-def last_group(case: Case, results: dict[str, Tensor]) -> dict[str, Tensor]:
-    group = case.heads[0] // case.heads[1]
-    return {name: x[-1, -1] if name in ("dk", "dv") else x[-1, -group:] for name, x in results.items()}
-
-
-def assert_within_budget(case: Case, tensors: list[Tensor], results: dict[str, Tensor]) -> None:
-    """error <= 2 x error of the same precision on one device + one rounding, both against float64 (DESIGN.md 7)."""
-    true, close = exact(case, tensors, torch.float64), exact(case, tensors, torch.float32)
-    for name, value in last_group(case, results).items():
-        finite = true[name].isfinite()
-        assert torch.equal(value.isfinite(), finite), f"{name}: finite where it should not be, or the reverse"
-        error, allowed = ((x.double() - true[name])[finite].abs().max().item() for x in (value, close[name]))
-        rounding = torch.finfo(value.dtype).eps * true[name][finite].abs().max().item()
-        assert error <= 2 * allowed + rounding, f"{name}: {error:.3e}; 2 x {allowed:.3e} + {rounding:.3e} are allowed"
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_errors_stay_within_the_budget(case: Case):
     tensors = tensors_of(case)
-    assert_within_budget(case, tensors, attend(case, tensors))
+    verdicts.assert_within_budget(case, tensors, attend(case, tensors))
 
 
 @pytest.mark.parametrize(
@@ -173,15 +75,15 @@ def test_tensor_descriptors_stay_within_the_budget(case: Case, monkeypatch: pyte
     rows = {key: replace(row, tma=True) for key, row in tuning.rows_for(capability, DTYPES[case.dtype]).items()}
     monkeypatch.setattr(tuning, "rows_for", lambda capability, dtype: rows)
     tensors = tensors_of(case)
-    assert_within_budget(case, tensors, attend(case, tensors))
+    verdicts.assert_within_budget(case, tensors, attend(case, tensors))
 
 
 def test_cuda_tensors_get_the_fused_kernels_by_default():
     case = Case("causal", dims=(64, 64), seq_len=1000)
     tensors = tensors_of(case)
     default, fused, plain = (attend(case, tensors, options=options) for options in (None, FUSED, PLAIN))
-    assert all(torch.equal(default[name], fused[name]) for name in fused)
-    assert not torch.equal(default["dk"], plain["dk"])
+    verdicts.assert_same_bits(default, fused)
+    verdicts.assert_other_bits(default["dk"], plain["dk"])
 
 
 @pytest.mark.parametrize("case", [Case("doc_causal"), Case("causal", "alibi", dims=(64, 64)), Case("window")], ids=str)
@@ -191,7 +93,7 @@ def test_the_same_inputs_give_the_same_bits(case: Case):
     for _ in range(5):
         torch.empty(1 << 28, device="cuda")  # other memory
         again = attend(case, tensors)
-        assert all(torch.equal(first[name], again[name]) for name in first)
+        verdicts.assert_same_bits(first, again)
 
 
 @pytest.mark.parametrize("case", [Case("doc_causal", seq_len=4096), Case("doc_window", seq_len=5001)], ids=str)
@@ -206,7 +108,7 @@ def test_several_ranks_equal_one(case: Case):
         return {name: plan.unshard(x, dim=2) for name, x in local.items()}
 
     ranks = run_ranks(rank, world_size=4)
-    assert_within_budget(case, tensors, ranks[0])
+    verdicts.assert_within_budget(case, tensors, ranks[0])
 
 
 def attend_shard(case: Case, tensors: list[Tensor], plan: cpflex.Plan) -> dict[str, Tensor]:
@@ -229,8 +131,7 @@ def test_the_gradient_of_a_table_of_relative_positions():
         score_mod = cpflex.score_mod(lambda s, b, h, i, j, t=table: s + t[h, (i - j).clamp(0, 128)])
         out = cpflex.flex_attention(q, k, v, score_mod, plan, enable_gqa=True, kernel_options={"backend": backend})
         (grads[backend],) = torch.autograd.grad(out, table, grad_out)
-    size = grads["reference"].abs().max().item()
-    torch.testing.assert_close(grads["triton"], grads["reference"], rtol=0.02, atol=0.02 * size)
+    verdicts.assert_near(grads["triton"], grads["reference"], 0.02)
 
 
 def test_new_lengths_documents_windows_and_batches_compile_nothing():
@@ -255,23 +156,12 @@ def test_new_lengths_documents_windows_and_batches_compile_nothing():
         knobs.compilation.listener = None
 
 
-SMALL_RUN = """
-import torch, cpflex
-for dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (24, torch.float32)):
-    plan = cpflex.make_plan(cpflex.document(cu_seqlens=[0, 100, 333]) & cpflex.causal(), 333)
-    q = torch.randn(1, 2, plan.local_len, dim, device="cuda", dtype=dtype, requires_grad=True)
-    cpflex.flex_attention(q, q, q, None, plan, kernel_options={"backend": "triton"}).sum().backward()
-torch.cuda.synchronize()
-"""
-
-
-def test_memcheck_finds_nothing(tmp_path: Path):
+def test_memcheck_finds_nothing():
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         pytest.skip("compute-sanitizer is not installed")
-    script = tmp_path / "small_run.py"
-    script.write_text(SMALL_RUN)
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(script)]
+    script = str(Path(__file__).with_name("small_run.py"))
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, script]
     # an allocation for each tensor, so that memory beside it is nobody's
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=patience(400), env=environment)

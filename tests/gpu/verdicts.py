@@ -1,0 +1,59 @@
+"""What is said of numbers that a GPU computed. Where a GPU is only pretended (tests/pretend), shapes are compared instead."""
+
+from __future__ import annotations
+
+import torch
+from cases_gpu import Case
+from dense_head import dense_head
+from torch import Tensor
+
+
+def exact(case: Case, tensors: list[Tensor], precision: torch.dtype) -> dict[str, Tensor]:
+    """Of the last group."""
+    heads, kv_heads = case.heads
+    group, first = heads // kv_heads, heads - heads // kv_heads
+    mask_mod, score_mod = case.mask_mod("cuda"), case.score_mod("cuda")
+    b = torch.tensor(case.batch - 1, device="cuda")
+
+    def head_of(place: int) -> Tensor:
+        return torch.tensor(first + place, device="cuda")
+
+    def seen(place: int, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask_mod(b, head_of(place), q_idx, kv_idx).expand(len(q_idx), len(kv_idx))
+
+    def modified(scores: Tensor, place: int, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return scores if score_mod is None else score_mod(scores, b, head_of(place), q_idx, kv_idx)
+
+    q, k, v, grad_out = (x[-1] for x in tensors)
+    return dense_head(q[-group:], k[-1], v[-1], grad_out[-group:], seen, modified, precision)
+
+
+def last_group(case: Case, results: dict[str, Tensor]) -> dict[str, Tensor]:
+    group = case.heads[0] // case.heads[1]
+    return {name: x[-1, -1] if name in ("dk", "dv") else x[-1, -group:] for name, x in results.items()}
+
+
+def assert_within_budget(case: Case, tensors: list[Tensor], results: dict[str, Tensor]) -> None:
+    """error <= 2 x error of the same precision on one device + one rounding, both against float64 (DESIGN.md 7)."""
+    true, close = exact(case, tensors, torch.float64), exact(case, tensors, torch.float32)
+    for name, value in last_group(case, results).items():
+        finite = true[name].isfinite()
+        assert torch.equal(value.isfinite(), finite), f"{name}: finite where it should not be, or the reverse"
+        error, allowed = ((x.double() - true[name])[finite].abs().max().item() for x in (value, close[name]))
+        rounding = torch.finfo(value.dtype).eps * true[name][finite].abs().max().item()
+        assert error <= 2 * allowed + rounding, f"{name}: {error:.3e}; 2 x {allowed:.3e} + {rounding:.3e} are allowed"
+
+
+def assert_same_bits(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert results.keys() == expected.keys()
+    differ = [name for name in results if not torch.equal(results[name], expected[name])]
+    assert not differ, f"other bits: {differ}"
+
+
+def assert_other_bits(x: Tensor, y: Tensor) -> None:
+    assert not torch.equal(x, y)
+
+
+def assert_near(x: Tensor, expected: Tensor, part: float) -> None:
+    """``part`` of a number, and of the largest."""
+    torch.testing.assert_close(x, expected, rtol=part, atol=part * expected.abs().max().item())

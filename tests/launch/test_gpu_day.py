@@ -1,0 +1,145 @@
+"""launch/gpu_day.py survives its parts, divides its seconds, and runs on a pretended GPU from start to end."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import gpu_day
+import gpu_parts
+from gpu_parts import PARTS, Day, Part
+from patience import patience
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests" / "pretend"))
+import stand_ins  # noqa: E402
+
+needs_compilers = pytest.mark.skipif(bool(stand_ins.why_not()), reason=stand_ins.why_not() or "nothing is missing")
+
+
+def found(day: Day) -> list[dict]:
+    return gpu_day.records(day.folder / f"{day.part}.jsonl")
+
+
+def raises(day: Day) -> None:
+    day.record(before=1)
+    raise ValueError("no such kernel")
+
+
+def dies(day: Day) -> None:
+    day.record(before=1)
+    os._exit(11)
+
+
+def hangs(day: Day) -> None:
+    day.record(before=1)
+    time.sleep(1000)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("run", "outcome"), [(raises, "failed: exit codes [1]"), (dies, "failed: exit codes [11]"), (hangs, "stopped: out of time")]
+)  # fmt: skip
+def test_a_part_that_fails_is_told_and_what_it_found_is_kept(
+    run, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gpu_day, "GRACE", 0.0)
+    monkeypatch.setitem(PARTS, "smoke", Part(run, lambda found: [f"{len(found)} kept"], 1))
+    seconds = 5.0 if run is hangs else patience(60)
+    day = Day(tmp_path, "smoke", time.time() + seconds, brief=True, pretend=0)
+    ran = gpu_day.run_part(multiprocessing.get_context("fork"), day)
+    assert ran["outcome"] == outcome
+    assert found(day)[0] == {"before": 1}
+    (tmp_path / "parts.jsonl").write_text(json.dumps(ran))
+    said = gpu_day.summary(tmp_path, 0)
+    assert f"smoke: {outcome}" in said
+    assert "1 kept" in said
+    assert ("ERROR ValueError: no such kernel" in said) == (run is raises)
+
+
+def test_no_part_begins_anything_after_its_time_and_names_what_it_left_out(tmp_path: Path):
+    day = Day(tmp_path, "times", time.time() + 1000, brief=False, pretend=0)
+    assert list(day.each("abc")) == ["a", "b", "c"]
+    over = Day(tmp_path, "times", time.time() - 1, brief=False, pretend=0)
+    assert list(over.each("abc")) == []
+    assert found(over) == [{"left_out": ["a", "b", "c"]}]
+    assert list(Day(tmp_path, "times", time.time() + 1000, brief=True, pretend=0).each("abc")) == ["a"]
+
+
+def test_a_part_goes_on_after_one_thing_that_fails(tmp_path: Path):
+    day = Day(tmp_path, "times", time.time() + 1000, brief=False, pretend=0)
+    for row in day.each(["first", "second"]):
+        with day.surviving(row):
+            assert row == "second"
+            day.record(row=row)
+    failed, fine = found(day)
+    assert failed["error"].startswith("first: Traceback") and fine == {"row": "second"}
+
+
+def test_a_pretended_gpu_gives_no_numbers_and_a_real_one_none_that_json_has_not(tmp_path: Path):
+    for pretend, value in ((90, None), (0, 2.5)):
+        day = Day(tmp_path, f"part{pretend}", time.time(), brief=True, pretend=pretend)
+        day.record(ms=[2.5, float("nan")], count=3, name="x")
+        assert found(day) == [{"ms": [value, None], "count": 3, "name": "x"}]
+
+
+def test_neighbours_differ_from_a_row_in_one_number():
+    from cpflex.kernels.tuning import SM90
+
+    row = SM90["forward", 128]
+    near = gpu_parts.neighbours(row)
+    assert len(set(near)) == len(near) == 7
+    assert all(sum(getattr(x, n) != getattr(row, n) for n in row.__dataclass_fields__) == 1 for x in near)
+
+
+def test_rows_that_are_timed_cover_what_was_promised():
+    assert {row[2] for row in gpu_parts.ROWS} == {64, 128, 256}
+    assert {row[3] for row in gpu_parts.ROWS} == {4096, 8192, 16384, 32768, 65536}
+    assert {row[0] for row in gpu_parts.ROWS} == {"full", "causal", "window", "doc_causal", "doc_window"}
+    assert {row[1] for row in gpu_parts.ROWS} == {"none", "softcap", "alibi"}
+    assert any(len(row) == 5 for row in gpu_parts.ROWS)
+    assert len(set(gpu_parts.ROWS)) == len(gpu_parts.ROWS)
+
+
+def dry_run(folder: Path, *options: str, seconds: float) -> dict[str, dict]:
+    command = [sys.executable, "launch/gpu_day.py", "--pretend", "90", "--brief", "--folder", str(folder), *options]
+    command += ["--seconds", str(patience(seconds))]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=patience(seconds) + 60, cwd=ROOT, env=environment
+    )
+    logs = "".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert (folder / "summary.txt").read_text().startswith("cpflex, on a pretended sm_90: no numbers")
+    return {ran["part"]: ran for ran in gpu_day.records(folder / "parts.jsonl")}
+
+
+@needs_compilers
+def test_parts_run_on_a_pretended_gpu_up_to_each_launch(tmp_path: Path):
+    ran = dry_run(tmp_path, "--parts", "environment", "host", "bandwidth", "ranks", "tuning", seconds=120)
+    assert [part["outcome"] for part in ran.values()] == ["done"] * 5
+    (told,) = [x for x in gpu_day.records(tmp_path / "environment.jsonl") if "gpu" in x]
+    assert told["gpu"] == "pretended sm_90"
+    (host,) = gpu_day.records(tmp_path / "host.jsonl")
+    assert host["score"] == "none" and host["forward_us"] is None
+    (row,) = gpu_day.records(tmp_path / "tuning.jsonl")
+    assert row["which"] == "forward" and row["ms"] == [None, None]
+
+
+@needs_compilers
+@pytest.mark.slow
+def test_it_runs_on_a_pretended_gpu_from_start_to_end(tmp_path: Path):
+    ran = dry_run(tmp_path, seconds=400)
+    assert list(ran) == list(PARTS)
+    assert {part["outcome"] for part in ran.values()} == {"done"}
+    (test,) = gpu_day.records(tmp_path / "correctness.jsonl")
+    assert test["outcome"] == "passed"
+    (row,) = [x for x in gpu_day.records(tmp_path / "times.jsonl") if "row" in x]
+    assert row["failed"] == {} and row["forward_ms"].keys() == {"kernel", "call"}

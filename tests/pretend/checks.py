@@ -1,0 +1,274 @@
+"""What is checked on the pretended device, in a process of its own: see `process`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from pretended import Cuda, pretending
+from torch import Tensor
+
+import cpflex
+
+
+@contextlib.contextmanager
+def process() -> Iterator[Callable[..., Any]]:
+    """``call(fn, *args)`` runs a function of this module in a process that may pretend a GPU."""
+    with mock.patch.dict(os.environ, OPENBLAS_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool.submit(torch.set_num_threads, 1).result()
+    try:
+        yield lambda fn, *args: pool.submit(fn, *args).result()
+    finally:
+        pool.shutdown()
+
+
+# -- the harness itself
+
+
+@triton.jit
+def scale_kernel(x_ptr, tables, out_ptr, count, factor, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < count) * tl.load(tables[0] + at, mask=at < count)
+    tl.store(out_ptr + at, x * factor, mask=at < count)
+
+
+@triton.jit
+def product_kernel(x_ptr, y_ptr, out_ptr, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    rows, cols = tl.arange(0, ROWS)[:, None] * SIZE, tl.arange(0, SIZE)
+    x, y = tl.load(x_ptr + rows + cols), tl.load(y_ptr + cols[:, None] * SIZE + cols)
+    tl.store(out_ptr + rows + cols, tl.dot(x, y))
+
+
+def check_copies() -> None:
+    with pretending(90) as events:
+        host, pinned = torch.arange(6.0), torch.arange(6.0).pin_memory()
+        assert pinned.is_pinned() and not host.is_pinned()
+        for seen, copy in [
+            ("h2d", lambda: host.to("cuda")),
+            ("h2d", lambda: host.cuda()),
+            ("h2d", lambda: host.to("cuda", non_blocking=True)),  # from pageable memory
+            ("h2d", lambda: torch.tensor([1.0, 2.0], device="cuda")),
+            ("h2d", lambda: torch.zeros(6, device="cuda").copy_(host)),
+            ("h2d_async", lambda: pinned.to("cuda", non_blocking=True)),
+            ("h2d_async", lambda: torch.zeros(6, device="cuda").copy_(pinned[:6], non_blocking=True)),
+            ("h2d_async", lambda: torch.empty(6, pin_memory=True).to("cuda", non_blocking=True)),
+            ("h2d", lambda: pinned.to("cuda")),
+            ("d2h", lambda: torch.zeros(6, device="cuda").cpu()),
+            ("d2h", lambda: host.copy_(torch.zeros(6, device="cuda"))),
+            ("d2h_async", lambda: torch.zeros(6, device="cuda").to("cpu", non_blocking=True)),
+            ("h2d", lambda: torch.zeros(6, device="cuda")[torch.tensor([0, 1])]),
+        ]:
+            events.clear()
+            copy()
+            copies = [event.kind for event in events if event.kind.startswith(("h2d", "d2h"))]
+            assert copies == [seen], f"{copies}, not {seen}"
+        events.clear()
+        moved = host.to("cuda")
+        assert isinstance(moved, Cuda) and moved.is_cuda and moved.device == torch.device("cuda", 0)
+        assert moved.to("cuda") is moved and moved.to("cuda:0") is moved
+        assert events.counts() == {"h2d": 1, "allocation": 1} and events[0].detail == 24
+
+
+def check_syncs() -> None:
+    with pretending(90) as events:
+        x = torch.arange(6.0, device="cuda")
+        for wait in [
+            lambda: x.sum().item(),
+            lambda: bool((x > 2).any()),
+            lambda: x[x > 2],
+            lambda: torch.equal(x, x),
+            lambda: torch.nonzero(x),
+            lambda: torch.cuda.synchronize(),
+            lambda: torch.cuda.Event().synchronize(),
+        ]:
+            events.clear()
+            wait()
+            assert events.count("sync") == 1, events
+        events.clear()
+        y = (x * 2 + 1).view(2, 3)[:, :2]
+        assert [(event.kind, event.what) for event in events if event.kind != "allocation"] == [("operation", "mul"), ("operation", "add")]  # fmt: skip
+        assert y.cpu().tolist() == [[1.0, 3.0], [7.0, 9.0]]
+
+
+def check_mixed_devices() -> None:
+    with pretending(90):
+        x, number = torch.ones(3, device="cuda"), torch.tensor(2.0)
+        assert (x * number).cpu().tolist() == [2.0, 2.0, 2.0]
+        try:
+            x * torch.ones(3)
+        except RuntimeError as error:
+            assert "same device" in str(error)
+        else:
+            raise AssertionError("operands on two devices were not refused")
+
+
+def check_a_launch() -> None:
+    with pretending(90) as events:
+        x, table, out = (torch.ones(1000, device="cuda") for _ in range(3))
+        scale_kernel[(8,)](x, (table,), out, 1008, 0.5, BLOCK=128, num_warps=2)
+        (launch,) = events.launches
+        assert (launch.name, launch.grid, launch.threads) == ("scale_kernel", (8, 1, 1), 64)
+        addresses = {"x_ptr": x.data_ptr(), "tables[0]": table.data_ptr(), "out_ptr": out.data_ptr()}
+        assert launch.arguments == {**addresses, "count": 1008, "factor": 0.5}
+        assert events.variants == {"scale_kernel": 1}
+        scale_kernel[(1,)](x, (table,), out, 1001, 0.5, BLOCK=128, num_warps=2)  # not a multiple of 16: another variant
+        scale_kernel[(2,)](x, (table,), out, 1003, 0.5, BLOCK=128, num_warps=2)
+        assert events.variants == {"scale_kernel": 2}
+        assert [launch.arguments["count"] for launch in events.launches] == [1008, 1001, 1003]
+    with pretending(90, compiles=False) as events:
+        x = torch.ones(1000, device="cuda")
+        scale_kernel.device_caches.clear()
+        scale_kernel[(8,)](x, (x,), x, 1000, 0.5, BLOCK=128, num_warps=2)
+        (launch,) = events.launches
+        assert (launch.name, launch.grid, launch.threads) == ("scale_kernel", (8, 1, 1), 64)
+        assert launch.arguments["x_ptr"] == x.data_ptr() and launch.arguments["count"] == 1000
+        assert events.variants == {"scale_kernel": 1}
+    scale_kernel.device_caches.clear()
+
+
+def check_shared_memory() -> None:
+    """An operand of 256 x 256 numbers of 2 bytes takes 128 KiB."""
+    from triton.runtime.errors import OutOfResources
+
+    for capability, fits in ((90, True), (86, False)):
+        with pretending(capability) as events:
+            x, out = (torch.ones(256, 256, device="cuda", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+            try:
+                product_kernel[(1,)](x, x, out, ROWS=64, SIZE=256, num_warps=8)
+            except OutOfResources as error:
+                assert not fits and "shared memory" in str(error) and str(99 << 10) in str(error)
+            else:
+                assert fits
+            assert len(events.launches) == fits
+
+
+def check_attention() -> None:
+    """Forward and backward by torch's own autograd, one launch each; ranks as threads are on the device too."""
+    from cpflex.testing import run_ranks
+
+    def step(group: Any = None) -> list[Tensor]:
+        plan = cpflex.make_plan(cpflex.causal(), 200, group)
+        q, k, v = (torch.zeros(1, 2, plan.local_len, 16, dtype=torch.bfloat16, device="cuda").requires_grad_() for _ in "qkv")  # fmt: skip
+        out = cpflex.flex_attention(q, k, v, block_mask=plan)
+        assert isinstance(out, Cuda)
+        out.sum().backward()
+        assert q.grad is not None and q.grad.is_cuda and q.grad.shape == q.shape
+        return []
+
+    with pretending(90, compiles=False) as events:
+        step()
+        assert [launch.name for launch in events.launches] == ["attend_kernel", "dq_kernel", "dkdv_kernel"]
+        events.clear()
+        run_ranks(step, 2)
+        assert sorted({launch.name for launch in events.launches}) == ["attend_kernel", "dkdv_kernel", "dq_kernel"]
+        assert len(events.launches) == 2 * 2 * 3  # ranks, steps, kernels
+
+
+# -- budgets: what a call makes the host do
+
+
+class StubLinks:
+    """A group whose other ranks are not there: what would be said to them is counted, what they would send is what lay
+    in memory."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.said: dict[str, int] = {}
+
+    def _say(self, what: str) -> None:
+        self.said[what] = self.said.get(what, 0) + 1
+
+    def exchange(self, sends: Any, receives: Any) -> StubLinks:
+        self._say("exchange")
+        return self
+
+    def wait(self) -> None: ...
+
+    def all_gather_number(self, value: int, plan: str) -> Tensor:
+        self._say("number")
+        return torch.full((self.world_size,), value)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        self._say("object")
+        return [value] * self.world_size
+
+
+def call_counts(world_size: int, mask: str, moved: bool) -> dict[str, dict[str, int]]:
+    """What the first and the second call of a fresh plan do, forward and backward; ``moved``: after ``plan.to("cuda")``,
+    which has its own entry.
+    """
+    seq_len, rank = 1024 * world_size, world_size // 2
+    cuts = [*range(0, seq_len, seq_len // 13), seq_len]
+    masks = {"causal": cpflex.causal(), "documents": cpflex.document(cu_seqlens=cuts) & cpflex.causal()}
+    with pretending(90, compiles=False) as events:
+        links = StubLinks(rank, world_size)
+        plan = cpflex.make_plan(masks[mask], seq_len, rank=rank, world_size=world_size)
+        plan = plan.bind(links) if world_size > 1 else plan
+        found = {}
+
+        def take(name: str) -> None:
+            found[name] = {k: n for k, n in events.counts().items() if k != "allocation"} | links.said
+            events.clear()
+            links.said = {}
+
+        heads = (4, 2, 2)
+        q, k, v = (torch.zeros(1, h, plan.local_len, 16, dtype=torch.bfloat16, device="cuda").requires_grad_() for h in heads)  # fmt: skip
+        grad_out = torch.zeros_like(q)
+        events.clear()
+        if moved:
+            plan.to("cuda")
+            take("to")
+        for which in ("first", "second"):
+            out = cpflex.flex_attention(q, k, v, block_mask=plan, enable_gqa=True)
+            take(f"{which} forward")
+            torch.autograd.grad(out, (q, k, v), grad_out)
+            take(f"{which} backward")
+    return found
+
+
+# -- launches: does the chip have the shared memory?
+
+CAPABILITIES = (80, 86, 90, 100)
+HEAD_DIMS = (64, 128, 256)
+NUM_TABLES = {"none": 0, "bias": 1, "pair_bias": 1, "dense_mask": 1, "two_biases": 2, "mask_and_two_biases": 3, "three_biases": 3}  # fmt: skip
+"""Mods, and how many tables they read at (q, kv)."""
+
+
+def launch_failure(capability: int, head_dim: int, mods: str) -> str:
+    """Why a training step does not launch on a chip; "" if it does."""
+    from triton.runtime.errors import OutOfResources
+
+    seq_len = 256
+    allowed, pairs, by_distance = torch.ones(seq_len, seq_len, dtype=torch.bool), torch.zeros(seq_len, seq_len), torch.zeros(3, 4, 129)  # fmt: skip
+    with pretending(capability) as events:
+        pairs, tables = pairs.to("cuda"), [x.to("cuda") for x in by_distance.unbind()]
+
+        def biased(count: int) -> Callable:
+            def score_mod(score, b, h, q, k):
+                return score + sum(table[h, (q - k - i).clamp(0, 128)] for i, table in enumerate(tables[:count]))
+
+            return score_mod
+
+        count = NUM_TABLES[mods] - (mods == "mask_and_two_biases")
+        score_mod = None if mods in ("none", "dense_mask") else biased(count)
+        score_mod = (lambda score, b, h, q, k: score + pairs[q, k]) if mods == "pair_bias" else score_mod
+        mask_mod = (lambda b, h, q, k: allowed[q, k]) if "mask" in mods else cpflex.causal()
+        plan = cpflex.make_plan(mask_mod, seq_len)
+        q, k, v = (torch.zeros(1, h, seq_len, head_dim, dtype=torch.bfloat16, device="cuda").requires_grad_() for h in (4, 2, 2))  # fmt: skip
+        try:
+            out = cpflex.flex_attention(q, k, v, score_mod, plan, enable_gqa=True)
+            torch.autograd.grad(out, (q, k, v), torch.zeros_like(q))
+        except OutOfResources as error:
+            return f"{len(events.launches)} launches, then: {error}"
+        names = [launch.name for launch in events.launches]
+        assert {"attend_kernel", "dq_kernel", "dkdv_kernel"} <= set(names), names
+        return ""
