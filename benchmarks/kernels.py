@@ -155,7 +155,7 @@ def cpflex_call(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
 
 
 def cpflex_kernel(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
-    from cpflex.kernels import Call, attend_and_finish, attend_backward
+    from cpflex.kernels import Call, attend_and_finish, attend_backward, begin_backward
     from cpflex.ring.handles import resolve
 
     mask, (step,), _ = resolve(cpflex.make_plan(mask_mod_of(row), row.seq_len).handle).on(grad_out.device)
@@ -166,8 +166,8 @@ def cpflex_kernel(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
     kept: dict[str, Tensor] = {"dq": torch.zeros(q.shape, device=q.device)}
 
     def forward() -> Tensor:
-        out, kept["lse"], _ = attend_and_finish(q, k, v, step.tile_mask, call, None)
-        kept["delta"] = (out * grad_out).sum(dim=-1, dtype=torch.float32)
+        out, lse, _ = attend_and_finish(q, k, v, step.tile_mask, call, None)
+        kept["lse"], kept["delta"] = begin_backward(out, grad_out, torch.zeros_like(lse), lse, call)
         return out
 
     def forward_alone() -> Tensor:

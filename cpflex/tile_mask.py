@@ -6,8 +6,8 @@ not listed; FULL ones skip the mask; PARTIAL ones evaluate it at the tokens' pos
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -101,6 +101,10 @@ class TileMask:
     num_unproven: int
     """PARTIAL tiles that were not evaluated exactly, for want of budget."""
     device: torch.device = CPU
+    siblings: Siblings | None = None
+    """Of a tile mask on a device; not stored with a plan, as the next."""
+    index: int = 0
+    """Its place among them."""
 
     @cached_property
     def q_positions(self) -> Tensor:
@@ -117,7 +121,20 @@ class TileMask:
         return self.full.num_tiles + self.partial.num_tiles
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        stored = (one.name for one in fields(self) if one.name not in ("siblings", "index"))
+        return {name: getattr(self, name) for name in stored}
+
+
+@dataclass(frozen=True, eq=False)
+class Siblings:
+    """The tile masks of all steps of a plan, and what was made of them on one device."""
+
+    masks: tuple[TileMask, ...]
+    """As they were planned, on the CPU."""
+    works: dict[Any, Sequence[Any]] = field(default_factory=dict)
+    """Which program of a kernel computes what, by how the kernel cuts its work, for each step."""
+    arenas: list[Any] = field(default_factory=list)
+    """The device memory of all that."""
 
 
 class Idle(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import cpflex
 from cases import Problem
+from cpflex.ring.operator import _refuse_capture as refuse_capture
 from cpflex.ring.operator import attention
 from cpflex.testing import ThreadLinks, run_ranks
 
@@ -243,6 +245,40 @@ def two_in_flight(group: ThreadLinks) -> bool:
 
 def test_two_microbatches_with_two_plans_may_be_in_flight():
     assert all(run_ranks(two_in_flight, 3))
+
+
+@pytest.mark.parametrize("operator", ["attention", "attention_backward"])
+def test_the_operators_say_that_a_cuda_graph_may_not_hold_them(operator: str):
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip("this torch has no such tag")
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.cpflex, operator).default.tags
+
+
+def test_capture_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """A replay would keep the tables of an old plan."""
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        refused = pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph")
+        with refused if capturing else contextlib.nullcontext():
+            refuse_capture(torch.device("cuda", 0))
+        refuse_capture(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_both_directions_look_whether_they_are_captured(name: str, monkeypatch: pytest.MonkeyPatch):
+    plan = cpflex.make_plan(cpflex.causal(), 100)
+    x = torch.randn(1, 1, plan.local_len, 16, requires_grad=True)
+    out = cpflex.flex_attention(x, x, x, block_mask=plan)
+
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError(f"captured on {device}")
+
+    monkeypatch.setattr(sys.modules["cpflex.ring.operator"], "_refuse_capture", refuse)
+    with pytest.raises(RuntimeError, match="captured on cpu"):
+        if name == "forward":
+            cpflex.flex_attention(x, x, x, block_mask=plan)
+        else:
+            torch.autograd.grad(out.sum(), x)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])

@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from cpflex.kernels import reference
-from cpflex.kernels.call import BACKENDS, OTHERWISE, Call
+from cpflex.kernels.call import BACKENDS, OTHERWISE, Call, with_whole_rows
 from cpflex.kernels.state import State, empty, finish
 from cpflex.tile_mask import TileMask
 
@@ -34,9 +34,11 @@ __all__ = [
     "attend",
     "attend_and_finish",
     "attend_backward",
+    "begin_backward",
     "empty",
     "finish",
     "require_support",
+    "with_whole_rows",
 ]
 
 # B batch, Hq query heads, H heads of keys and values, S local queries, K visiting keys, D and Dv head dims
@@ -82,13 +84,30 @@ def attend_and_finish(
     return *finish(state, q.dtype), state.m if call.wants_max else state.m.new_empty(0)
 
 
+def begin_backward(
+    out: Tensor,  # [B, Hq, S, Dv]
+    grad_out: Tensor,  # [B, Hq, S, Dv]
+    grad_lse: Tensor,  # [B, Hq, S] fp32
+    lse: Tensor,  # [B, Hq, S] fp32, natural log
+    call: Call,
+) -> tuple[Tensor, Tensor]:
+    """(lse, delta) as `attend_backward` of the same call takes them: delta = rowsum(out * grad_out) - grad_lse, fp32;
+    what lse is, is the backend's affair.
+    """
+    if _is_fused(out, call):
+        from cpflex.kernels import delta
+
+        return delta.begin_backward(out, grad_out, grad_lse, lse)
+    return reference.begin_backward(out, grad_out, grad_lse, lse)
+
+
 def attend_backward(
     q: Tensor,  # [B, Hq, S, D]
     k: Tensor,  # [B, H, K, D]
     v: Tensor,  # [B, H, K, Dv]
     grad_out: Tensor,  # [B, Hq, S, Dv]
-    lse: Tensor,  # [B, Hq, S] fp32, over the keys of all ranks
-    delta: Tensor,  # [B, Hq, S] fp32, rowsum(out * grad_out) - grad_lse
+    lse: Tensor,  # [B, Hq, S] fp32, over the keys of all ranks; this and delta from `begin_backward`
+    delta: Tensor,  # [B, Hq, S] fp32
     tile_mask: TileMask,
     call: Call,
     dq: Tensor,  # [B, Hq, S, D] fp32, added to in place
@@ -110,6 +129,9 @@ def require_support(q: Tensor, v_dim: int, call: Call) -> None:
         NotImplementedError: "triton", asked for or chosen, cannot: no Triton, another GPU than NVIDIA's from sm_80 on,
             a head dim above 256, or an operation in a mod that has no Triton form.
     """
+    kind = ("supported", q.device, q.shape[3], v_dim)
+    if kind in call.decided:
+        return
     if _is_fused(q, call):
         from cpflex.kernels import tuning
         from cpflex.mods import triton_source
@@ -118,6 +140,7 @@ def require_support(q: Tensor, v_dim: int, call: Call) -> None:
         triton_source.mask_function(call.mask.graph)
         if call.score_graph is not None:
             triton_source.score_function(call.score_graph)
+    call.decided[kind] = True
 
 
 def _is_fused(q: Tensor, call: Call) -> bool:

@@ -9,26 +9,14 @@ is wanted.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpflex.kernels import tuning
-from cpflex.kernels.call import Call
+from cpflex.kernels.call import Call, with_whole_rows
 from cpflex.kernels.captured import add_captured_gradients
-from cpflex.kernels.launch import (
-    NOT_SPECIALIZED,
-    Heads,
-    Mods,
-    described,
-    on_device_of,
-    shape_options,
-    strides_of,
-    with_whole_rows,
-)
+from cpflex.kernels.launch import NOT_SPECIALIZED, decide, described, on_device_of, strides_of
 from cpflex.kernels.scores import dot, load_rows, load_vector, load_walked, modified, through_score_mod
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_key, work_by_query
 from cpflex.tile_mask import TileMask
@@ -41,7 +29,7 @@ def attend_backward(
     k: Tensor,  # [B, H, K, D]
     v: Tensor,  # [B, H, K, Dv]
     grad_out: Tensor,  # [B, Hq, S, Dv]
-    lse: Tensor,  # [B, Hq, S] fp32, over the keys of all ranks
+    lse: Tensor,  # [B, Hq, S] fp32, over the keys of all ranks, base 2, inf for a query that sees no key
     delta: Tensor,  # [B, Hq, S] fp32, rowsum(out * grad_out) - grad_lse
     tile_mask: TileMask,
     call: Call,
@@ -54,41 +42,33 @@ def attend_backward(
         RuntimeError: torch wants deterministic algorithms, and the gradient of a captured tensor needs atomic
         additions.
     """
-    assert dq.is_contiguous(), "dq was made by the loop"
-    q, k, v, grad_out = (with_whole_rows(x) for x in (q, k, v, grad_out))
-    delta = delta.contiguous()
+    assert all(x.is_contiguous() for x in (lse, delta, dq)), "they were made by the loop"
+    q, k, v, grad_out = with_whole_rows(q), with_whole_rows(k), with_whole_rows(v), with_whole_rows(grad_out)
     dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-    # in base 2; a query that sees no key has probabilities exp2(score - inf) = 0
-    lse2 = torch.where(lse == -torch.inf, torch.inf, lse) * math.log2(math.e)
-    mods, options = Mods.of(call, q.device, backward=True), shape_options(q, v)
-
-    def shared(heads: Heads) -> tuple:
-        return (
-            *(q, k, v, grad_out, lse2, delta),
-            *strides_of(q, k, v, grad_out),
-            *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions, *heads, float(call.scale), *mods),
-        )
-
-    over_keys, over_queries = (shared(Heads.of(q, k, v, walk=walk)) for walk in ("keys", "queries"))
+    shared = (
+        *(q, k, v, grad_out, lse, delta),
+        *strides_of(q, k, v, grad_out),
+        *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
+    )
     with on_device_of(q):
-        add_captured_gradients(q, k, v, tile_mask, call, over_keys, options, d_captured)
-        config = tuning.lookup("dq", q, v)
-        work = work_by_query(tile_mask, q.device, config.block_q, config.block_kv, idle_rows=False)
-        if work.num_items:
-            dq_kernel[(work.num_items * q.shape[0] * q.shape[1],)](
-                *(*over_keys, work.items, work.runs, work.num_items),
+        if call.wanted:
+            _, heads, mods, _ = decide("captured", q, k, v, call)
+            add_captured_gradients(q, k, v, tile_mask, call, (*shared, *heads, *mods), d_captured)
+        config, heads, mods, options = decide("dq", q, k, v, call)
+        work = work_by_query(tile_mask, config.block_q, config.block_kv)
+        if work.num_busy:
+            dq_kernel[(work.num_busy * q.shape[0] * q.shape[1],)](
+                *(*shared, *heads, *mods, work.items, work.runs, work.num_busy),
                 *(*described(config.tma, config.block_kv, k, v), dq),
                 **options,
-                **config.options,
             )
-        config = tuning.lookup("dkdv", q, v)
-        work = work_by_key(tile_mask, q.device, config.block_kv, config.block_q, idle_rows=True)
+        config, heads, mods, options = decide("dkdv", q, k, v, call)
+        work = work_by_key(tile_mask, config.block_kv, config.block_q)
         if work.num_items:
             dkdv_kernel[(work.num_items * k.shape[0] * k.shape[1],)](
-                *(*over_queries, work.items, work.runs, work.num_items),
+                *(*shared, *heads, *mods, work.items, work.runs, work.num_items),
                 *(*described(config.tma, config.block_q, q, grad_out), k.shape[2], dk, dv),
                 **options,
-                **config.options,
             )
     return dk, dv
 

@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpflex.kernels import tuning
 from cpflex.kernels.call import Call
-from cpflex.kernels.launch import NOT_SPECIALIZED
+from cpflex.kernels.launch import NOT_SPECIALIZED, decide
 from cpflex.kernels.scores import dot, load_rows, load_vector, modified
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_key, work_by_query
 from cpflex.mods.evaluate import add_at, evaluate
@@ -36,13 +35,12 @@ def add_captured_gradients(
     tile_mask: TileMask,
     call: Call,
     shared: Sequence[Any],
-    options: dict[str, Any],
     d_captured: list[Tensor],
 ) -> None:
     """Add the part of the visiting keys to ``d_captured``, in place.
 
     Args:
-        shared, options: what all backward kernels are given.
+        shared: the first arguments of all backward kernels.
 
     Raises:
         RuntimeError: torch wants deterministic algorithms, and a gradient needs atomic additions.
@@ -58,12 +56,12 @@ def add_captured_gradients(
             sums = torch.zeros(
                 target.shape, dtype=torch.float64, device=q.device
             )  # the order of additions hardly shows
-            _launch(q, v, tile_mask, shared, options, read, sums, by_key=False, atomic=True)
+            _launch(q, k, v, tile_mask, call, shared, read, sums, by_key=False, atomic=True)
             target += sums
             continue
         by_key = "kv_idx" in place.inputs
         sums = torch.zeros(*q.shape[:2], (k if by_key else q).shape[2], dtype=torch.float32, device=q.device)
-        _launch(q, v, tile_mask, shared, options, read, sums, by_key, atomic=False)
+        _launch(q, k, v, tile_mask, call, shared, read, sums, by_key, atomic=False)
         positions = tile_mask.kv_positions if by_key else tile_mask.q_positions
         _add_at_place(target, sums, place, read, call, positions.long())
 
@@ -113,32 +111,32 @@ def _add_at_place(
 
 def _launch(
     q: Tensor,
+    k: Tensor,
     v: Tensor,
     tile_mask: TileMask,
+    call: Call,
     shared: Sequence[Any],
-    options: dict[str, Any],
     read: CapturedGradient,
     target: Tensor,
     by_key: bool,
     atomic: bool,
 ) -> None:
-    config = tuning.lookup("captured", q, v)
+    config, _, _, options = decide("captured", q, k, v, call)
     if by_key:
-        work = work_by_key(tile_mask, q.device, config.block_kv, config.block_q, idle_rows=False)
+        work = work_by_key(tile_mask, config.block_kv, config.block_q)
     else:
-        work = work_by_query(tile_mask, q.device, config.block_q, config.block_kv, idle_rows=False)
-    if work.num_items == 0:
+        work = work_by_query(tile_mask, config.block_q, config.block_kv)
+    if work.num_busy == 0:
         return
     indices = read.indices if atomic else ()
-    captured_kernel[(work.num_items * q.shape[0] * q.shape[1],)](
-        *(*shared, work.items, work.runs, work.num_items, target, target.shape[-1] if target.ndim else 1),
+    captured_kernel[(work.num_busy * q.shape[0] * q.shape[1],)](
+        *(*shared, work.items, work.runs, work.num_busy, target, target.shape[-1] if target.ndim else 1),
         tuple(target.shape) if atomic else (),
         OUTPUT=read.output,
         PLACES=tuple(i.index if isinstance(i, Ref) else -1 for i in indices),
         NUMBERS=tuple(0 if isinstance(i, Ref) else int(i) % n for i, n in zip(indices, target.shape, strict=False)),
         ROWS_ARE_KEYS=by_key,
         **options,
-        **config.options,
     )
 
 

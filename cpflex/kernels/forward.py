@@ -12,18 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpflex.kernels import tuning
-from cpflex.kernels.call import Call
-from cpflex.kernels.launch import (
-    NOT_SPECIALIZED,
-    Heads,
-    Mods,
-    described,
-    on_device_of,
-    shape_options,
-    strides_of,
-    with_whole_rows,
-)
+from cpflex.kernels.call import Call, with_whole_rows
+from cpflex.kernels.launch import NOT_SPECIALIZED, decide, described, on_device_of, strides_of
 from cpflex.kernels.scores import LN2, LOG2E, dot, load_rows, load_vector, load_walked, modified
 from cpflex.kernels.state import State
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_query
@@ -81,21 +71,20 @@ def _launch(
     lse: Tensor | None,
     max_scores: Tensor | None,
 ) -> None:
-    q, k, v = (with_whole_rows(x) for x in (q, k, v))
-    config = tuning.lookup("forward", q, v)
-    work = work_by_query(tile_mask, q.device, config.block_q, config.block_kv, idle_rows=out is not None)
-    if work.num_items == 0:
+    q, k, v = with_whole_rows(q), with_whole_rows(k), with_whole_rows(v)
+    config, heads, mods, options = decide("forward", q, k, v, call)
+    work = work_by_query(tile_mask, config.block_q, config.block_kv)
+    num_items = work.num_busy if out is None else work.num_items  # out is written for queries that see no key, too
+    if num_items == 0:
         return
     carried = (None, None, None) if state is None else (state.acc, state.m, state.l)
     with on_device_of(q):
-        attend_kernel[(work.num_items * q.shape[0] * q.shape[1],)](
+        attend_kernel[(num_items * q.shape[0] * q.shape[1],)](
             *(q, k, v, *described(config.tma, config.block_kv, k, v), *carried, out, lse, max_scores),
             *strides_of(q, k, v),
             *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
-            *(work.items, work.runs, work.num_items, *Heads.of(q, k, v, walk="keys")),
-            *(float(call.scale), *Mods.of(call, q.device, backward=False)),
-            **shape_options(q, v),
-            **config.options,
+            *(work.items, work.runs, num_items, *heads, *mods),
+            **options,
         )
 
 

@@ -46,7 +46,8 @@ class Mods(NamedTuple):
             score_mod = identity  # without a score_mod the maximum of a block is taken before it is scaled
         if backward and call.score_vjp is not None:
             score_vjp = triton_source.vjp_function(call.score_vjp)
-        mask = (triton_source.mask_function(call.mask.graph), *triton_source.pack_captured(call.mask.captured, device))
+        packed_mask = call.packed_mask or triton_source.pack_captured(call.mask.captured, device)
+        mask = (triton_source.mask_function(call.mask.graph), *packed_mask)
         return cls(*mask, score_mod, score_vjp, *triton_source.pack_captured(call.captured, device))
 
 
@@ -67,11 +68,6 @@ class Heads(NamedTuple):
         return cls(q.shape[1], num_kv_heads, min(max(1, fit), num_kv_heads), group_size)
 
 
-def with_whole_rows(x: Tensor) -> Tensor:
-    """x [B, H, S, D] of any strides, copied only if the elements of a row are not adjacent."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def strides_of(*tensors: Tensor) -> Sequence[int]:
     """Strides of batch, head and row of each; 0 where there is only one, so that an arbitrary stride there compiles
     nothing anew.
@@ -79,7 +75,11 @@ def strides_of(*tensors: Tensor) -> Sequence[int]:
     They are arguments of their own: in a tuple, Triton 3.6 does not see that they are multiples of 16, and loads 4
     bytes at a time.
     """
-    return [x.stride(dim) if x.shape[dim] > 1 else 0 for x in tensors for dim in range(3)]
+    strides = []
+    for x in tensors:
+        for size, stride, _ in zip(x.shape, x.stride(), range(3), strict=False):
+            strides.append(stride if size > 1 else 0)
+    return strides
 
 
 def described(wanted: bool, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
@@ -100,6 +100,31 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
 def columns(dim: int) -> int:
     """Columns of a block of rows: a power of two, as all of Triton's blocks are, and 16 at least, for tensor cores."""
     return max(16, triton.next_power_of_2(dim))
+
+
+class Decided(NamedTuple):
+    """What the launches of one kernel have in common, step by step and call by call."""
+
+    config: tuning.KernelConfig
+    heads: Heads
+    mods: tuple[Any, ...]
+    """The scale and `Mods`."""
+    options: dict[str, Any]
+
+
+def decide(which: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Decided:
+    """The row of `tuning` and the arguments that are not tensors of the step.
+
+    Args:
+        which: one of tuning.PASSES.
+    """
+    kind = (which, q.shape, k.shape, v.shape[3], q.dtype)
+    if (known := call.decided.get(kind)) is None:
+        config = tuning.lookup(which, q, v)
+        heads = Heads.of(q, k, v, walk="queries" if which == "dkdv" else "keys")
+        mods = (float(call.scale), *Mods.of(call, q.device, backward=which != "forward"))
+        known = call.decided[kind] = Decided(config, heads, mods, shape_options(q, v) | config.options)
+    return known
 
 
 def shape_options(q: Tensor, v: Tensor) -> dict[str, Any]:

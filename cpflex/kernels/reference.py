@@ -53,6 +53,23 @@ def attend(
         )
 
 
+def begin_backward(
+    out: Tensor,  # [B, Hq, S, Dv]
+    grad_out: Tensor,  # [B, Hq, S, Dv]
+    grad_lse: Tensor,  # [B, Hq, S] fp32
+    lse: Tensor,  # [B, Hq, S] fp32
+) -> tuple[Tensor, Tensor]:
+    """lse as it is, and delta [B, Hq, S] = rowsum(out * grad_out) - grad_lse, fp32; head by head, as products in fp32
+    take memory.
+    """
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+    for head in range(out.shape[1]):
+        products = out[:, head].float() * grad_out[:, head].float()
+        # d lse enters as -delta does: ds = p * (dp - delta)
+        delta[:, head] = products.sum(dim=-1) - grad_lse[:, head]
+    return lse, delta
+
+
 def attend_backward(
     q: Tensor,  # [B, Hq, S, D]
     k: Tensor,  # [B, H, K, D]

@@ -1,5 +1,5 @@
-"""Work: which program of a kernel computes what, in which order. Tables made once per tile mask, and the device
-functions that read them.
+"""Work: which program of a kernel computes what, in which order. Tables made once per plan, for all its steps, and the
+device functions that read them.
 
 A program owns a block of rows of one head and walks over blocks of columns. Rows are queries and columns keys, or the
 reverse in the kernel of dK/dV. Its columns are runs of consecutive tokens, so a table follows the boundary of the mask
@@ -9,7 +9,9 @@ the mask is evaluated and columns are bounds-checked.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpflex.tile_mask import Runs, TileMask
+from cpflex.kernels import tuning
+from cpflex.kernels.tables import copy_at_once
+from cpflex.tile_mask import Runs, Siblings, TileMask
 
 ITEM_FIELDS = tl.constexpr(8)
 """Of an item: first row, end row; first run, end run, blocks of the masked walk; the same three of the full walk."""
@@ -26,51 +30,137 @@ MASKED_COST = 1.5
 """A block whose mask is evaluated, in FULL blocks; only the order of the programs depends on it."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What the programs of one kernel compute, on the device."""
+class Blocks(NamedTuple):
+    """How a kernel cuts a tile mask: what its rows are, "query" or "key", and the rows and columns of a block."""
 
-    items: Tensor  # int32 [num_items * ITEM_FIELDS], most work first
+    rows_are: str
+    rows: int
+    cols: int
+
+
+class Work(NamedTuple):
+    """What the programs of one kernel compute in one step, on the device."""
+
+    items: Tensor  # int32 [num_items * ITEM_FIELDS], most work first, rows without work last
     runs: Tensor  # int32 [runs + 1, 2], first and end column of each
     num_items: int
+    num_busy: int
+    """Items with work."""
 
 
-def work_by_query(tile_mask: TileMask, device: torch.device, block_q: int, block_kv: int, idle_rows: bool) -> Work:
-    """Blocks of queries that walk over keys; ``idle_rows``: those that see no key too."""
-    m = tile_mask
-    return _cached(m, "query", m.q_starts, m.kv_starts, m.full, m.partial, device, block_q, block_kv, idle_rows)
+@dataclass(frozen=True)
+class WorkTable:
+    """The work of all steps, as one table of items, step by step, then the runs of all."""
+
+    blocks: Blocks
+    table: Tensor  # int32
+    num_items: list[int]  # of each step
+    num_busy: list[int]
+
+    def split(self, table: Tensor) -> list[Work]:
+        """The work of each step, from the table on a device."""
+        *items, runs = table.split([*(ITEM_FIELDS.value * n for n in self.num_items), self.num_runs_fields])
+        runs = runs.view(-1, 2)
+        return [Work(*step) for step in zip(items, [runs] * len(items), self.num_items, self.num_busy, strict=True)]
+
+    @property
+    def num_runs_fields(self) -> int:
+        return len(self.table) - ITEM_FIELDS.value * sum(self.num_items)
 
 
-def work_by_key(tile_mask: TileMask, device: torch.device, block_kv: int, block_q: int, idle_rows: bool) -> Work:
-    """Blocks of keys that walk over queries; ``idle_rows``: those that no query sees too."""
-    m = tile_mask
-    by_kv = (m.kv_starts, m.q_starts, m.full_by_kv, m.partial_by_kv)
-    return _cached(m, "key", *by_kv, device, block_kv, block_q, idle_rows)
+def work_by_query(tile_mask: TileMask, block_q: int, block_kv: int) -> Work:
+    """Blocks of queries that walk over keys."""
+    return _work(tile_mask, Blocks("query", block_q, block_kv))
 
 
-def _cached(tile_mask: TileMask, axis: str, *arguments) -> Work:
-    known = vars(tile_mask).setdefault("_work", {})  # lives and dies with the tile mask
-    key = (axis, *arguments[4:])
-    if key not in known:
-        known[key] = make_work(*arguments)
-    return known[key]
+def work_by_key(tile_mask: TileMask, block_kv: int, block_q: int) -> Work:
+    """Blocks of keys that walk over queries."""
+    return _work(tile_mask, Blocks("key", block_kv, block_q))
 
 
-def make_work(
-    row_starts: Tensor,  # int32 [row tiles + 1]
-    col_starts: Tensor,  # int32 [column tiles + 1]
-    full: Runs,
-    partial: Runs,
-    device: torch.device,
-    block_rows: int,
-    block_cols: int,
-    idle_rows: bool,
-) -> Work:
-    rows, cols = row_starts.numpy().astype(np.int64), col_starts.numpy().astype(np.int64)
-    num_tiles = len(rows) - 1
-    full_row, full_first, full_end = _tokens(full, cols)
-    partial_row, partial_first, partial_end = _tokens(partial, cols)
-    whole_end = full_end - (full_end - full_first) % block_cols
+def _work(tile_mask: TileMask, blocks: Blocks) -> Work:
+    siblings = tile_mask.siblings or Siblings((tile_mask,))
+    if blocks not in siblings.works:
+        add_work(siblings, [blocks], tile_mask.device)
+    return siblings.works[blocks][tile_mask.index]
+
+
+def add_work(siblings: Siblings, wanted: Sequence[Blocks], device: torch.device) -> None:
+    """Make what is not there yet, for all steps, and bring it to the device by one copy."""
+    works = work_tables(siblings.masks, [blocks for blocks in wanted if blocks not in siblings.works])
+    moved = copy_at_once([work.table for work in works], device, siblings) if works else []
+    siblings.works.update((work.blocks, work.split(table)) for work, table in zip(works, moved, strict=True))
+
+
+def foreseen_blocks(device: torch.device) -> list[Blocks]:
+    """What the kernels of 16-bit tensors may ask for on a device."""
+    found = []
+    for (which, *_), config in tuning.rows_for(tuning.capability_of(device), torch.bfloat16).items():
+        by_query = Blocks("query", config.block_q, config.block_kv)
+        by_key = Blocks("key", config.block_kv, config.block_q)
+        found += {"dkdv": [by_key], "captured": [by_query, by_key]}.get(which, [by_query])
+    return list(dict.fromkeys(found))
+
+
+def work_tables(tile_masks: Sequence[TileMask], wanted: Iterable[Blocks]) -> list[WorkTable]:
+    """The work of all steps, for each way to cut it."""
+    sides: dict[str, _Side] = {}
+    tables = []
+    for blocks in wanted:
+        if blocks.rows_are not in sides:
+            sides[blocks.rows_are] = _side(tile_masks, blocks.rows_are)
+        tables.append(_work_table(sides[blocks.rows_are], blocks))
+    return tables
+
+
+class _Side(NamedTuple):
+    """The tile masks of all steps one after the other, as runs of tokens per row tile."""
+
+    step: np.ndarray  # of each row tile
+    first_row: np.ndarray
+    end_row: np.ndarray
+    full: tuple[np.ndarray, np.ndarray, np.ndarray]  # row tile, first column, end column of each run
+    partial: tuple[np.ndarray, np.ndarray, np.ndarray]
+    num_steps: int
+
+
+def _side(tile_masks: Sequence[TileMask], rows_are: str) -> _Side:
+    by_query = rows_are == "query"
+    rows, cols = (
+        [_int64(s) for s in starts] for starts in zip(*((m.q_starts, m.kv_starts) for m in tile_masks), strict=True)
+    )
+    if not by_query:
+        rows, cols = cols, rows
+    num_tiles = [len(starts) - 1 for starts in rows]
+    full, partial = (
+        _tokens([getattr(m, name if by_query else f"{name}_by_kv") for m in tile_masks], cols)
+        for name in ("full", "partial")
+    )
+    first, end = np.concatenate([x[:-1] for x in rows]), np.concatenate([x[1:] for x in rows])
+    return _Side(np.repeat(np.arange(len(rows)), num_tiles), first, end, full, partial, len(rows))
+
+
+def _tokens(runs: Sequence[Runs], starts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row tile, first token, end token) of each run; row tiles are counted over all steps, tokens from 0 in each."""
+    offsets = np.concatenate([np.diff(_int64(r.offsets)) for r in runs])
+    first, count = (np.concatenate([_int64(getattr(r, name)) for r in runs]) for name in ("first", "count"))
+    lengths = [len(x) for x in starts]
+    base = np.repeat(np.cumsum(lengths) - lengths, [len(r.first) for r in runs])
+    all_starts = np.concatenate(starts)
+    begin: np.ndarray = first + base
+    end: np.ndarray = begin + count
+    return np.repeat(np.arange(len(offsets)), offsets), all_starts[begin], all_starts[end]
+
+
+def _int64(x: Tensor) -> np.ndarray:
+    return x.numpy().astype(np.int64)
+
+
+def _work_table(side: _Side, blocks: Blocks) -> WorkTable:
+    num_tiles = len(side.step)
+    full_row, full_first, full_end = side.full
+    partial_row, partial_first, partial_end = side.partial
+    whole_end = full_end - (full_end - full_first) % blocks.cols
 
     whole, rest = whole_end > full_first, full_end > whole_end
     masked = (
@@ -84,31 +174,24 @@ def make_work(
     fields, runs, num_runs = [], [], 0
     for row, first, end in walks:
         bounds = num_runs + np.searchsorted(row, np.arange(num_tiles + 1))
-        blocks = np.bincount(row, weights=-(-(end - first) // block_cols), minlength=num_tiles).astype(np.int64)
-        fields += [bounds[:-1], bounds[1:], blocks]
+        num_blocks = np.bincount(row, weights=-(-(end - first) // blocks.cols), minlength=num_tiles).astype(np.int64)
+        fields += [bounds[:-1], bounds[1:], num_blocks]
         runs.append(np.stack([first, end], axis=1))
         num_runs += len(row)
     runs.append(np.zeros((1, 2), dtype=np.int64))  # what a walk over nothing looks at
 
-    pieces = -(-np.diff(rows) // block_rows)
+    pieces = -(-(side.end_row - side.first_row) // blocks.rows)
     tile = np.repeat(np.arange(num_tiles), pieces)
-    first_row = rows[tile] + (np.arange(len(tile)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * block_rows
-    end_row = np.minimum(first_row + block_rows, rows[tile + 1])
-    cost = fields[2] * MASKED_COST + fields[5]
-    chosen = np.argsort(-cost[tile], kind="stable")
-    if not idle_rows:
-        chosen = chosen[cost[tile[chosen]] > 0]
-    items = np.stack([first_row, end_row, *(field[tile] for field in fields)], axis=1)[chosen]
+    first_row = (
+        side.first_row[tile] + (np.arange(len(tile)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * blocks.rows
+    )
+    end_row = np.minimum(first_row + blocks.rows, side.end_row[tile])
+    cost, step = (fields[2] * MASKED_COST + fields[5])[tile], side.step[tile]
+    items = np.stack([first_row, end_row, *(field[tile] for field in fields)], axis=1)[np.lexsort((-cost, step))]
 
     table = np.concatenate([items.reshape(-1), np.concatenate(runs).reshape(-1)]).astype(np.int32)
-    on_device = torch.from_numpy(table).to(device)
-    return Work(on_device[: items.size], on_device[items.size :].view(-1, 2), len(items))
-
-
-def _tokens(runs: Runs, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row tile, first token, end token) of each run."""
-    offsets, first, count = (x.numpy().astype(np.int64) for x in (runs.offsets, runs.first, runs.count))
-    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), starts[first], starts[first + count]
+    counts = (np.bincount(x, minlength=side.num_steps).tolist() for x in (step, step[cost > 0]))
+    return WorkTable(blocks, torch.from_numpy(table), *counts)
 
 
 @triton.jit

@@ -179,9 +179,12 @@ class Plan:
         return Plan(self.layout, self.rank, self.kinds, links, self.batch_size, self.num_heads)
 
     def to(self, device: torch.device | str | int) -> Plan:
-        """Copy the plan's tables to a device now rather than at the first attention there. Returns the plan itself."""
+        """Bring the plan's tables to a device now, with those of the kernels that 16-bit tensors use there, rather
+        than at the first attention. The host does not wait for it: one copy for each mask kind, from pinned memory.
+        Returns the plan itself.
+        """
         for plan in self._one_kind.values() or [self]:
-            handles.resolve(plan.handle).on(torch.device(device))
+            handles.resolve(plan.handle).tables_on(torch.device(device), with_work=True)
         return self
 
     def refuse(self, error: Exception) -> None:

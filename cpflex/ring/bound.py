@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
+from cpflex.kernels import Call
+from cpflex.kernels.tables import Tables, bring, foresee
 from cpflex.links.protocol import Links, Words
 from cpflex.mods.graph import Mod
 from cpflex.ring.agreement import agree, in_words, number_of, refuse, words_of
 from cpflex.ring.schedule import Step
 from cpflex.tile_mask import Idle
+
+
+class OnDevice(NamedTuple):
+    """The steps of a plan, and what else it knows, on one device."""
+
+    steps: tuple[Step, ...]
+    tables: Tables
 
 
 @dataclass(eq=False)
@@ -30,15 +39,39 @@ class Bound:
     """Of the facts."""
     calls: dict[Any, tuple[Words, int]] = field(default_factory=dict)
     """Kinds of calls that were made, in words and as the number by which ranks compare them."""
-    devices: dict[torch.device, tuple[Mod, tuple[Step, ...], Idle]] = field(default_factory=dict)
+    devices: dict[torch.device, OnDevice] = field(default_factory=dict)
+    decided: dict[Any, Call] = field(default_factory=dict)
+    """Calls without captured tensors, by what else tells them apart: what was decided for them holds for the next."""
 
-    def on(self, device: torch.device) -> tuple[Mod, Sequence[Step], Idle]:
-        """(mask, steps, idle tokens) with their tensors on a device; copied once."""
+    def on(self, device: torch.device) -> tuple[Mod, tuple[Step, ...], Idle]:
+        """(mask, steps, idle tokens) with their tensors on a device; brought there once."""
+        found = self.tables_on(device)
+        return found.tables.mask, found.steps, found.tables.idle
+
+    def tables_on(self, device: torch.device, *, with_work: bool = False) -> OnDevice:
+        """What a call needs besides its tensors, with what it needs it for on a device; brought there once.
+
+        Args:
+            with_work: all that kernels may look up, too, rather than what the first call asks for.
+        """
         if device not in self.devices:
-            steps = tuple(replace(s, tile_mask=replace(s.tile_mask, device=device)) for s in self.steps)
-            idle = Idle(*(table.to(device) for table in self.idle))
-            self.devices[device] = (self.mask.map_captured(lambda t: t.to(device)), steps, idle)
-        return self.devices[device]
+            device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
+        if device in self.devices:
+            found = self.devices[device]
+            if with_work:
+                foresee(found.tables, device)
+        else:
+            tile_masks = [step.tile_mask for step in self.steps]
+            tables = bring(self.mask, tile_masks, self.idle, device, with_work=with_work)
+            steps = (Step(s.exchange, m) for s, m in zip(self.steps, tables.tile_masks, strict=True))
+            found = self.devices[device] = OnDevice(tuple(steps), tables)
+        for arena in found.tables.siblings.arenas:
+            arena.wait()
+        return found
+
+    @property
+    def has_peers(self) -> bool:
+        return self.links is not None and self.links.world_size > 1
 
     def agree(self, facts: dict[str, Any], device: torch.device) -> None:
         """Compare this call with the other ranks', before every exchange of tensors on ``device``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cpflex.kernels import Call, attend, attend_and_finish, empty, require_support
+from cpflex.kernels import Call, attend, attend_and_finish, empty, require_support, with_whole_rows
 from cpflex.ring.transport import Transport
 
 
@@ -19,7 +19,7 @@ def forward(q: Tensor, v_dim: int, call: Call, transport: Transport) -> tuple[Te
         unless the call wants it; 0, -inf and -inf for a query that sees no key.
     """
     require_support(q, v_dim, call)  # while nothing has been sent
-    state = None
+    q, state = with_whole_rows(q), None
     for index, step, (k, v) in transport.circulate():
         if index + 1 == len(transport.steps):
             return attend_and_finish(q, k, v, step.tile_mask, call, state)

@@ -8,6 +8,7 @@ one graph.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,10 @@ from cpflex.tile_mask import Idle
 _score_mods: weakref.WeakValueDictionary[str, Mod] = weakref.WeakValueDictionary()
 
 
+TAGS = tuple(getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name))
+"""A graph that is replayed would keep the tables of an old plan."""
+
+
 def intern_score_mod(mod: Mod) -> Mod:
     """Make a score_mod known to the operator by its key, for as long as the mod that this returns lives."""
     return _score_mods.setdefault(mod.key, mod)
@@ -45,7 +50,24 @@ def _without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@torch.library.custom_op("cpflex::attention", mutates_args=())
+_library = torch.library.Library("cpflex", "DEF")
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""What the operators of torch run, by name."""
+
+
+def _operator(compute: Callable[..., Any]) -> torch._ops.OpOverload:
+    """``compute`` as an operator of torch, on any device. Its gradient is an autograd function of ours, `_Attention`:
+    those that `torch.library.register_autograd` writes cost as much as the rest of a call.
+    """
+    name = compute.__name__
+    IMPLEMENTATIONS[name] = compute
+    _library.define(name + torch.library.infer_schema(compute, mutates_args=()), tags=TAGS)
+    _library.impl(name, torch._disable_dynamo(compute), "CompositeExplicitAutograd")  # type: ignore[attr-defined]
+    return getattr(torch.ops.cpflex, name).default
+
+
+@_operator
 @_without_autocast
 def attention(
     q: Tensor,
@@ -62,22 +84,24 @@ def attention(
     """out [B, Hq, S_local, Dv] in q's dtype, lse and max_scores [B, Hq, S_local] fp32, the last only if ``wants_max``,
     else [0]. Exchanges K/V with the ranks of the plan's group.
     """
+    _refuse_capture(q.device)
     bound: Bound = resolve(plan)
-    bound.agree(_facts("forward", q, k, v, captured, score_key, scale, backend, needs_grad), q.device)
+    if bound.has_peers:
+        bound.agree(_facts("forward", q, k, v, captured, score_key, scale, backend, needs_grad), q.device)
     call, steps, idle = _call(bound, captured, score_key, scale, backend, (), q.device, wants_max)
     k, v = (_without(x, idle.keys) for x in (k, v))
     with bound.in_words():
         return forward(q, v.shape[-1], call, Transport(bound.links, steps, Pair(k, v)))
 
 
-@attention.register_fake
+@torch.library.register_fake("cpflex::attention", lib=_library)
 def _(q, k, v, captured, plan, score_key, scale, backend, needs_grad, wants_max):
     rows = q.shape[:-1]
     lse, max_scores = (q.new_empty(shape, dtype=torch.float32) for shape in (rows, rows if wants_max else (0,)))
     return q.new_empty(*rows, v.shape[-1]), lse, max_scores
 
 
-@torch.library.custom_op("cpflex::attention_backward", mutates_args=())
+@_operator
 @_without_autocast
 def attention_backward(
     grad_out: Tensor,
@@ -95,8 +119,10 @@ def attention_backward(
     wanted: Sequence[int],
 ) -> list[Tensor]:
     """[dq, dk, dv, *gradients of the captured tensors in the slots ``wanted``], each in the dtype of its tensor."""
+    _refuse_capture(q.device)
     bound: Bound = resolve(plan)
-    bound.agree(_facts("backward", q, k, v, captured, score_key, scale, backend, True), q.device)
+    if bound.has_peers:
+        bound.agree(_facts("backward", q, k, v, captured, score_key, scale, backend, True), q.device)
     call, steps, idle = _call(bound, captured, score_key, scale, backend, tuple(wanted), q.device)
     k, v = (_without(x, idle.keys) for x in (k, v))
     q, grad_out, grad_lse = (_without(x, idle.queries) for x in (q, grad_out, grad_lse.unsqueeze(-1)))
@@ -108,41 +134,78 @@ def attention_backward(
     return [grad.to(like.dtype) for grad, like in zip([dq, dk, dv, *d_captured], likes, strict=True)]
 
 
-@attention_backward.register_fake
+@torch.library.register_fake("cpflex::attention_backward", lib=_library)
 def _(grad_out, grad_lse, q, k, v, out, lse, captured, plan, score_key, scale, backend, wanted):
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *(captured[i] for i in wanted))
     ]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, captured, plan, score_key, scale, backend, *_ = inputs
-    out, lse, max_scores = output
-    ctx.mark_non_differentiable(max_scores)
-    ctx.save_for_backward(q, k, v, out, lse, plan, *captured)
-    ctx.score_key, ctx.scale, ctx.backend = score_key, scale, backend
-    ctx.score_mod = _score_mods.get(score_key)  # alive until backward
-    ctx.wanted = [slot for slot, tensor in enumerate(captured) if tensor.requires_grad]
-    ctx.set_materialize_grads(True)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, plan, score_key, scale, backend, needs_grad, wants_max, *captured):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse, max_scores = attention(q, k, v, captured, plan, score_key, scale, backend, needs_grad, wants_max)
+        ctx.mark_non_differentiable(max_scores)
+        ctx.save_for_backward(q, k, v, out, lse, plan, *captured)
+        ctx.score_key, ctx.scale, ctx.backend = score_key, scale, backend
+        ctx.score_mod = _score_mods.get(score_key)  # alive until backward
+        ctx.wanted = [slot for slot, tensor in enumerate(captured) if tensor.requires_grad]
+        ctx.set_materialize_grads(False)  # nothing is made for max_scores
+        return out, lse, max_scores
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None, _: None):  # type: ignore[override]
+        q, k, v, out, lse, plan, *captured = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+        dq, dk, dv, *d_captured = attention_backward(
+            grad_out, grad_lse, q, k, v, out, lse, captured, plan, ctx.score_key, ctx.scale, ctx.backend, ctx.wanted
+        )
+        by_slot: list[Tensor | None] = [None] * len(captured)
+        for slot, grad in zip(ctx.wanted, d_captured, strict=True):
+            by_slot[slot] = grad
+        return dq, dk, dv, None, None, None, None, None, None, *by_slot
 
 
-def _backward(ctx, grad_out: Tensor, grad_lse: Tensor, _: Tensor):
-    q, k, v, out, lse, plan, *captured = ctx.saved_tensors
-    dq, dk, dv, *d_captured = attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, captured, plan, ctx.score_key, ctx.scale, ctx.backend, ctx.wanted
-    )
-    by_slot: list[Tensor | None] = [None] * len(captured)
-    for slot, grad in zip(ctx.wanted, d_captured, strict=True):
-        by_slot[slot] = grad
-    return dq, dk, dv, by_slot, None, None, None, None, None, None
+class _Backward(torch.autograd.Function):
+    """A backward that is asked to be differentiable itself."""
+
+    @staticmethod
+    def forward(ctx, captured, rest, *tensors):
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(attention_backward(*tensors[:-1], captured, tensors[-1], *rest))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        raise NotImplementedError("cpflex attention has no second derivative; do not use create_graph=True through it")
 
 
-def _refuse_double_backward(ctx, *grads: Tensor):
-    raise NotImplementedError("cpflex attention has no second derivative; do not use create_graph=True through it")
+def _with_gradient(q, k, v, captured, *rest):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *captured)):
+        return _Attention.apply(q, k, v, *rest, *captured)
+    with torch._C._AutoDispatchBelowAutograd():
+        return attention(q, k, v, captured, *rest)
 
 
-attention.register_autograd(_backward, setup_context=_setup_context)
-attention_backward.register_autograd(_refuse_double_backward)
+def _backward_with_gradient(*args):
+    tensors, captured, plan, rest = args[:7], args[7], args[8], args[9:]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *captured)):
+        return list(_Backward.apply(captured, rest, *tensors, plan))  # type: ignore[arg-type]
+    with torch._C._AutoDispatchBelowAutograd():
+        return attention_backward(*args)
+
+
+_library.impl("attention", _with_gradient, "Autograd")
+_library.impl("attention_backward", _backward_with_gradient, "Autograd")
+
+
+def _refuse_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "cpflex attention cannot be captured in a CUDA graph: a replay would keep the tables of this plan, and "
+            "exchange nothing; capture what lies between the attentions"
+        )
 
 
 def _facts(
@@ -180,9 +243,28 @@ def _call(
     device: torch.device,
     wants_max: bool = False,
 ) -> tuple[Call, Sequence[Step], Idle]:
-    mask, steps, idle = bound.on(device)
-    score_graph = _score_mods[score_key].graph if score_key else None
-    return Call(mask, scale, score_graph, tuple(captured), wanted, backend or None, wants_max), steps, idle
+    steps, tables = bound.tables_on(device)
+    kind = (device, score_key, scale, backend, wanted, wants_max)
+    if (call := bound.decided.get(kind)) is None:
+        score_graph = _score_mods[score_key].graph if score_key else None
+        call = Call(
+            *(tables.mask, scale, score_graph, _brought(captured, device), wanted, backend or None, wants_max),
+            packed_mask=tables.packed_mask,
+        )
+        if not captured:
+            bound.decided[kind] = call
+    return call, steps, tables.idle
+
+
+def _brought(captured: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """The captured tensors on the device of q, copied once per call."""
+    if any(x.device != device for x in captured):
+        warnings.warn(
+            f"a score_mod captures tensors on {sorted({str(x.device) for x in captured if x.device != device})}, and "
+            f"query is on {device}: they are copied at every call, and the host waits; move them there first",
+            stacklevel=2,
+        )
+    return tuple(x.to(device) for x in captured)
 
 
 def _without(

@@ -8,11 +8,13 @@ both ends.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.profiler import record_function
 
 from cpflex.links.protocol import Links, Message, Work
@@ -51,6 +53,7 @@ class Transport:
         self.bytes_sent = 0
         self._grads: dict[int, list[_Arrival]] = {}  # by the block that they are added to
         self._sent: list[Work] = []
+        self._last_uses = _last_uses(steps)
 
     def circulate(self) -> Iterator[tuple[int, Step, Pair]]:
         """(index, step, its K and V) for each step, in order; while the caller computes one, the next is on its way.
@@ -69,12 +72,11 @@ class Transport:
             arrival = None  # its buffers are gone before the next ones are made
             if index + 1 < len(self.steps):
                 arrival = self._post(index + 1, blocks, packed)
-            still_sent = {t.block for later in self.steps[index + 2 :] for t in later.exchange.sends}
             block = blocks[index]
-            for done in [other for other in blocks if other <= index and other not in still_sent]:
+            for done in self._last_uses[index]:
                 blocks.pop(done)
                 packed.pop(done, None)
-            with record_function(f"cpflex::step[{index}] attend"):
+            with _shown(index, "attend"):
                 yield index, step, block
                 del block
 
@@ -120,16 +122,16 @@ class Transport:
             part = self._unpack(arrival, grads)
             offset = 0
             for start, stop in arrival.transfers[0].rows:
-                here = slice(offset, offset + stop - start)
-                grads.k[:, :, start:stop] += part.k[:, :, here]
-                grads.v[:, :, start:stop] += part.v[:, :, here]
+                for mine, arrived in zip(grads, part, strict=True):
+                    _rows(mine, start, stop).add_(_rows(arrived, offset, offset + stop - start))
                 offset += stop - start
         return grads
 
     def _start(self, sends: list[Message], receives: Sequence[Transfer], like: Pair) -> _Arrival:
         width = _row_elements(like)
         buffers = [like.k.new_empty(t.num_rows * width) for t in receives]
-        self.bytes_sent += sum(tensor.numel() * tensor.element_size() for _, tensor in sends)
+        for _, tensor in sends:
+            self.bytes_sent += tensor.numel() * tensor.element_size()
         assert self.links is not None or not (sends or receives), "one rank has nobody to exchange with"
         incoming = [(t.peer, buffer) for t, buffer in zip(receives, buffers, strict=True)]
         work = self.links.exchange(sends, incoming) if self.links is not None else _Done()
@@ -137,7 +139,7 @@ class Transport:
 
     def _wait(self, arrival: _Arrival, index: int, what: str) -> None:
         try:
-            with record_function(f"cpflex::step[{index}] wait {what}"):
+            with _shown(index, "wait", what):
                 arrival.work.wait()
         except (ConnectionError, TimeoutError) as error:
             rank = self.links.rank if self.links is not None else 0
@@ -160,9 +162,35 @@ class _Done:
         return
 
 
+def _last_uses(steps: Sequence[Step]) -> list[list[int]]:
+    """The blocks that no message needs any more once that of step i + 1 is posted, for each step i."""
+    last = list(range(len(steps)))
+    for index, step in enumerate(steps):
+        for transfer in step.exchange.sends:
+            last[transfer.block] = max(last[transfer.block], index - 1)
+    ended: list[list[int]] = [[] for _ in steps]
+    for block, index in enumerate(last):
+        ended[index].append(block)
+    return ended
+
+
+_UNSEEN = contextlib.nullcontext()
+
+
+def _shown(index: int, *words: str) -> contextlib.AbstractContextManager:
+    """A name in the trace of a profiler, if there is one: names cost as much as messages."""
+    if profiler._is_profiler_enabled:
+        return record_function(" ".join([f"cpflex::step[{index}]", *words]))
+    return _UNSEEN
+
+
 def _row_elements(pair: Pair) -> int:
     batch, heads, _, k_dim = pair.k.shape
     return batch * heads * (k_dim + pair.v.shape[-1])
+
+
+def _rows(x: Tensor, start: int, stop: int) -> Tensor:
+    return x if stop - start == x.shape[2] else x.narrow(2, start, stop - start)
 
 
 def _pack(pair: Pair, rows: Rows) -> Tensor:
@@ -172,12 +200,17 @@ def _pack(pair: Pair, rows: Rows) -> Tensor:
     for x, packed in zip(pair, _split(message, num_rows, pair), strict=True):
         offset = 0
         for start, stop in rows:
-            packed[:, :, offset : offset + stop - start] = x[:, :, start:stop]
+            _rows(packed, offset, offset + stop - start).copy_(_rows(x, start, stop))
             offset += stop - start
     return message
 
 
 def _split(message: Tensor, num_rows: int, like: Pair) -> Pair:
-    (batch, heads, _, k_dim), v_dim = like.k.shape, like.v.shape[-1]
-    k, v = message.split([batch * heads * num_rows * k_dim, batch * heads * num_rows * v_dim])
-    return Pair(k.view(batch, heads, num_rows, k_dim), v.view(batch, heads, num_rows, v_dim))
+    batch, heads, _, k_dim = like.k.shape
+    v_dim, begin = like.v.shape[3], int(message.storage_offset())
+
+    def part(dim: int, offset: int) -> Tensor:
+        strides = (heads * num_rows * dim, num_rows * dim, dim, 1)
+        return message.as_strided((batch, heads, num_rows, dim), strides, offset)
+
+    return Pair(part(k_dim, begin), part(v_dim, begin + batch * heads * num_rows * k_dim))

@@ -21,7 +21,18 @@ from torch import Tensor
 
 import cpflex
 from cases import DIMS, DTYPES, Problem
-from cpflex.kernels import Call, State, attend, attend_and_finish, attend_backward, empty, finish, tuning
+from cpflex.kernels import (
+    Call,
+    State,
+    attend,
+    attend_and_finish,
+    attend_backward,
+    begin_backward,
+    empty,
+    finish,
+    reference,
+    tuning,
+)
 from cpflex.kernels.launch import described
 from cpflex.mods.graph import Mod
 from cpflex.mods.trace import trace_score_mod
@@ -123,10 +134,10 @@ def _run_rank(call: Call, masks: Sequence[TileMask], mine: Tensor, whole: dict[s
         attend(q, k, v, mask, call, state)
     out, lse, max_scores = attend_and_finish(q, *blocks[-1], masks[-1], call, state if len(masks) > 1 else None)
     _check_max(call, q, blocks, masks, max_scores)
-    delta = (out.float() * grad_out.float()).sum(dim=-1) - grad_lse
+    begun = begin_backward(out, grad_out, grad_lse, lse, call)
     dq = torch.zeros(q.shape)
     for at, (k, v), mask in zip(visits, blocks, masks, strict=True):
-        dk, dv = attend_backward(q, k, v, grad_out, lse, delta, mask, call, dq, total.d_captured)
+        dk, dv = attend_backward(q, k, v, grad_out, *begun, mask, call, dq, total.d_captured)
         total.dk[:, :, at] += dk
         total.dv[:, :, at] += dv
     total.out[:, :, mine], total.lse[:, :, mine], total.dq[:, :, mine] = out, lse, dq
@@ -162,10 +173,10 @@ def one_step(
     state = empty(q, v.shape[3])
     attend(q, k, v, tile_mask, call, state)
     out, lse = finish(state, q.dtype)
-    delta = (out.float() * grad_out.float()).sum(dim=-1)
+    begun = begin_backward(out, grad_out, torch.zeros(lse.shape), lse, call)
     dq = torch.zeros(q.shape)
     d_captured = [torch.zeros(call.captured[slot].shape) for slot in call.wanted]
-    dk, dv = attend_backward(q, k, v, grad_out, lse, delta, tile_mask, call, dq, d_captured)
+    dk, dv = attend_backward(q, k, v, grad_out, *begun, tile_mask, call, dq, d_captured)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, **{f"d{i}": x for i, x in enumerate(d_captured)}}
 
 
@@ -314,3 +325,25 @@ def check_a_state_of_nothing_is_not_read() -> None:
     for state in (clean, dirty):
         attend(q, k, v, tile_mask, Call(mask, 0.25, backend="triton"), state)
     assert torch.equal(clean.acc, dirty.acc)
+
+
+def check_what_backward_begins_with() -> None:
+    """delta and lse of every query, whatever the strides of the gradient, also where no key is seen."""
+    for batch, heads, q_len, dim, dtype in [(2, 3, 70, 24, torch.float32), (1, 2, 33, 256, torch.float16), (3, 1, 1, 16, torch.float32)]:  # fmt: skip
+        shape = (batch, heads, q_len, dim)
+        out, lse, grad_lse = torch.randn(shape, dtype=dtype), torch.randn(shape[:3]), torch.randn(shape[:3])
+        lse[..., ::5] = -math.inf
+        for grad_out in (
+            torch.randn(shape, dtype=dtype),
+            torch.randn(batch, q_len, heads, dim, dtype=dtype).transpose(1, 2),
+            torch.randn(*shape[:3], 2 * dim, dtype=dtype)[..., ::2],
+            torch.ones((), dtype=dtype).expand(shape),
+            torch.randn(heads, 1, dim, dtype=dtype).expand(shape),
+        ):
+            for gradient in (grad_lse, grad_lse.mT.contiguous().mT, torch.ones(()).expand(shape[:3])):
+                _, twin = reference.begin_backward(out, grad_out, gradient, lse)
+                lse2, delta = begin_backward(out, grad_out, gradient, lse, Call(None, 1.0, backend="triton"))  # type: ignore[arg-type]
+                _assert_close("delta", delta, twin, rtol=1e-5, atol=1e-5)
+                expected = torch.where(lse == -math.inf, math.inf, lse * math.log2(math.e))
+                _assert_close("lse", lse2, expected, rtol=1e-6, atol=1e-6)
+                assert lse2.is_contiguous() and delta.is_contiguous()

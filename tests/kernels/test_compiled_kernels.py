@@ -11,7 +11,7 @@ import triton
 from ahead_of_time import CAPABILITIES, HEAD_DIMS, MODS, launches_compile
 
 import cpflex
-from cpflex.kernels import Call, backward, empty, forward
+from cpflex.kernels import Call, backward, delta, empty, forward
 from cpflex.ring.handles import resolve
 
 pytestmark = pytest.mark.skipif(
@@ -64,6 +64,20 @@ def test_fp32_kernels_compile_without_tensor_cores(head_dim: int):
         assert row.spilled_bytes == 0
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_kernel_that_backward_begins_with_does_not_spill(capability: int):
+    lse = torch.zeros(2, 4, 256)
+    with launches_compile(capability) as variants:
+        for dim in (64, 128, 256):
+            out = torch.zeros(*lse.shape, dim, dtype=torch.bfloat16)
+            for grad_out in (out, torch.zeros((), dtype=out.dtype).expand(out.shape)):
+                delta.begin_backward(out, grad_out, lse, lse)
+    assert len(variants) == 6
+    for variant in variants:
+        row = ahead_of_time.report(variant, capability)
+        assert row.spilled_bytes == 0, row
+
+
 def test_new_lengths_documents_windows_ranks_and_batches_compile_nothing():
     mask_mod = None
     with launches_compile(90) as variants:
@@ -93,7 +107,7 @@ def _launch_all(mask, tile_mask, batch: int, heads: int) -> None:
 
 def test_the_order_of_programs_begins_with_the_most_work():
     _, (step,), _ = resolve(cpflex.make_plan(cpflex.causal(), 1024).handle).on(torch.device("cpu"))
-    work = forward.work_by_query(step.tile_mask, torch.device("cpu"), 128, 64, idle_rows=False)
+    work = forward.work_by_query(step.tile_mask, 128, 64)
     items = work.items.view(-1, 8)
     assert items[:, 0].tolist() == list(range(896, -1, -128))
     assert (items[:, 7] + items[:, 4]).tolist() == list(range(16, 0, -2))

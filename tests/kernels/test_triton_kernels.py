@@ -82,6 +82,10 @@ def test_odd_score_mods_equal_their_twin(run: Run, name: str):
     run(interpreted.check_score_mod, name)
 
 
+def test_backward_begins_as_its_twin_does(run: Run):
+    run(interpreted.check_what_backward_begins_with)
+
+
 def test_atomic_additions_are_refused_when_torch_wants_determinism(run: Run):
     run(interpreted.check_refusal_of_atomics)
 

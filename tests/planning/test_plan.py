@@ -51,7 +51,7 @@ def test_planning_never_communicates():
     def plan(group: ThreadLinks) -> tuple[int, int]:
         made = cpflex.make_plan({"full": CAUSAL, "sliding": CAUSAL & cpflex.sliding_window(7)}, 300, group)
         made["full"].stats, made.positions, made.shard(torch.zeros(300), 0, pad_value=0)
-        return group.num_exchanges, group._gathered
+        return group.num_exchanges, group.num_gathered
 
     assert run_ranks(plan, 2) == [(0, 0)] * 2
 

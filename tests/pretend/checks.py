@@ -166,11 +166,17 @@ def check_attention() -> None:
 
     with pretending(90, compiles=False) as events:
         step()
-        assert [launch.name for launch in events.launches] == ["attend_kernel", "dq_kernel", "dkdv_kernel"]
+        assert [launch.name for launch in events.launches] == [
+            "attend_kernel",
+            "delta_kernel",
+            "dq_kernel",
+            "dkdv_kernel",
+        ]
         events.clear()
         run_ranks(step, 2)
-        assert sorted({launch.name for launch in events.launches}) == ["attend_kernel", "dkdv_kernel", "dq_kernel"]
-        assert len(events.launches) == 2 * 2 * 3  # ranks, steps, kernels
+        names = [launch.name for launch in events.launches]
+        assert sorted(set(names)) == ["attend_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"]
+        assert len(names) == 2 * (2 * 3 + 1)  # ranks, steps, kernels of each step; delta once
 
 
 # -- budgets: what a call makes the host do
@@ -182,6 +188,7 @@ class StubLinks:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
+        self.agreed: dict[int, Any] = {}
         self.said: dict[str, int] = {}
 
     def _say(self, what: str) -> None:
@@ -193,13 +200,17 @@ class StubLinks:
 
     def wait(self) -> None: ...
 
-    def all_gather_number(self, value: int, plan: str) -> Tensor:
+    def all_gather_number(self, value: int, plan: str, *_: Any) -> list[int]:
         self._say("number")
-        return torch.full((self.world_size,), value)
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        self._say("object")
         return [value] * self.world_size
+
+    def apart(self) -> None: ...
+
+    def say(self, number: int, words: Any) -> None:
+        raise AssertionError("all ranks agree")
+
+    def find(self, numbers: Any) -> dict[int, Any]:
+        raise AssertionError("all ranks agree")
 
 
 def call_counts(world_size: int, mask: str, moved: bool) -> dict[str, dict[str, int]]:
