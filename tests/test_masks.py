@@ -196,7 +196,7 @@ OPERANDS = {
 }
 
 
-@pytest.mark.parametrize(("left", "right"), itertools.permutations(OPERANDS, 2), ids="-".join)
+@pytest.mark.parametrize(("left", "right"), [*itertools.permutations(OPERANDS, 2)], ids="-".join)
 def test_the_algebra_of_masks_is_that_of_sets(left: str, right: str):
     a, b = OPERANDS[left], OPERANDS[right]
     x, y = matrix(a), matrix(b)

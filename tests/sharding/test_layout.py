@@ -16,7 +16,7 @@ LENGTHS = (1, 5, 16, 127, 128, 1000, 4096, 4097)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(("seq_len", "world_size"), itertools.product(LENGTHS, WORLDS))
+@pytest.mark.parametrize(("seq_len", "world_size"), [*itertools.product(LENGTHS, WORLDS)])
 def test_every_token_is_held_once_and_every_rank_holds_equally_many(name: str, seq_len: int, world_size: int):
     layout = LAYOUTS[name](seq_len, world_size)
     assert (layout.seq_len, layout.world_size) == (seq_len, world_size)
@@ -29,7 +29,7 @@ def test_every_token_is_held_once_and_every_rank_holds_equally_many(name: str, s
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(("seq_len", "world_size"), itertools.product(LENGTHS, WORLDS))
+@pytest.mark.parametrize(("seq_len", "world_size"), [*itertools.product(LENGTHS, WORLDS)])
 def test_chunks_are_aligned_and_little_is_padded(name: str, seq_len: int, world_size: int):
     layout = LAYOUTS[name](seq_len, world_size)
     assert layout.chunk_len % ALIGNMENT == 0
