@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store, _get_default_store
+
+from cpflex.links.words import job_store
 
 PATIENCE = 3.0
 """Seconds before a rank that waits begins to look around; and at most so many between two looks."""
@@ -48,14 +49,14 @@ class Meeting:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._key = f"cpflex/meeting/{group.group_name}/{dist.get_process_group_ranks(group)}"
         self._world_size = group.size()
-        self._ends_at = time.monotonic() + _store().timeout.total_seconds()  # type: ignore[attr-defined]
-        self._num_here = _store().add(self._key, 1)
+        self._ends_at = time.monotonic() + job_store().timeout.total_seconds()  # type: ignore[attr-defined]
+        self._num_here = job_store().add(self._key, 1)
 
     def is_completed(self) -> bool:
         """All are here, or it is too late."""
         if self._num_here < self._world_size:
             time.sleep(MEETING_POLL)
-            self._num_here = _store().add(self._key, 0)
+            self._num_here = job_store().add(self._key, 0)
         return self._num_here >= self._world_size or time.monotonic() > self._ends_at
 
     def wait(self) -> None:
@@ -93,14 +94,14 @@ class Watch:
             who = f"group ranks {missing} are gone or elsewhere" if missing else "a connection is lost"
             raise ConnectionError(f"group rank {self.group.rank()} waits for the others: {who}: {error}") from error
         if self.waits:
-            _store().delete_key(_place(dist.get_rank()))
+            job_store().delete_key(_place(dist.get_rank()))
 
     def _say_where(self) -> None:
-        _store().set(_place(dist.get_rank()), json.dumps({"ranks": self._ranks, "plan": self.plan}))
+        job_store().set(_place(dist.get_rank()), json.dumps({"ranks": self._ranks, "plan": self.plan}))
         self.waits = True
 
     def _look_around(self) -> None:
-        store, me, ranks = _store(), dist.get_rank(), self._ranks
+        store, me, ranks = job_store(), dist.get_rank(), self._ranks
         if not self.waits:
             log.warning("rank %d has waited %g s for the other ranks of %s to begin this call", me, PATIENCE, ranks)
             self._say_where()
@@ -137,12 +138,8 @@ class Watch:
 
 def _found(rank: int) -> dict | None:
     """Where a rank of the job says that it waits."""
-    store = _store()
+    store = job_store()
     return json.loads(store.get(_place(rank))) if store.check([_place(rank)]) else None
-
-
-def _store() -> Store:
-    return _get_default_store()
 
 
 def _place(rank: int) -> str:
