@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,6 +20,9 @@ from pretended import Cuda, pretending
 from torch import Tensor
 
 import cpflex
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+Peers: Any = importlib.import_module("host").Peers
 
 
 @contextlib.contextmanager
@@ -182,37 +188,6 @@ def check_attention() -> None:
 # -- budgets: what a call makes the host do
 
 
-class StubLinks:
-    """A group whose other ranks are not there: what would be said to them is counted, what they would send is what lay
-    in memory."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.agreed: dict[int, Any] = {}
-        self.said: dict[str, int] = {}
-
-    def _say(self, what: str) -> None:
-        self.said[what] = self.said.get(what, 0) + 1
-
-    def exchange(self, sends: Any, receives: Any) -> StubLinks:
-        self._say("exchange")
-        return self
-
-    def wait(self) -> None: ...
-
-    def all_gather_number(self, value: int, plan: str, *_: Any) -> list[int]:
-        self._say("number")
-        return [value] * self.world_size
-
-    def apart(self) -> None: ...
-
-    def say(self, number: int, words: Any) -> None:
-        raise AssertionError("all ranks agree")
-
-    def find(self, numbers: Any) -> dict[int, Any]:
-        raise AssertionError("all ranks agree")
-
-
 def call_counts(world_size: int, mask: str, moved: bool) -> dict[str, dict[str, int]]:
     """What the first and the second call of a fresh plan do, forward and backward; ``moved``: after ``plan.to("cuda")``,
     which has its own entry.
@@ -221,15 +196,15 @@ def call_counts(world_size: int, mask: str, moved: bool) -> dict[str, dict[str, 
     cuts = [*range(0, seq_len, seq_len // 13), seq_len]
     masks = {"causal": cpflex.causal(), "documents": cpflex.document(cu_seqlens=cuts) & cpflex.causal()}
     with pretending(90, compiles=False) as events:
-        links = StubLinks(rank, world_size)
+        links = Peers(rank, world_size)
         plan = cpflex.make_plan(masks[mask], seq_len, rank=rank, world_size=world_size)
         plan = plan.bind(links) if world_size > 1 else plan
         found = {}
 
         def take(name: str) -> None:
-            found[name] = {k: n for k, n in events.counts().items() if k != "allocation"} | links.said
+            found[name] = {k: n for k, n in events.counts().items() if k != "allocation"} | dict(links.said)
             events.clear()
-            links.said = {}
+            links.said.clear()
 
         heads = (4, 2, 2)
         q, k, v = (torch.zeros(1, h, plan.local_len, 16, dtype=torch.bfloat16, device="cuda").requires_grad_() for h in heads)  # fmt: skip
