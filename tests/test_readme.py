@@ -199,7 +199,11 @@ def test_the_table_is_true(feature: str):
 
 # -- the text around it
 
-TEXTS = [path for path in sorted(README.parent.glob("**/*.md")) if ".venv" not in path.parts]
+TEXTS = [
+    path
+    for path in sorted(README.parent.glob("**/*.md"))
+    if not any(part.startswith(".venv") for part in path.relative_to(README.parent).parts)
+]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(README.parent)))

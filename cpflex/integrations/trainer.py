@@ -5,6 +5,9 @@
 >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="cpflex")
 >>> Trainer(model=model, args=arguments, train_dataset=dataset).train()
 
+The Trainer of transformers 4.57 takes FSDP2, which context parallelism needs, from ``FSDP_VERSION=2`` in the
+environment alone, where ``accelerate launch --fsdp_version 2`` puts it.
+
 Every rank of a sequence gets the same batch, plans it, and keeps its tokens. The loss that is logged, and its
 gradients, are those of the Trainer without context parallelism.
 """
@@ -19,11 +22,11 @@ import transformers
 from torch import nn
 
 from cpflex.integrations.accelerate import attach
-from cpflex.integrations.transformers import ModelPlan, plan_for, shard_batch
+from cpflex.integrations.transformers import ModelPlan, PlanMask, plan_for, shard_batch
 from cpflex.integrations.transformers.batch import shifted
 
 SEAMS = ("create_accelerator_and_postprocess", "_prepare_context_parallel_inputs", "_get_num_items_in_batch")
-"""Methods of the Trainer that are extended here: of transformers 5.23, where they are tested."""
+"""Methods of the Trainer that are extended here, in all versions from 4.57 on."""
 
 
 class Trainer(transformers.Trainer):
@@ -68,11 +71,19 @@ class Trainer(transformers.Trainer):
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return nullcontext, shard_batch(inputs, self.plan(inputs))
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(inputs.get("attention_mask"), (PlanMask, dict)):  # 4.57 does not prepare what it evaluates
+            inputs = shard_batch(inputs, self.plan(inputs))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        counted = []
         for batch in batch_samples:  # counted as they will be used: not across documents
             if "shift_labels" not in batch and batch.get("labels") is not None:
                 batch["shift_labels"] = shifted(batch["labels"], batch.get("position_ids"), batch.get("attention_mask"))
-        return super()._get_num_items_in_batch(batch_samples, device)
+            # the Trainer of 4.57 counts labels, whatever else is there
+            counted.append({**batch, "labels": batch["shift_labels"]} if "shift_labels" in batch else batch)
+        return super()._get_num_items_in_batch(counted, device)
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any):
         if not prediction_loss_only:

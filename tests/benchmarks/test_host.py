@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpflex.kernels import forward, launch
+from cpflex.ring import bound
 from cpflex.ring.operator import IMPLEMENTATIONS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -70,7 +71,7 @@ def test_a_call_keeps_its_budget_of_operations_and_launches(case: Any):
         training = case.training()
         training.backward(training.forward())
         found = []
-        with mock.patch("cpflex.ring.bound.agree"):  # what ranks tell each other is not counted here
+        with mock.patch.object(bound, "agree"):  # what ranks tell each other is not counted here
             launched.clear()
             with counted() as counts:
                 out = training.forward()
