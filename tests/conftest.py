@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from by_day import is_due
 from processes import RankProcesses
 
 torch.set_num_threads(1)
@@ -18,6 +21,18 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     if not pluginmanager.hasplugin("timeout"):
         parser.addini("timeout", "seconds a test may take; not kept without pytest-timeout")
         parser.addini("timeout_method", "of pytest-timeout")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases of a matrix marked ``by_day`` that are not due today are slow ones."""
+    counts: Counter[str] = Counter()
+    for item in items:
+        if marker := item.get_closest_marker("by_day"):
+            matrix = item.nodeid.partition("[")[0]
+            if not is_due(matrix, counts[matrix], *marker.args, datetime.date.today()):
+                item.add_marker(pytest.mark.slow)
+            counts[matrix] += 1
 
 
 @pytest.fixture(autouse=True)

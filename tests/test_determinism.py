@@ -85,6 +85,7 @@ def once() -> dict:
     return in_a_process(1, "0")
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize(("num_threads", "hash_seed"), [(1, "12345"), (2, "random"), (3, "0")], ids=str)
 def test_bits_are_the_same_across_runs_threads_and_hash_seeds(once: dict, num_threads: int, hash_seed: str):
     other = in_a_process(num_threads, hash_seed)

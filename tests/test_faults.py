@@ -55,6 +55,7 @@ def name_of(value: object) -> str:
     return getattr(value, "__name__", str(value)).replace(" ", "_")
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize(
     ("action", "moment", "world_size"),
     [*FAULTS, *(pytest.param(*fault, marks=pytest.mark.slow) for fault in MORE_FAULTS)],

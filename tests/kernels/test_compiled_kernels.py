@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize(
     ("capability", "head_dim", "mask", "score"),
     [
@@ -38,6 +39,7 @@ def test_kernels_use_tensor_cores_do_not_spill_and_do_not_wait(capability: int, 
         assert row.spilled_bytes == 0, row
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_pass_of_captured_tensors_does_not_spill(capability: int, head_dim: int):
@@ -47,6 +49,7 @@ def test_the_pass_of_captured_tensors_does_not_spill(capability: int, head_dim: 
     assert row.spilled_bytes == 0, row
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("capability", [90, 100])
 def test_tensor_descriptors_become_bulk_copies(capability: int, head_dim: int):

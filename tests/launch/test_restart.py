@@ -28,6 +28,7 @@ def ranks_of(launcher: int) -> list[int]:
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "train.py" in line]
 
 
+@pytest.mark.by_day(2)
 def test_a_rank_that_dies_under_torchrun_is_restarted_with_the_same_losses_bit_by_bit(tmp_path: Path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(*TORCHRUN, TRAIN, *TINY, "--run-dir", str(whole))

@@ -85,6 +85,7 @@ def test_two_ranks_pass_with_the_score_mods_of_the_table(folder: Path):
     assert f"{4 * len(verify.LAYOUTS) * len(verify.SCHEDULES)} of 48 passed" in done.stdout
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("mask", ["my_mods:strided", "my_mods:halves"], ids=["a mask_mod", "of the sequence length"])
 def test_a_user_verifies_their_own_mods_from_their_own_directory(folder: Path, mask: str):
     done = run(folder, "--mask", mask, "--score-mod", "my_mods:sharpened", "--dtype", "bf16")
