@@ -38,7 +38,7 @@ CAPABILITY = 90
 
 
 class Peers:
-    """Links whose messages are there at once: what is sent is counted in ``said``, what arrives is what lay in memory."""
+    """Links whose messages are there at once: exchanges are counted, what arrives is what lay in memory."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
