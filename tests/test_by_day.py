@@ -1,17 +1,16 @@
-"""A quick run takes a part of a large matrix: by and by all of it, and what is asked for by name."""
+"""A quick run takes a part of a large matrix, and in a few days all of it."""
 
 from __future__ import annotations
 
 import datetime
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+import conftest
 from by_day import is_due
-
-ROOT = Path(__file__).parents[1]
-MATRIX = "tests/kernels/test_triton_kernels.py"
 
 
 def test_every_case_has_its_day_and_every_day_its_cases():
@@ -25,12 +24,17 @@ def test_every_case_has_its_day_and_every_day_its_cases():
         assert min(map(len, due)) >= 10 // days
 
 
-def collected(*arguments: str) -> int:
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", MATRIX, *arguments]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    return sum("test_fused_kernels_equal_their_twin_and_the_oracle[" in line for line in said.splitlines())
+def case(nodeid: str, *days: int) -> Any:
+    marks: list[Any] = []
+    by_day = pytest.mark.by_day(*days).mark if days else None
+    return SimpleNamespace(nodeid=nodeid, get_closest_marker=lambda _: by_day, add_marker=marks.append, marks=marks)
 
 
-def test_a_quick_run_takes_a_part_and_a_full_one_everything():
-    quick, everything = collected("-m", "not slow"), collected()
-    assert 4 * (quick - 1) < everything <= 4 * (quick + 1)
+def test_what_is_not_due_is_slow():
+    matrix = [case(f"a.py::test_a[{i}]", 4) for i in range(8)]
+    others = [case("a.py::test_b[0]"), case("b.py::test_c", 1)]
+    conftest.pytest_collection_modifyitems([matrix[0], *others, *matrix[1:]])
+    due = [i for i, item in enumerate(matrix) if not item.marks]
+    assert len(due) == 2 and due[1] - due[0] == 4
+    assert all(item.marks == [pytest.mark.slow] for i, item in enumerate(matrix) if i not in due)
+    assert not any(item.marks for item in others)

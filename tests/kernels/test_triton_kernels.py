@@ -46,7 +46,7 @@ def run() -> Iterator[Run]:
         yield call
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(5)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_fused_kernels_equal_their_twin_and_the_oracle(run: Run, problem: Problem):
     run(interpreted.check, problem)

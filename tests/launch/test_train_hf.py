@@ -66,7 +66,7 @@ def trained(config: str, run_dir: Path, *arguments: str) -> tuple[str, list[Step
     return done.stdout, read_log(run_dir / "log.jsonl")
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(3)
 def test_a_hybrid_model_proves_itself_learns_and_resumes_bit_by_bit(tmp_path: Path, written):
     said, log = trained(written(), tmp_path / "run")
     assert "29 of 29 within budget: the loss and 28 gradients" in said

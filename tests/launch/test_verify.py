@@ -85,7 +85,7 @@ def test_two_ranks_pass_with_the_score_mods_of_the_table(folder: Path):
     assert f"{4 * len(verify.LAYOUTS) * len(verify.SCHEDULES)} of 48 passed" in done.stdout
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("mask", ["my_mods:strided", "my_mods:halves"], ids=["a mask_mod", "of the sequence length"])
 def test_a_user_verifies_their_own_mods_from_their_own_directory(folder: Path, mask: str):
     done = run(folder, "--mask", mask, "--score-mod", "my_mods:sharpened", "--dtype", "bf16")
@@ -95,6 +95,7 @@ def test_a_user_verifies_their_own_mods_from_their_own_directory(folder: Path, m
     assert "12 of 12 passed" in done.stdout
 
 
+@pytest.mark.by_day(2)
 def test_ranks_that_compute_something_else_fail(folder: Path):
     done = run(folder, "--mask", "cpflex:causal", "--score-mod", "my_mods:another_once_traced")
     assert done.returncode != 0

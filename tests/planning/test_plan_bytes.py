@@ -200,7 +200,7 @@ PLANS = {
 }
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("name", PLANS)
 def test_every_change_of_a_plan_is_refused(name: str):
     data, rng = PLANS[name]().to_bytes(), random.Random(0)
