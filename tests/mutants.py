@@ -173,7 +173,7 @@ def run_tests(root: Path, tests: str) -> tuple[str, str]:
     """(the first test that failed or "", what pytest said)"""
     said = ""
     for selection in selections(tests):
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-m", "not slow and not gpu and not multi_gpu"]  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-m", "(not slow or by_day) and not gpu and not multi_gpu"]  # fmt: skip
         environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             done = subprocess.run(
