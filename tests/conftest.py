@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import datetime
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from by_day import is_due
+from by_day import mark_what_is_not_due
 from processes import RankProcesses
 
 torch.set_num_threads(1)
@@ -25,14 +24,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases of a matrix marked ``by_day`` that are not due today are slow ones."""
-    counts: Counter[str] = Counter()
-    for item in items:
-        if marker := item.get_closest_marker("by_day"):
-            matrix = item.nodeid.partition("[")[0]
-            if not is_due(matrix, counts[matrix], *marker.args, datetime.date.today()):
-                item.add_marker(pytest.mark.slow)
-            counts[matrix] += 1
+    mark_what_is_not_due(items, datetime.date.today())
 
 
 @pytest.fixture(autouse=True)

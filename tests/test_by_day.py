@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-import conftest
-from by_day import is_due
+from by_day import is_due, mark_what_is_not_due
 
 
 def test_every_case_has_its_day_and_every_day_its_cases():
@@ -33,7 +32,7 @@ def case(nodeid: str, *days: int) -> Any:
 def test_what_is_not_due_is_slow():
     matrix = [case(f"a.py::test_a[{i}]", 4) for i in range(8)]
     others = [case("a.py::test_b[0]"), case("b.py::test_c", 1)]
-    conftest.pytest_collection_modifyitems([matrix[0], *others, *matrix[1:]])
+    mark_what_is_not_due([matrix[0], *others, *matrix[1:]], datetime.date(2026, 12, 30))
     due = [i for i, item in enumerate(matrix) if not item.marks]
     assert len(due) == 2 and due[1] - due[0] == 4
     assert all(item.marks == [pytest.mark.slow] for i, item in enumerate(matrix) if i not in due)
