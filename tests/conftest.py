@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import zlib
 from collections.abc import Iterator
@@ -13,6 +14,13 @@ from by_day import mark_what_is_not_due
 from processes import RankProcesses
 
 torch.set_num_threads(1)
+
+with contextlib.suppress(ImportError):  # not there on a machine with a GPU
+    from hypothesis import HealthCheck, settings
+
+    # what takes how long is not a property to be tested: on a busy machine it would fail
+    settings.register_profile("cpflex", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("cpflex")
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:

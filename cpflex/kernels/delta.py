@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpflex.kernels.launch import columns, on_device_of, strides_of
+from cpflex.kernels.launch import FUSED, columns, on_device_of, strides_of
 from cpflex.kernels.scores import LOG2E
 
 ELEMENTS = 4096
@@ -39,6 +39,7 @@ def begin_backward(
             V_DIM=v_dim,
             V_COLS=cols,
             ROWS=rows,
+            **FUSED,
         )
     return lse2, delta
 

@@ -26,6 +26,10 @@ INTERPRETED = not isinstance(identity, triton.JITFunction)
 """TRITON_INTERPRET was set when the kernels were imported: they run on the CPU, slowly, for tests."""
 
 
+FUSED = {"enable_fp_fusion": True}
+"""Multiply-adds are fused, by all kernels and with all releases of Triton: 3.10 will not do so unless told."""
+
+
 class Mods(NamedTuple):
     """In the order of the kernels' arguments."""
 
@@ -128,9 +132,9 @@ def decide(which: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Decided:
 
 
 def shape_options(q: Tensor, v: Tensor) -> dict[str, Any]:
-    """The constexprs that all kernels have."""
+    """The constexprs that all kernels have, and what their compiler is told."""
     dims = {"HEAD_DIM": q.shape[3], "V_DIM": v.shape[3], "DIM_COLS": columns(q.shape[3]), "V_COLS": columns(v.shape[3])}
-    return dims | {"INTERPRETED": INTERPRETED}
+    return dims | {"INTERPRETED": INTERPRETED} | FUSED
 
 
 _one_at_a_time = threading.Lock()  # the interpreter knows one launch; ranks may be threads

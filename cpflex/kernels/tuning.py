@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -70,13 +71,14 @@ SM90: Rows = {  # H100, H200: 227 KiB, wgmma; two warpgroups of 64 rows each
     ("dq", 128): KernelConfig(128, 64, 8, 3),
     ("dq", 256): KernelConfig(64, 32, 8, 2),
     ("dkdv", 64): KernelConfig(64, 128, 8, 3),
-    # every register is taken, and Triton 3.6 spills 40 to 96 bytes; 32 queries would leave some, but a 64 x 32 wgmma
-    # waits for shared memory
-    ("dkdv", 128): KernelConfig(64, 128, 8, 3),
+    ("dkdv", 128): KernelConfig(64, 128, 8, 3),  # every register is taken
     ("dkdv", 256): KernelConfig(32, 32, 8, 2),
     ("captured", 64): KernelConfig(64, 64, 4, 2),
     ("captured", 128): KernelConfig(64, 64, 4, 2),
     ("captured", 256): KernelConfig(64, 32, 8, 2),
+}
+SM90_OF_OTHER_RELEASES: Rows = SM90 | {  # than Triton 3.7: with 64 queries those of 3.6 and 3.9 spill
+    ("dkdv", 128): KernelConfig(32, 128, 8, 3),
 }
 SM100: Rows = {  # B200: 227 KiB, accumulators in tensor memory
     ("forward", 64): KernelConfig(128, 64, 8, 3),
@@ -116,7 +118,11 @@ def rows_for(capability: int, dtype: torch.dtype) -> Rows:
         return FP32
     if capability in (86, 87, 89) or capability >= 120:
         return SM86
-    return SM80 if capability < 90 else SM90 if capability < 100 else SM100
+    if capability < 90:
+        return SM80
+    if capability >= 100:
+        return SM100
+    return SM90 if triton_release() == (3, 7) else SM90_OF_OTHER_RELEASES
 
 
 def lookup(which: str, q: Tensor, v: Tensor) -> KernelConfig:
@@ -138,6 +144,12 @@ def require_support(device: torch.device, head_dim: int) -> None:
     if 0 < (capability := capability_of(device)) < 80:
         name = f"sm_{capability}" if torch.version.cuda else "not one of NVIDIA's"
         raise NotImplementedError(f"backend 'triton' needs sm_80 (A100) or later; {device} is {name}{OTHERWISE}")
+
+
+@lru_cache
+def triton_release() -> tuple[int, ...]:
+    """(3, 7) for 3.7.1."""
+    return tuple(int(number) for number in version("triton").split(".")[:2])
 
 
 @lru_cache

@@ -114,9 +114,29 @@ def _extremum(wins: str) -> Callable[..., _Shares]:
     return rule
 
 
-def _clamp(keeps: str, loses: str) -> Callable[..., _Shares]:
+def _of_clamp_at_its_bound() -> tuple[float, float]:
+    with torch.inference_mode(False), torch.enable_grad():
+        x, bound = (torch.zeros((), device="cpu", requires_grad=needs) for needs in (True, False))
+        outs = x.clamp(min=0.0), x.clamp(min=bound)
+        by_number, by_tensor = (torch.autograd.grad(out, x)[0].item() for out in outs)
+    return by_number, by_tensor
+
+
+AT_BOUND = _of_clamp_at_its_bound()
+"""What of the gradient passes through torch.clamp where its argument lies at a bound that is a number, or a tensor: 1
+and 1 in torch 2.13, 0 and 1/2 in torch 2.15.
+"""
+
+
+def _clamp(inside: str, outside: str) -> Callable[..., _Shares]:
     def rule(op: _Op, out: Ref, g: Ref, x: Arg, bound: Arg) -> _Shares:
-        return op("where", op(keeps, x, bound), g, 0.0), op("where", op(loses, x, bound), g, 0.0)
+        share = AT_BOUND[isinstance(bound, Ref)]
+        if share == 1.0:
+            keeps = {"gt": "ge", "lt": "le"}[inside]
+            return op("where", op(keeps, x, bound), g, 0.0), op("where", op(outside, x, bound), g, 0.0)
+        is_at = op("eq", x, bound)
+        of_x, of_bound = (op("where", is_at, op("mul", g, part), 0.0) for part in (share, 1.0 - share))
+        return op("where", op(inside, x, bound), g, of_x), op("where", op(outside, x, bound), g, of_bound)
 
     return rule
 
@@ -137,8 +157,8 @@ _RULES: dict[str, Callable[..., _Shares]] = {
     "abs": lambda op, out, g, x: (op("mul", g, op("sign", x)),),
     "maximum": _extremum("gt"),
     "minimum": _extremum("lt"),
-    "clamp_min": _clamp("ge", "lt"),
-    "clamp_max": _clamp("le", "gt"),
+    "clamp_min": _clamp("gt", "lt"),
+    "clamp_max": _clamp("lt", "gt"),
     "where": lambda op, out, g, c, x, y: (None, op("where", c, g, 0.0), op("where", c, 0.0, g)),
     "exp": lambda op, out, g, x: (op("mul", g, out),),
     "exp2": lambda op, out, g, x: (op("mul", op("mul", g, out), math.log(2)),),

@@ -213,7 +213,7 @@ def _check_score_mod(mod: Mod, *, special: bool, ulps: float, absolute: bool, de
     score_kernel[(BATCH * HEADS,)](
         out, ints, scores, grads, q_idx, kv_idx, *pack_captured(captured, device),
         SCORE=score_function(mod.graph), VJP=None if derivative is None else vjp_function(derivative),
-        NUM_OUTPUTS=len(expected) - 1, HEADS=HEADS, BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV,
+        NUM_OUTPUTS=len(expected) - 1, HEADS=HEADS, BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV, enable_fp_fusion=True,
     )  # fmt: skip
     for i, reference in enumerate(expected):
         reference = reference.expand(shape[1:])

@@ -143,6 +143,7 @@ TIES = {
     "minimum of equals": lambda s, b, h, q, k: torch.minimum(s * 2, s + s),
     "clamp at its least": lambda s, b, h, q, k: s.clamp(min=0.0),
     "clamp at its greatest": lambda s, b, h, q, k: s.clamp(max=1.0),
+    "clamp at a tensor": lambda s, b, h, q, k: s.clamp(min=(q * 0).float(), max=(k + 1).float()),
     "relu at 0": lambda s, b, h, q, k: F.relu(s),
     "leaky relu at 0": lambda s, b, h, q, k: F.leaky_relu(s, 0.1),
     "hardtanh at its bounds": lambda s, b, h, q, k: F.hardtanh(s),
@@ -160,6 +161,17 @@ def test_at_a_kink_the_gradient_is_the_one_torch_chose(name: str):
     at = dict.fromkeys(("b", "h", "q_idx", "kv_idx"), zero)
     found = evaluate(vjp(mod.graph, ()).graph, (), {**at, "score": score.detach(), "grad": torch.ones(3)})[0]
     torch.testing.assert_close(found.expand(3), expected, equal_nan=True)
+
+
+def test_a_bound_that_is_met_gets_the_rest_of_the_gradient():
+    bound = torch.zeros(3, requires_grad=True)
+    score = torch.tensor([-1.0, 0.0, 1.0], requires_grad=True)
+    expected = torch.autograd.grad(score.clamp(min=bound).sum(), (score, bound))
+    mod = trace_score_mod(lambda s, b, h, q, k: s.clamp(min=bound[q]))
+    zero = torch.zeros((), dtype=torch.int64)
+    at = {"b": zero, "h": zero, "q_idx": torch.arange(3), "kv_idx": zero, "score": score.detach()}
+    found = evaluate(vjp(mod.graph, (0,)).graph, (bound.detach(),), {**at, "grad": torch.ones(3)})[:2]
+    torch.testing.assert_close(tuple(found), expected)
 
 
 def test_only_wanted_tensors_get_a_gradient():

@@ -20,6 +20,7 @@ from pretended import Cuda, pretending
 from torch import Tensor
 
 import cpflex
+from cpflex.kernels.launch import FUSED
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 Peers: Any = importlib.import_module("host").Peers
@@ -120,20 +121,22 @@ def check_mixed_devices() -> None:
 def check_a_launch() -> None:
     with pretending(90) as events:
         x, table, out = (torch.ones(1000, device="cuda") for _ in range(3))
-        scale_kernel[(8,)](x, (table,), out, 1008, 0.5, BLOCK=128, num_warps=2)
+        scale_kernel[(8,)](x, (table,), out, 1008, 0.5, BLOCK=128, num_warps=2, **FUSED)
         (launch,) = events.launches
         assert (launch.name, launch.grid, launch.threads) == ("scale_kernel", (8, 1, 1), 64)
         addresses = {"x_ptr": x.data_ptr(), "tables[0]": table.data_ptr(), "out_ptr": out.data_ptr()}
         assert launch.arguments == {**addresses, "count": 1008, "factor": 0.5}
         assert events.variants == {"scale_kernel": 1}
-        scale_kernel[(1,)](x, (table,), out, 1001, 0.5, BLOCK=128, num_warps=2)  # not a multiple of 16: another variant
-        scale_kernel[(2,)](x, (table,), out, 1003, 0.5, BLOCK=128, num_warps=2)
+        scale_kernel[(1,)](
+            x, (table,), out, 1001, 0.5, BLOCK=128, num_warps=2, **FUSED
+        )  # not a multiple of 16: another variant
+        scale_kernel[(2,)](x, (table,), out, 1003, 0.5, BLOCK=128, num_warps=2, **FUSED)
         assert events.variants == {"scale_kernel": 2}
         assert [launch.arguments["count"] for launch in events.launches] == [1008, 1001, 1003]
     with pretending(90, compiles=False) as events:
         x = torch.ones(1000, device="cuda")
         scale_kernel.device_caches.clear()
-        scale_kernel[(8,)](x, (x,), x, 1000, 0.5, BLOCK=128, num_warps=2)
+        scale_kernel[(8,)](x, (x,), x, 1000, 0.5, BLOCK=128, num_warps=2, **FUSED)
         (launch,) = events.launches
         assert (launch.name, launch.grid, launch.threads) == ("scale_kernel", (8, 1, 1), 64)
         assert launch.arguments["x_ptr"] == x.data_ptr() and launch.arguments["count"] == 1000
@@ -149,7 +152,7 @@ def check_shared_memory() -> None:
         with pretending(capability) as events:
             x, out = (torch.ones(256, 256, device="cuda", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
             try:
-                product_kernel[(1,)](x, x, out, ROWS=64, SIZE=256, num_warps=8)
+                product_kernel[(1,)](x, x, out, ROWS=64, SIZE=256, num_warps=8, **FUSED)
             except OutOfResources as error:
                 assert not fits and "shared memory" in str(error) and str(99 << 10) in str(error)
             else:
