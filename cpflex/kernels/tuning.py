@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -149,7 +148,9 @@ def require_support(device: torch.device, head_dim: int) -> None:
 @lru_cache
 def triton_release() -> tuple[int, ...]:
     """(3, 7) for 3.7.1."""
-    return tuple(int(number) for number in version("triton").split(".")[:2])
+    import triton  # by its own word: the package has other names, too
+
+    return tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 @lru_cache
