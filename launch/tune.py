@@ -127,7 +127,8 @@ def candidates(tma: bool) -> list[KernelConfig]:
 def row(which: str, head_dim: int, config: KernelConfig, why: str) -> str:
     """As `cpflex/kernels/tuning.py` has it."""
     numbers = f"{config.block_q}, {config.block_kv}, {config.num_warps}, {config.num_stages}"
-    return f'("{which}", {head_dim}): KernelConfig({numbers}{", tma=True" if config.tma else ""}),  # {why}'
+    flags = "".join(f", {name}=True" for name in ("tma", "apart") if getattr(config, name))
+    return f'("{which}", {head_dim}): KernelConfig({numbers}{flags}),  # {why}'
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -18,6 +18,7 @@ def mask_15cf6ad462(b, h, q_idx, kv_idx, buffers, sizes):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from torch import Tensor
@@ -37,6 +38,7 @@ __all__ = [
     "begin_backward",
     "empty",
     "finish",
+    "prepare",
     "require_support",
     "with_whole_rows",
 ]
@@ -141,6 +143,29 @@ def require_support(q: Tensor, v_dim: int, call: Call) -> None:
         if call.score_graph is not None:
             triton_source.score_function(call.score_graph)
     call.decided[kind] = True
+
+
+def prepare(
+    q: Tensor,  # [B, Hq, S, D]
+    k: Tensor,  # [B, H, S, D]
+    v: Tensor,  # [B, H, S, Dv]
+    tile_mask: TileMask,
+    call: Call,
+    passes: Sequence[str],
+) -> None:
+    """Compile what the call will launch on a GPU, with rows that fit it, while no rank has sent anything yet: what
+    takes long, or fails, does so here. After the first call of its kind it costs one look.
+
+    Args:
+        passes: of ``attend``, ``attend_and_finish`` (and both: there is more than one step) and ``attend_backward``.
+
+    Raises:
+        NotImplementedError: the kernels need more shared memory than the GPU has, whatever their row.
+    """
+    if q.is_cuda and _is_fused(q, call):
+        from cpflex.kernels import ahead
+
+        ahead.compile_call(q, k, v, tile_mask, call, passes)
 
 
 def _is_fused(q: Tensor, call: Call) -> bool:

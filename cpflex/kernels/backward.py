@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cpflex.kernels.call import Call, with_whole_rows
 from cpflex.kernels.captured import add_captured_gradients
-from cpflex.kernels.launch import NOT_SPECIALIZED, decide, described, on_device_of, strides_of
+from cpflex.kernels.launch import NOT_SPECIALIZED, decide, described, on_device_of, start, strides_in_units
 from cpflex.kernels.scores import dot, load_rows, load_vector, load_walked, modified, through_score_mod
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_key, work_by_query
 from cpflex.tile_mask import TileMask
@@ -47,29 +47,30 @@ def attend_backward(
     dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     shared = (
         *(q, k, v, grad_out, lse, delta),
-        *strides_of(q, k, v, grad_out),
+        *strides_in_units(q, k, v, grad_out),
         *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
     )
     with on_device_of(q):
         if call.wanted:
-            _, heads, mods, _ = decide("captured", q, k, v, call)
-            add_captured_gradients(q, k, v, tile_mask, call, (*shared, *heads, *mods), d_captured)
-        config, heads, mods, options = decide("dq", q, k, v, call)
+            decided = decide("captured", q, k, v, call)
+            add_captured_gradients(q, k, tile_mask, call, (*shared, *decided.heads, *decided.mods), decided, d_captured)
+        decided = decide("dq", q, k, v, call)
+        config = decided.config
         work = work_by_query(tile_mask, config.block_q, config.block_kv)
-        if work.num_busy:
-            dq_kernel[(work.num_busy * q.shape[0] * q.shape[1],)](
-                *(*shared, *heads, *mods, work.items, work.runs, work.num_busy),
-                *(*described(config.tma, config.block_kv, k, v), dq),
-                **options,
-            )
-        config, heads, mods, options = decide("dkdv", q, k, v, call)
+        arguments = (
+            *(*shared, *decided.heads, *decided.mods, work.items, work.runs, work.num_busy),
+            *(*described(config.tma, config.block_kv, k, v), dq),
+        )
+        start(dq_kernel, work.num_busy * q.shape[0] * q.shape[1], arguments, decided)
+        decided = decide("dkdv", q, k, v, call)
+        config = decided.config
         work = work_by_key(tile_mask, config.block_kv, config.block_q)
-        if work.num_items:
-            dkdv_kernel[(work.num_items * k.shape[0] * k.shape[1],)](
-                *(*shared, *heads, *mods, work.items, work.runs, work.num_items),
-                *(*described(config.tma, config.block_q, q, grad_out), k.shape[2], dk, dv),
-                **options,
-            )
+        arguments = (
+            *(*shared, *decided.heads, *decided.mods, work.items, work.runs, work.num_items),
+            *(*described(config.tma, config.block_q, q, grad_out), k.shape[2], dk, dv),
+        )
+        for part in ("dk", "dv") if config.apart else ("both",):
+            start(dkdv_kernel, work.num_items * k.shape[0] * k.shape[1], arguments, decided, PART=part)
     return dk, dv
 
 
@@ -93,6 +94,7 @@ def dq_kernel(
     grad_out_stride_b,
     grad_out_stride_h,
     grad_out_stride_s,
+    UNIT: tl.constexpr,  # of the strides, in elements
     q_len,
     q_positions_ptr,
     kv_positions_ptr,
@@ -129,10 +131,14 @@ def dq_kernel(
     kv_h = h // group_size
     batch, q_head, kv_head = b.to(tl.int64), h.to(tl.int64), kv_h.to(tl.int64)
     before = head.to(tl.int64) * q_len  # queries of the heads before this one
-    q_ptr += batch * q_stride_b + q_head * q_stride_h
-    k_ptr += batch * k_stride_b + kv_head * k_stride_h
-    v_ptr += batch * v_stride_b + kv_head * v_stride_h
-    grad_out_ptr += batch * grad_out_stride_b + q_head * grad_out_stride_h
+    q_ptr += (batch * q_stride_b + q_head * q_stride_h) * UNIT
+    k_ptr += (batch * k_stride_b + kv_head * k_stride_h) * UNIT
+    v_ptr += (batch * v_stride_b + kv_head * v_stride_h) * UNIT
+    grad_out_ptr += (batch * grad_out_stride_b + q_head * grad_out_stride_h) * UNIT
+    q_stride_s *= UNIT
+    k_stride_s *= UNIT
+    v_stride_s *= UNIT
+    grad_out_stride_s *= UNIT
 
     q_idx = load_vector(q_positions_ptr, first, end, 0, BLOCK_Q, True)[:, None]
     q = load_rows(q_ptr, q_stride_s, first, end, HEAD_DIM, BLOCK_Q, DIM_COLS, True)
@@ -190,6 +196,7 @@ def dkdv_kernel(
     grad_out_stride_b,
     grad_out_stride_h,
     grad_out_stride_s,
+    UNIT: tl.constexpr,  # of the strides, in elements
     q_len,
     q_positions_ptr,
     kv_positions_ptr,
@@ -217,6 +224,7 @@ def dkdv_kernel(
     V_DIM: tl.constexpr,
     DIM_COLS: tl.constexpr,
     V_COLS: tl.constexpr,
+    PART: tl.constexpr,  # dk, dv or both
     INTERPRETED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -227,16 +235,21 @@ def dkdv_kernel(
     heads_per_batch = num_heads // group_size
     b, kv_h = head // heads_per_batch, head % heads_per_batch
     batch, kv_head = b.to(tl.int64), kv_h.to(tl.int64)
-    k_ptr += batch * k_stride_b + kv_head * k_stride_h
-    v_ptr += batch * v_stride_b + kv_head * v_stride_h
-    q_ptr += batch * q_stride_b
-    grad_out_ptr += batch * grad_out_stride_b
+    k_ptr += (batch * k_stride_b + kv_head * k_stride_h) * UNIT
+    v_ptr += (batch * v_stride_b + kv_head * v_stride_h) * UNIT
+    q_ptr += batch * q_stride_b * UNIT
+    grad_out_ptr += batch * grad_out_stride_b * UNIT
+    q_stride_s *= UNIT
+    k_stride_s *= UNIT
+    v_stride_s *= UNIT
+    grad_out_stride_s *= UNIT
 
     # scores are [keys, queries] here: their products with grad_out and q then take them as they come out of the tensor
     # cores
     kv_idx = load_vector(kv_positions_ptr, first, end, 0, BLOCK_KV, True)[:, None]
     k = load_rows(k_ptr, k_stride_s, first, end, HEAD_DIM, BLOCK_KV, DIM_COLS, True)
-    v = load_rows(v_ptr, v_stride_s, first, end, V_DIM, BLOCK_KV, V_COLS, True)
+    if PART != "dv":
+        v = load_rows(v_ptr, v_stride_s, first, end, V_DIM, BLOCK_KV, V_COLS, True)
     dk = tl.zeros([BLOCK_KV, DIM_COLS], tl.float32)
     dv = tl.zeros([BLOCK_KV, V_COLS], tl.float32)
     for FULL in tl.static_range(2):
@@ -251,7 +264,7 @@ def dkdv_kernel(
             q_idx = load_vector(q_positions_ptr, at, at_end, 0, BLOCK_Q, FULL == 0)[None, :]
             q_head = h.to(tl.int64)
             before = (batch * num_heads + q_head) * q_len  # queries of the heads before this one
-            q_rows = q_ptr + q_head * q_stride_h
+            q_rows = q_ptr + q_head * q_stride_h * UNIT
             q = load_walked(q_rows, q_stride_s, q_blocks, b, h, at, at_end, HEAD_DIM, BLOCK_Q, DIM_COLS, FULL == 0)
             # in an order that holds few blocks at once: 128 keys of 128 dims leave 95 registers beside dk and dv
             s = dot(k, tl.trans(q), None, INTERPRETED)
@@ -263,22 +276,28 @@ def dkdv_kernel(
                 seen = inside & mask_mod(b, h, q_idx, kv_idx, mask_buffers, mask_sizes)
                 x = tl.where(seen, x, float("-inf"))
             p = tl.exp2(x)
-            # the vjp of p, which is linear in it, times (dp - delta) is the vjp of p * (dp - delta): s ends here
-            p_vjp = through_score_mod(p, s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_vjp)
-            if FULL == 0 and score_vjp is not None:
-                # hidden pairs have p = 0, and what a derivative that is not finite made of it
-                p_vjp = tl.where(p != 0, p_vjp, 0.0)
-            grad_out_rows = grad_out_ptr + q_head * grad_out_stride_h
+            if PART != "dv":
+                # the vjp of p, which is linear in it, times (dp - delta) is the vjp of p * (dp - delta): s ends here
+                p_vjp = through_score_mod(p, s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_vjp)
+                if FULL == 0 and score_vjp is not None:
+                    # hidden pairs have p = 0, and what a derivative that is not finite made of it
+                    p_vjp = tl.where(p != 0, p_vjp, 0.0)
+            grad_out_rows = grad_out_ptr + q_head * grad_out_stride_h * UNIT
             grad_out = load_walked(
                 *(grad_out_rows, grad_out_stride_s, grad_out_blocks, b, h, at, at_end),
                 *(V_DIM, BLOCK_Q, V_COLS, FULL == 0),
             )
-            # before dv: a product that begins while dv is under way would, with its zeros, serialise both (ptxas C7515)
-            dp = dot(v, tl.trans(grad_out), None, INTERPRETED)
-            dv = dot(p.to(grad_out.dtype), grad_out, dv, INTERPRETED)
-            delta = load_vector(delta_ptr + before, at, at_end, 0.0, BLOCK_Q, FULL == 0)[None, :]
-            ds = p_vjp * (dp - delta)
-            dk = dot(ds.to(q.dtype), q, dk, INTERPRETED)
+            if PART == "dv":
+                dv = dot(p.to(grad_out.dtype), grad_out, dv, INTERPRETED)
+            else:
+                # before dv: a product that begins while dv is under way would, with its zeros, serialise both (ptxas
+                # C7515)
+                dp = dot(v, tl.trans(grad_out), None, INTERPRETED)
+                if PART == "both":
+                    dv = dot(p.to(grad_out.dtype), grad_out, dv, INTERPRETED)
+                delta = load_vector(delta_ptr + before, at, at_end, 0.0, BLOCK_Q, FULL == 0)[None, :]
+                ds = p_vjp * (dp - delta)
+                dk = dot(ds.to(q.dtype), q, dk, INTERPRETED)
             at, at_end, next_run, next_at, next_end, anew = advance(
                 at, at_end, next_run, next_at, next_end, runs_ptr, first_run, end_run, BLOCK_Q
             )
@@ -286,7 +305,9 @@ def dkdv_kernel(
 
     rows = tl.arange(0, BLOCK_KV)[:, None]
     row = head.to(tl.int64) * kv_len + first + rows
-    cols = tl.arange(0, DIM_COLS)[None, :]
-    tl.store(dk_ptr + row * HEAD_DIM + cols, dk * scale, mask=(rows < end - first) & (cols < HEAD_DIM))
-    cols = tl.arange(0, V_COLS)[None, :]
-    tl.store(dv_ptr + row * V_DIM + cols, dv, mask=(rows < end - first) & (cols < V_DIM))
+    if PART != "dv":
+        cols = tl.arange(0, DIM_COLS)[None, :]
+        tl.store(dk_ptr + row * HEAD_DIM + cols, dk * scale, mask=(rows < end - first) & (cols < HEAD_DIM))
+    if PART != "dk":
+        cols = tl.arange(0, V_COLS)[None, :]
+        tl.store(dv_ptr + row * V_DIM + cols, dv, mask=(rows < end - first) & (cols < V_DIM))

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cpflex.kernels.call import Call
-from cpflex.kernels.launch import NOT_SPECIALIZED, decide
+from cpflex.kernels.launch import NOT_SPECIALIZED, Decided, start
 from cpflex.kernels.scores import dot, load_rows, load_vector, modified
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_key, work_by_query
 from cpflex.mods.evaluate import add_at, evaluate
@@ -31,10 +31,10 @@ from cpflex.tile_mask import TileMask
 def add_captured_gradients(
     q: Tensor,  # [B, Hq, S, D]
     k: Tensor,  # [B, H, K, D]
-    v: Tensor,  # [B, H, K, Dv]
     tile_mask: TileMask,
     call: Call,
     shared: Sequence[Any],
+    decided: Decided,
     d_captured: list[Tensor],
 ) -> None:
     """Add the part of the visiting keys to ``d_captured``, in place.
@@ -56,12 +56,12 @@ def add_captured_gradients(
             sums = torch.zeros(
                 target.shape, dtype=torch.float64, device=q.device
             )  # the order of additions hardly shows
-            _launch(q, k, v, tile_mask, call, shared, read, sums, by_key=False, atomic=True)
+            _launch(q, tile_mask, shared, decided, read, sums, by_key=False, atomic=True)
             target += sums
             continue
         by_key = "kv_idx" in place.inputs
         sums = torch.zeros(*q.shape[:2], (k if by_key else q).shape[2], dtype=torch.float32, device=q.device)
-        _launch(q, k, v, tile_mask, call, shared, read, sums, by_key, atomic=False)
+        _launch(q, tile_mask, shared, decided, read, sums, by_key, atomic=False)
         positions = tile_mask.kv_positions if by_key else tile_mask.q_positions
         _add_at_place(target, sums, place, read, call, positions.long())
 
@@ -111,32 +111,30 @@ def _add_at_place(
 
 def _launch(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
     tile_mask: TileMask,
-    call: Call,
     shared: Sequence[Any],
+    decided: Decided,
     read: CapturedGradient,
     target: Tensor,
     by_key: bool,
     atomic: bool,
 ) -> None:
-    config, _, _, options = decide("captured", q, k, v, call)
+    config = decided.config
     if by_key:
         work = work_by_key(tile_mask, config.block_kv, config.block_q)
     else:
         work = work_by_query(tile_mask, config.block_q, config.block_kv)
-    if work.num_busy == 0:
-        return
     indices = read.indices if atomic else ()
-    captured_kernel[(work.num_busy * q.shape[0] * q.shape[1],)](
+    arguments = (
         *(*shared, work.items, work.runs, work.num_busy, target, target.shape[-1] if target.ndim else 1),
         tuple(target.shape) if atomic else (),
+    )
+    start(
+        *(captured_kernel, work.num_busy * q.shape[0] * q.shape[1], arguments, decided),
         OUTPUT=read.output,
         PLACES=tuple(i.index if isinstance(i, Ref) else -1 for i in indices),
         NUMBERS=tuple(0 if isinstance(i, Ref) else int(i) % n for i, n in zip(indices, target.shape, strict=False)),
         ROWS_ARE_KEYS=by_key,
-        **options,
     )
 
 
@@ -160,6 +158,7 @@ def captured_kernel(
     grad_out_stride_b,
     grad_out_stride_h,
     grad_out_stride_s,
+    UNIT: tl.constexpr,  # of the strides, in elements
     q_len,
     q_positions_ptr,
     kv_positions_ptr,
@@ -198,10 +197,14 @@ def captured_kernel(
     first, end = tl.load(item_ptr), tl.load(item_ptr + 1)
     b, h = head // num_heads, head % num_heads
     batch, q_head, kv_head = b.to(tl.int64), h.to(tl.int64), (h // group_size).to(tl.int64)
-    q_ptr += batch * q_stride_b + q_head * q_stride_h
-    k_ptr += batch * k_stride_b + kv_head * k_stride_h
-    v_ptr += batch * v_stride_b + kv_head * v_stride_h
-    grad_out_ptr += batch * grad_out_stride_b + q_head * grad_out_stride_h
+    q_ptr += (batch * q_stride_b + q_head * q_stride_h) * UNIT
+    k_ptr += (batch * k_stride_b + kv_head * k_stride_h) * UNIT
+    v_ptr += (batch * v_stride_b + kv_head * v_stride_h) * UNIT
+    grad_out_ptr += (batch * grad_out_stride_b + q_head * grad_out_stride_h) * UNIT
+    q_stride_s *= UNIT
+    k_stride_s *= UNIT
+    v_stride_s *= UNIT
+    grad_out_stride_s *= UNIT
     lse_ptr += head.to(tl.int64) * q_len
     delta_ptr += head.to(tl.int64) * q_len
 

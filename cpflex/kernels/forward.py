@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cpflex.kernels.call import Call, with_whole_rows
-from cpflex.kernels.launch import NOT_SPECIALIZED, decide, described, on_device_of, strides_of
+from cpflex.kernels.launch import NOT_SPECIALIZED, decide, described, on_device_of, start, strides_in_units
 from cpflex.kernels.scores import LN2, LOG2E, dot, load_rows, load_vector, load_walked, modified
 from cpflex.kernels.state import State
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_query
@@ -72,20 +72,19 @@ def _launch(
     max_scores: Tensor | None,
 ) -> None:
     q, k, v = with_whole_rows(q), with_whole_rows(k), with_whole_rows(v)
-    config, heads, mods, options = decide("forward", q, k, v, call)
+    decided = decide("forward", q, k, v, call)
+    config = decided.config
     work = work_by_query(tile_mask, config.block_q, config.block_kv)
     num_items = work.num_busy if out is None else work.num_items  # out is written for queries that see no key, too
-    if num_items == 0:
-        return
     carried = (None, None, None) if state is None else (state.acc, state.m, state.l)
+    arguments = (
+        *(q, k, v, *described(config.tma, config.block_kv, k, v), *carried, out, lse, max_scores),
+        *strides_in_units(q, k, v),
+        *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
+        *(work.items, work.runs, num_items, *decided.heads, *decided.mods),
+    )
     with on_device_of(q):
-        attend_kernel[(num_items * q.shape[0] * q.shape[1],)](
-            *(q, k, v, *described(config.tma, config.block_kv, k, v), *carried, out, lse, max_scores),
-            *strides_of(q, k, v),
-            *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
-            *(work.items, work.runs, num_items, *heads, *mods),
-            **options,
-        )
+        start(attend_kernel, num_items * q.shape[0] * q.shape[1], arguments, decided)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -110,6 +109,7 @@ def attend_kernel(
     v_stride_b,
     v_stride_h,
     v_stride_s,
+    UNIT: tl.constexpr,  # of the strides, in elements
     q_len,
     q_positions_ptr,
     kv_positions_ptr,
@@ -142,9 +142,12 @@ def attend_kernel(
     b, h = head // num_heads, head % num_heads
     kv_h = h // group_size
     batch, q_head, kv_head = b.to(tl.int64), h.to(tl.int64), kv_h.to(tl.int64)
-    q_ptr += batch * q_stride_b + q_head * q_stride_h
-    k_ptr += batch * k_stride_b + kv_head * k_stride_h
-    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    q_ptr += (batch * q_stride_b + q_head * q_stride_h) * UNIT
+    k_ptr += (batch * k_stride_b + kv_head * k_stride_h) * UNIT
+    v_ptr += (batch * v_stride_b + kv_head * v_stride_h) * UNIT
+    q_stride_s *= UNIT
+    k_stride_s *= UNIT
+    v_stride_s *= UNIT
 
     q_idx = load_vector(q_positions_ptr, first, end, 0, BLOCK_Q, True)[:, None]
     q = load_rows(q_ptr, q_stride_s, first, end, HEAD_DIM, BLOCK_Q, DIM_COLS, True)

@@ -14,12 +14,16 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cpflex.kernels import tuning
+from cpflex.kernels import fitting, tuning
 from cpflex.kernels.call import Call
 from cpflex.kernels.scores import identity
 from cpflex.mods import triton_source
 
-NOT_SPECIALIZED = ["q_len", "kv_len", "num_items", "num_heads", "num_kv_heads", "heads_at_once", "group_size"]
+STRIDES = [f"{x}_stride_{axis}" for x in ("q", "k", "v", "grad_out") for axis in "bhs"]
+NOT_SPECIALIZED = [
+    *("q_len", "kv_len", "num_items", "num_heads", "num_kv_heads", "heads_at_once", "group_size"),
+    *STRIDES,
+]
 """Arguments whose value, 1 or a multiple of 16 or not, must not compile another variant."""
 
 INTERPRETED = not isinstance(identity, triton.JITFunction)
@@ -43,16 +47,21 @@ class Mods(NamedTuple):
 
     @classmethod
     def of(cls, call: Call, device: torch.device, *, backward: bool) -> Mods:
-        score_mod = score_vjp = None
-        if call.score_graph is not None:
-            score_mod = triton_source.score_function(call.score_graph)
-        elif call.scale <= 0 and not backward:
-            score_mod = identity  # without a score_mod the maximum of a block is taken before it is scaled
-        if backward and call.score_vjp is not None:
-            score_vjp = triton_source.vjp_function(call.score_vjp)
+        mask_mod, score_mod, score_vjp = functions_of(call, backward=backward)
         packed_mask = call.packed_mask or triton_source.pack_captured(call.mask.captured, device)
-        mask = (triton_source.mask_function(call.mask.graph), *packed_mask)
-        return cls(*mask, score_mod, score_vjp, *triton_source.pack_captured(call.captured, device))
+        return cls(mask_mod, *packed_mask, score_mod, score_vjp, *triton_source.pack_captured(call.captured, device))
+
+
+def functions_of(call: Call, *, backward: bool) -> tuple[Any, Any, Any]:
+    """The mask_mod, the score_mod and its vjp as device functions; None where a pass needs none."""
+    score_mod = score_vjp = None
+    if call.score_graph is not None:
+        score_mod = triton_source.score_function(call.score_graph)
+    elif call.scale <= 0 and not backward:
+        score_mod = identity  # without a score_mod the maximum of a block is taken before it is scaled
+    if backward and call.score_vjp is not None:
+        score_vjp = triton_source.vjp_function(call.score_vjp)
+    return triton_source.mask_function(call.mask.graph), score_mod, score_vjp
 
 
 class Heads(NamedTuple):
@@ -72,18 +81,26 @@ class Heads(NamedTuple):
         return cls(q.shape[1], num_kv_heads, min(max(1, fit), num_kv_heads), group_size)
 
 
-def strides_of(*tensors: Tensor) -> Sequence[int]:
-    """Strides of batch, head and row of each; 0 where there is only one, so that an arbitrary stride there compiles
-    nothing anew.
+def strides_of(*tensors: Tensor) -> list[int]:
+    """Strides of batch, head and row of each; 0 where there is only one."""
+    return [
+        stride if size > 1 else 0
+        for x in tensors
+        for size, stride, _ in zip(x.shape, x.stride(), range(3), strict=False)
+    ]
 
-    They are arguments of their own: in a tuple, Triton 3.6 does not see that they are multiples of 16, and loads 4
-    bytes at a time.
+
+def strides_in_units(*tensors: Tensor) -> list[int]:
+    """`strides_of` tensors of one dtype in units of the last number: the elements in 16 bytes, if all rows begin at
+    multiples of them, else 1.
+
+    A kernel multiplies by the unit, a constexpr. So it knows that it may load 16 bytes at a time for any head dim that
+    is a multiple of 8; Triton by itself sees multiples of 16 elements only, and compiles another variant for them.
     """
-    strides = []
-    for x in tensors:
-        for size, stride, _ in zip(x.shape, x.stride(), range(3), strict=False):
-            strides.append(stride if size > 1 else 0)
-    return strides
+    strides, unit = strides_of(*tensors), 16 // tensors[0].element_size()
+    if any(stride % unit for stride in strides):
+        return [*strides, 1]
+    return [*(stride // unit for stride in strides), unit]
 
 
 def described(wanted: bool, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
@@ -109,6 +126,7 @@ def columns(dim: int) -> int:
 class Decided(NamedTuple):
     """What the launches of one kernel have in common, step by step and call by call."""
 
+    kind: fitting.Kind
     config: tuning.KernelConfig
     heads: Heads
     mods: tuple[Any, ...]
@@ -122,13 +140,25 @@ def decide(which: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Decided:
     Args:
         which: one of tuning.PASSES.
     """
-    kind = (which, q.shape, k.shape, v.shape[3], q.dtype)
-    if (known := call.decided.get(kind)) is None:
-        config = tuning.lookup(which, q, v)
+    shapes = (which, q.shape, k.shape, v.shape[3], q.dtype)
+    if (known := call.decided.get(shapes)) is None:
+        mods = Mods.of(call, q.device, backward=which != "forward")
+        functions = (mods.mask_mod, mods.score_mod, mods.score_vjp)
+        kind = fitting.Kind(which, q.device, q.shape[3], v.shape[3], q.dtype, functions)
+        config = fitting.row(kind, tuning.lookup(which, q, v))
         heads = Heads.of(q, k, v, walk="queries" if which == "dkdv" else "keys")
-        mods = (float(call.scale), *Mods.of(call, q.device, backward=which != "forward"))
-        known = call.decided[kind] = Decided(config, heads, mods, shape_options(q, v) | config.options)
+        options = shape_options(q, v) | config.options
+        known = call.decided[shapes] = Decided(kind, config, heads, (float(call.scale), *mods), options)
     return known
+
+
+def start(kernel: Any, num_programs: int, arguments: Sequence[Any], decided: Decided, **constexprs: Any) -> None:
+    """Launch a kernel on the device of its tensors; or, where `fitting` looks for a row, compile it only."""
+    if fitting.is_looking():
+        compiled = kernel.warmup(*arguments, grid=(1,), **constexprs, **decided.options)
+        fitting.found(decided.kind, decided.config, compiled.metadata.shared)
+    elif num_programs:
+        kernel[(num_programs,)](*arguments, **constexprs, **decided.options)
 
 
 def shape_options(q: Tensor, v: Tensor) -> dict[str, Any]:

@@ -29,6 +29,9 @@ class KernelConfig:
     Triton 3.6, kernels of 128 dims would be serialised.
     """
 
+    apart: bool = False
+    """dK and dV by launches of their own, which compute the scores twice: where one program cannot hold both."""
+
     @property
     def options(self) -> dict[str, int]:
         """As a launch takes them."""
@@ -65,13 +68,13 @@ SM86: Rows = SM80 | {  # RTX 30, 40 and 50, L4, L40: 99 KiB of shared memory
 SM90: Rows = {  # H100, H200: 227 KiB, wgmma; two warpgroups of 64 rows each
     ("forward", 64): KernelConfig(128, 64, 8, 3),  # 128 keys at once spill with Triton 3.6
     ("forward", 128): KernelConfig(128, 64, 8, 3),
-    ("forward", 256): KernelConfig(64, 64, 8, 2),  # 128 queries spill: their output takes 128 registers a thread
+    ("forward", 256): KernelConfig(128, 32, 8, 2),  # 64 queries are no wgmma of two warpgroups
     ("dq", 64): KernelConfig(128, 64, 8, 3),
     ("dq", 128): KernelConfig(128, 64, 8, 3),
-    ("dq", 256): KernelConfig(64, 32, 8, 2),
+    ("dq", 256): KernelConfig(128, 32, 8, 2),
     ("dkdv", 64): KernelConfig(64, 128, 8, 3),
     ("dkdv", 128): KernelConfig(64, 128, 8, 3),  # every register is taken
-    ("dkdv", 256): KernelConfig(32, 32, 8, 2),
+    ("dkdv", 256): KernelConfig(32, 128, 8, 2, apart=True),  # either takes 128 registers a thread
     ("captured", 64): KernelConfig(64, 64, 4, 2),
     ("captured", 128): KernelConfig(64, 64, 4, 2),
     ("captured", 256): KernelConfig(64, 32, 8, 2),

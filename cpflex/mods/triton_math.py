@@ -54,6 +54,42 @@ def within_int32(x, LO: tl.constexpr, HI: tl.constexpr):
 
 # -- captured tensors: sizes holds 8 sizes, then 8 strides, of each
 
+IS_COMPILED = tl.constexpr(isinstance(floor_div, triton.JITFunction))
+
+
+@triton.jit
+def load_pairs(ptrs):
+    """`tl.load` of an element for each pair of a query and a key, of memory that nobody writes meanwhile.
+
+    Triton would carry such a load through the stages of its pipeline, in shared memory: 4 bytes a pair, a stage and a
+    table, more than the keys themselves. An instruction that it does not know as a load stays where it is used.
+    """
+    kind: tl.constexpr = ptrs.dtype.element_ty
+    if not IS_COMPILED:
+        x = tl.load(ptrs)
+    elif kind.primitive_bitwidth == 64:
+        x = tl.inline_asm_elementwise(
+            "ld.global.nc.b64 $0, [$1];", "=l,l", [ptrs.to(tl.int64)], dtype=tl.int64, is_pure=True, pack=1
+        ).to(kind, bitcast=True)
+    elif kind.primitive_bitwidth == 32:
+        x = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+        ).to(kind, bitcast=True)
+    elif kind.primitive_bitwidth == 16:
+        x = (
+            tl.inline_asm_elementwise(
+                "ld.global.nc.u16 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+            )
+            .to(tl.int16)
+            .to(kind, bitcast=True)
+        )
+    else:  # bool is a byte, 0 or 1
+        x = tl.inline_asm_elementwise(
+            "ld.global.nc.u8 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+        )
+        x = x != 0 if kind.primitive_bitwidth == 1 else x.to(kind)
+    return x
+
 
 @triton.jit
 def place(index, sizes, SLOT: tl.constexpr, DIM: tl.constexpr):

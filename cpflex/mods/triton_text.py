@@ -79,7 +79,7 @@ class Writer:
         leads_to_a_step = _leads_to_a_step(graph)
         for i, node in enumerate(graph.nodes):
             value = self._value(node, leads_to_a_step[i])
-            may_inline = uses.count(i) == 1 and "tl.load" not in value.text
+            may_inline = uses.count(i) == 1 and not _loads(value.text)
             is_short = len(value.text) <= _INLINE or Ref(i) == graph.outputs[0]
             self._values.append(value if may_inline and is_short else self._named(value))
 
@@ -141,12 +141,17 @@ class Writer:
             raise _no_form(f"a table of {len(indices)} dims", node.dtype)
         places = [self.place("offset", index, slot, dim) for dim, index in enumerate(indices)]
         axes = frozenset().union(*(self._values[i.index].axes for i in indices if isinstance(i, Ref)))
-        text = f"tl.load({' + '.join([f'buffers[{slot}]', *places])})"
+        load = "load_pairs" if axes == {"q", "kv"} else "tl.load"
+        text = f"{load}({' + '.join([f'buffers[{slot}]', *places])})"
         if node.dtype in (torch.int8, torch.uint8, torch.int16):
             text += ".to(tl.int32)"
         elif node.dtype in _HALVES:
             text += ".to(tl.float32)"
         return _Value(text, node.dtype, axes, all_of(node.dtype) if node.dtype in _INTEGERS else (0, 0))
+
+
+def _loads(text: str) -> bool:
+    return "tl.load(" in text or "load_pairs(" in text
 
 
 def _leads_to_a_step(graph: Graph) -> list[bool]:

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cpflex.kernels import Call, attend, attend_and_finish, empty, require_support, with_whole_rows
+from cpflex.kernels import Call, attend, attend_and_finish, empty, prepare, require_support, with_whole_rows
 from cpflex.ring.transport import Transport
 
 
-def forward(q: Tensor, v_dim: int, call: Call, transport: Transport) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    q: Tensor,
+    v_dim: int,
+    call: Call,
+    transport: Transport,
+    backward: Call | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of the local queries to every key that they see.
 
     Args:
         q: [B, Hq, S_local, D].
+        backward: the call as backward will make it, if one is to follow.
 
     Returns:
         out [B, Hq, S_local, Dv] in q's dtype, lse and max_scores [B, Hq, S_local] fp32, natural log, the last [0]
         unless the call wants it; 0, -inf and -inf for a query that sees no key.
     """
-    require_support(q, v_dim, call)  # while nothing has been sent
+    # while nothing has been sent
+    require_support(q, v_dim, call)
+    own = (q, *transport.shard, transport.steps[0].tile_mask)
+    prepare(*own, call, ("attend", "attend_and_finish")[len(transport.steps) == 1 :])
+    if backward is not None:
+        prepare(*own, backward, ("attend_backward",))
     q, state = with_whole_rows(q), None
     for index, step, (k, v) in transport.circulate():
         if index + 1 == len(transport.steps):

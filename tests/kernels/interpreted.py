@@ -238,6 +238,12 @@ def check_descriptors(problem: Problem) -> None:
         _same(Call(mask, 0.25), tile_mask, q, shifted, shifted, grad_out)
 
 
+def check_apart(problem: Problem) -> None:
+    """dK and dV by launches of their own."""
+    with mock.patch.object(tuning, "INTERPRETED", replace(tuning.INTERPRETED, apart=True)):
+        check(problem)
+
+
 def check_scale(scale: float) -> None:
     mask, tile_mask = tile_mask_of(cpflex.causal(), 144)
     _same(Call(mask, scale), tile_mask, *_tensors(144))

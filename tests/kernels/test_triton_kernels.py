@@ -67,6 +67,11 @@ def test_tensor_descriptors_change_nothing(run: Run, problem: Problem):
     run(interpreted.check_descriptors, problem)
 
 
+@pytest.mark.parametrize("problem", [Problem("causal", "relative_bias", 130, "gqa", "d24", world_size=2)], ids=str)
+def test_dk_and_dv_may_be_launched_apart(run: Run, problem: Problem):
+    run(interpreted.check_apart, problem)
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0])
 def test_any_scale_is_accepted(run: Run, scale: float):
     run(interpreted.check_scale, scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -261,3 +262,44 @@ def launch_failure(capability: int, head_dim: int, mods: str) -> str:
         names = [launch.name for launch in events.launches]
         assert {"attend_kernel", "dq_kernel", "dkdv_kernel"} <= set(names), names
         return ""
+
+
+def check_a_smaller_row() -> None:
+    """By the rows of a larger chip: chosen openly, once for all calls of a kind."""
+    from cpflex.kernels import fitting, tuning
+
+    def step(seq_len: int) -> None:
+        plan = cpflex.make_plan(cpflex.causal(), seq_len)
+        q = torch.zeros(1, 2, seq_len, 128, dtype=torch.bfloat16, device="cuda").requires_grad_()
+        torch.autograd.grad(cpflex.flex_attention(q, q, q, block_mask=plan), q, torch.zeros_like(q))
+
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    fitting.log.addHandler(handler)
+    with mock.patch.object(tuning, "rows_for", return_value=tuning.SM90), pretending(86) as events:
+        step(256)
+        assert {launch.name for launch in events.launches} >= {"attend_kernel", "dq_kernel", "dkdv_kernel"}
+        assert all(launch.shared_bytes <= 99 << 10 for launch in events.launches)
+        words = [record.getMessage() for record in said]
+        assert {word.split()[0] for word in words} == {"forward", "dq", "dkdv"} and "99" in words[0], words
+        compiled = dict(events.variants)
+        step(512)
+        assert len(said) == len(words) and events.variants == compiled
+    fitting.log.removeHandler(handler)
+
+
+def check_refusal_before_sending() -> None:
+    from cpflex.kernels import fitting
+
+    with pretending(90, compiles=False), mock.patch.object(fitting, "shared_memory", return_value=-1):
+        links = Peers(1, 4)
+        plan = cpflex.make_plan(cpflex.causal(), 1024, rank=1, world_size=4).bind(links)
+        q = torch.zeros(1, 2, plan.local_len, 32, dtype=torch.bfloat16, device="cuda")
+        try:
+            cpflex.flex_attention(q, q, q, block_mask=plan)
+        except NotImplementedError as error:
+            assert "shared memory" in str(error) and "reference" in str(error)
+        else:
+            raise AssertionError("kernels that cannot be launched were not refused")
+        assert not links.said["exchange"]

@@ -495,6 +495,7 @@ def _compiles_nothing(events: Events) -> Callable:
         """Stands for a compiled kernel."""
 
         function, packed_metadata, module = 0, (), 0
+        metadata = SimpleNamespace(shared=0)
 
         def __init__(self, fn: Any, num_warps: int) -> None:
             self.fn, self.name, self.threads = fn, fn.fn.__name__, 32 * num_warps

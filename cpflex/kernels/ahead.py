@@ -1,0 +1,54 @@
+"""The kernels of a call, compiled before a rank sends anything: one that fails in the middle of a ring would leave the
+others waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cpflex.kernels import fitting
+from cpflex.kernels.backward import attend_backward
+from cpflex.kernels.call import Call
+from cpflex.kernels.forward import attend, attend_and_finish
+from cpflex.kernels.launch import functions_of, on_device_of, strides_in_units
+from cpflex.kernels.state import empty
+from cpflex.tile_mask import TileMask
+
+# B batch, Hq query heads, H heads of keys and values, S local queries and keys, D and Dv head dims
+
+
+def compile_call(
+    q: Tensor,  # [B, Hq, S, D]
+    k: Tensor,  # [B, H, S, D]
+    v: Tensor,  # [B, H, S, Dv]
+    tile_mask: TileMask,
+    call: Call,
+    passes: Sequence[str],
+) -> None:
+    """`kernels.prepare`. The tensors are those of the call, since their strides decide which variant is launched."""
+    units = tuple(strides_in_units(x)[-1] for x in (q, k, v))
+    kind = ("prepared", q.shape[3], v.shape[3], q.dtype, units, *passes)
+    if kind in call.decided:
+        return
+
+    def compile_all() -> None:
+        call.decided.clear()  # a row may have been found not to fit
+        state = empty(q, v.shape[-1]) if "attend" in passes else None
+        if state is not None:
+            attend(q, k, v, tile_mask, call, state)
+        if "attend_and_finish" in passes:
+            attend_and_finish(q, k, v, tile_mask, call, state)
+        if "attend_backward" in passes:
+            lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+            grad_out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+            sums = [q, *(call.captured[slot] for slot in call.wanted)]
+            dq, *d_captured = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in sums)
+            attend_backward(q, k, v, grad_out, lse, lse, tile_mask, call, dq, d_captured)
+
+    functions = functions_of(call, backward="attend_backward" in passes)
+    with on_device_of(q):
+        fitting.fit((*kind, q.device, call.wanted, call.wants_max, *functions), compile_all)
+    call.decided[kind] = True
