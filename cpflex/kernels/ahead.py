@@ -14,7 +14,7 @@ from cpflex.kernels.backward import attend_backward
 from cpflex.kernels.call import Call
 from cpflex.kernels.forward import attend, attend_and_finish
 from cpflex.kernels.launch import functions_of, on_device_of, strides_in_units
-from cpflex.kernels.state import empty
+from cpflex.kernels.state import State
 from cpflex.tile_mask import TileMask
 
 # B batch, Hq query heads, H heads of keys and values, S local queries and keys, D and Dv head dims
@@ -34,18 +34,20 @@ def compile_call(
     if kind in call.decided:
         return
 
+    def unset(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
     def compile_all() -> None:
         call.decided.clear()  # a row may have been found not to fit
-        state = empty(q, v.shape[-1]) if "attend" in passes else None
-        if state is not None:
+        rows, state = q.shape[:-1], None
+        if "attend" in passes:
+            state = State(unset(*rows, v.shape[-1]), unset(*rows), unset(*rows))
             attend(q, k, v, tile_mask, call, state)
         if "attend_and_finish" in passes:
             attend_and_finish(q, k, v, tile_mask, call, state)
         if "attend_backward" in passes:
-            lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-            grad_out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-            sums = [q, *(call.captured[slot] for slot in call.wanted)]
-            dq, *d_captured = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in sums)
+            grad_out, lse = unset(*rows, v.shape[-1], dtype=q.dtype), unset(*rows)
+            dq, *d_captured = (unset(*x.shape) for x in (q, *(call.captured[slot] for slot in call.wanted)))
             attend_backward(q, k, v, grad_out, lse, lse, tile_mask, call, dq, d_captured)
 
     functions = functions_of(call, backward="attend_backward" in passes)

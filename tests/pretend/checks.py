@@ -282,7 +282,7 @@ def check_a_smaller_row() -> None:
         assert {launch.name for launch in events.launches} >= {"attend_kernel", "dq_kernel", "dkdv_kernel"}
         assert all(launch.shared_bytes <= 99 << 10 for launch in events.launches)
         words = [record.getMessage() for record in said]
-        assert {word.split()[0] for word in words} == {"forward", "dq", "dkdv"} and "99" in words[0], words
+        assert {"dq", "dkdv"} <= {word.split()[0] for word in words} and all("cuda:0 has 99;" in word for word in words)
         compiled = dict(events.variants)
         step(512)
         assert len(said) == len(words) and events.variants == compiled
