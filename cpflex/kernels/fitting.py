@@ -129,5 +129,5 @@ def smaller(which: str, config: KernelConfig) -> Iterator[KernelConfig]:
 
 def shared_memory() -> int:
     """Bytes that a program may have on the current device."""
-    driver = triton.runtime.driver.active
+    driver: Any = triton.runtime.driver.active
     return driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]

@@ -4,6 +4,8 @@ Written in primitives that Triton's interpreter knows too. Floats are fp32, or f
 int32 or int64. Errors are under 4 ulp of fp32, plus what the device's approximate `exp` adds.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import triton

@@ -23,9 +23,8 @@ def backward(
     Every step uses the global lse and delta, so its gradients are final parts and only have to be added
     (FlashAttention-2, arXiv:2307.08691, section 3.1.2).
     """
-    prepare(
-        q, *transport.shard, transport.steps[0].tile_mask, call, ("attend_backward",)
-    )  # while nothing has been sent
+    k, v = transport.shard
+    prepare(q, k, v, transport.steps[0].tile_mask, call, ("attend_backward",))  # while nothing has been sent
     lse, delta = begin_backward(out, grad_out, grad_lse, lse, call)
     q, grad_out = with_whole_rows(q), with_whole_rows(grad_out)
     # contiguous, whatever the strides of q: the compiler was promised so

@@ -27,7 +27,8 @@ def forward(
     """
     # while nothing has been sent
     require_support(q, v_dim, call)
-    own = (q, *transport.shard, transport.steps[0].tile_mask)
+    k, v = transport.shard
+    own = q, k, v, transport.steps[0].tile_mask
     prepare(*own, call, ("attend", "attend_and_finish")[len(transport.steps) == 1 :])
     if backward is not None:
         prepare(*own, backward, ("attend_backward",))
