@@ -281,9 +281,8 @@ def test_both_directions_look_whether_they_are_captured(name: str, monkeypatch: 
             torch.autograd.grad(out.sum(), x)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # opcheck's, torch 2.15
+# opcheck's own, of torch 2.15
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["forward", "and backward"])
 def test_the_operator_passes_torchs_own_checks(needs_grad: bool, layout: str, monkeypatch: pytest.MonkeyPatch):

@@ -29,8 +29,7 @@ def compile_call(
     passes: Sequence[str],
 ) -> None:
     """`kernels.prepare`. The tensors are those of the call, since their strides decide which variant is launched."""
-    units = tuple(strides_in_units(x)[-1] for x in (q, k, v))
-    kind = ("prepared", q.shape[3], v.shape[3], q.dtype, units, *passes)
+    kind = ("prepared", q.shape[3], v.shape[3], q.dtype, strides_in_units(q, k, v)[-1], *passes)
     if kind in call.decided:
         return
 

@@ -17,8 +17,8 @@ device."""
 Counts = tuple[int, ...]
 BUDGETS: dict[tuple[int, str, bool], dict[str, Counts]] = {  # ranks, mask, whether after plan.to("cuda")
     (1, "causal", False): {
-        # the first of a process copies one number of torch's own; what backward needs comes when it is compiled
-        "first forward": (1, 0, 3, 0, 1, 0, 0, 0),
+        # what backward needs comes when it is compiled
+        "first forward": (0, 0, 3, 0, 1, 0, 0, 0),
         "first backward": (0, 0, 0, 2, 3, 0, 0, 0),
         "second forward": (0, 0, 0, 0, 1, 0, 0, 0),
         "second backward": (0, 0, 0, 2, 3, 0, 0, 0),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -16,20 +14,11 @@ Run = Callable[..., Any]
 TABLE = list(itertools.product(checks.CAPABILITIES, checks.HEAD_DIMS, checks.NUM_TABLES))
 
 
-def check(run: Run, row: tuple[int, int, str]) -> None:
-    failure = run(checks.launch_failure, *row)
-    assert not failure, f"{row}: {failure}"
-
-
-def test_todays_sample_launches_on_its_chip(run: Run):
-    """Another part of the table every day."""
-    check(run, random.Random(datetime.date.today().isoformat()).choice(TABLE))
-
-
-@pytest.mark.slow
+@pytest.mark.by_day(len(TABLE))
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: "sm_{}-D{}-{}".format(*row))
 def test_a_step_launches_on_its_chip(run: Run, row: tuple[int, int, str]):
-    check(run, row)
+    failure = run(checks.launch_failure, *row)
+    assert not failure, f"{row}: {failure}"
 
 
 def test_a_row_that_is_too_large_for_its_chip_gives_way_to_a_smaller_one(run: Run):
