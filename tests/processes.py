@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from another_process import seed
 from patience import patience
 
 GLOO_SECONDS = 40
@@ -118,6 +119,7 @@ def _serve(rank: int, world_size: int, folder: str, generation: int, connection:
             dist.destroy_process_group()
             joined = _join(rank, world_size, folder, generation)
         began = time.monotonic()
+        seed(rank, fn, args)
         try:
             outcome = Outcome(result=fn(dist.group.WORLD, *args))
         except Exception as error:  # noqa: BLE001 - handed to the test

@@ -69,9 +69,8 @@ def test_every_other_rank_ends_with_an_error_that_says_where(action, moment: str
     check_survivors(found, culprit, moment, within=timeout + patience(5) if action is stall else patience(5))
 
 
-@pytest.mark.parametrize(
-    "moment", ["as forward sends", pytest.param("between forward and backward", marks=pytest.mark.slow)]
-)
+@pytest.mark.by_day(3)
+@pytest.mark.parametrize("moment", ["as forward sends", "between forward and backward"])
 def test_ranks_that_the_network_parts_end_at_the_timeout(moment: str):
     if os.geteuid() != 0 or not shutil.which("ip") or subprocess.run(["ip", "netns"], check=False).returncode:
         pytest.skip("needs the right to make network namespaces")

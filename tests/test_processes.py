@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from another_process import another_process
 from processes import RankProcesses
 
 
@@ -27,6 +28,10 @@ def sleep_on_rank(group: dist.ProcessGroup, rank: int) -> None:
     time.sleep(60 if group.rank() == rank else 0)
 
 
+def draw(group: dist.ProcessGroup | None = None) -> float:
+    return torch.rand(()).item()
+
+
 def is_poisoned(group: dist.ProcessGroup) -> bool:
     return bool(torch.empty(3).isnan().all())
 
@@ -36,6 +41,15 @@ def test_a_function_runs_on_every_rank(processes: RankProcesses):
     size = processes.world_size
     assert processes.run(sum_of_ranks, 10) == [10.0 * size + sum(range(size))] * size
     assert processes.run(is_poisoned) == [True] * size
+
+
+def test_what_is_drawn_at_random_does_not_depend_on_what_ran_before(two_processes: RankProcesses):
+    drawn = two_processes.run(draw)
+    two_processes.run(is_poisoned)
+    assert two_processes.run(draw) == drawn
+    assert drawn[0] != drawn[1]
+    with another_process() as call:
+        assert call(draw) == call(draw)
 
 
 def test_the_group_is_usable_after_a_rank_failed(two_processes: RankProcesses):

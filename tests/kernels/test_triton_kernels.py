@@ -42,7 +42,7 @@ PROBLEMS += [
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    with interpreted.process() as call:
+    with interpreted.interpreting() as call:
         yield call
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -30,25 +27,6 @@ PROBLEM = Problem(seq_len=321, heads="gqa", batch_size=BATCH)
 LAST_POSITION = 2**31 - 2
 
 np.seterr(all="ignore")
-
-
-@contextlib.contextmanager
-def process(*, interpreted: bool) -> Iterator[Callable[..., Any]]:
-    """``call(fn, *args)`` runs a function of this module in another process: Triton reads TRITON_INTERPRET once."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1" if interpreted else "0"
-    try:
-        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        pool.submit(torch.set_num_threads, 1).result()
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-    try:
-        yield lambda fn, *args: pool.submit(fn, *args).result()
-    finally:
-        pool.shutdown()
 
 
 # -- kernels

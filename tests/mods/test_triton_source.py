@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import cases
+from another_process import another_process
 from cpflex import kernels
 from cpflex.mods import triton_source
 from cpflex.mods.trace import UnsupportedMod, trace_mask_mod, trace_score_mod
@@ -24,13 +25,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Call]:
-    with generated.process(interpreted=True) as call:
+    with another_process(TRITON_INTERPRET="1") as call:
         yield call
 
 
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[Call]:
-    with generated.process(interpreted=False) as call:
+    with another_process(TRITON_INTERPRET="0") as call:
         yield call
 
 

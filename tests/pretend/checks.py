@@ -1,15 +1,11 @@
-"""What is checked on the pretended device, in a process of its own: see `process`."""
+"""What is checked on the pretended device, in a process of its own."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,18 +21,6 @@ from cpflex.kernels.launch import FUSED
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 Peers: Any = importlib.import_module("host").Peers
-
-
-@contextlib.contextmanager
-def process() -> Iterator[Callable[..., Any]]:
-    """``call(fn, *args)`` runs a function of this module in a process that may pretend a GPU."""
-    with mock.patch.dict(os.environ, OPENBLAS_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
-        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        pool.submit(torch.set_num_threads, 1).result()
-    try:
-        yield lambda fn, *args: pool.submit(fn, *args).result()
-    finally:
-        pool.shutdown()
 
 
 # -- the harness itself
