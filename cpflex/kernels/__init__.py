@@ -11,7 +11,7 @@ The code that a mod becomes inside the kernels can be read:
 >>> from cpflex.mods.triton_source import source_of
 >>> print(source_of(trace_mask_mod(cpflex.causal() & cpflex.sliding_window(7)).graph))
 @triton.jit
-def mask_15cf6ad462(b, h, q_idx, kv_idx, buffers, sizes):
+def mask_a34ed1d255(b, h, q_idx, kv_idx, numbers, buffers, sizes):
     x0 = tl.load(buffers[0])
     return (kv_idx <= q_idx) & (kv_idx > within_int32(q_idx - x0, -1, 2147483647))
 """

@@ -13,7 +13,7 @@ from cpflex.kernels import fitting
 from cpflex.kernels.backward import attend_backward
 from cpflex.kernels.call import Call
 from cpflex.kernels.forward import attend, attend_and_finish
-from cpflex.kernels.launch import functions_of, on_device_of, strides_in_units
+from cpflex.kernels.launch import generated, on_device_of
 from cpflex.kernels.state import State
 from cpflex.tile_mask import TileMask
 
@@ -29,7 +29,7 @@ def compile_call(
     passes: Sequence[str],
 ) -> None:
     """`kernels.prepare`. The tensors are those of the call, since their strides decide which variant is launched."""
-    kind = ("prepared", q.shape[3], v.shape[3], q.dtype, strides_in_units(q, k, v)[-1], *passes)
+    kind = ("prepared", q.shape[3], v.shape[3], q.dtype, *passes)
     if kind in call.decided:
         return
 
@@ -49,7 +49,7 @@ def compile_call(
             dq, *d_captured = (unset(*x.shape) for x in (q, *(call.captured[slot] for slot in call.wanted)))
             attend_backward(q, k, v, grad_out, lse, lse, tile_mask, call, dq, d_captured)
 
-    functions = functions_of(call, backward="attend_backward" in passes)
+    functions = (mod.function for mod in generated(call, backward="attend_backward" in passes))
     with on_device_of(q):
         fitting.fit((*kind, q.device, call.wanted, call.wants_max, *functions), compile_all)
     call.decided[kind] = True

@@ -52,8 +52,7 @@ def attend_backward(
     )
     with on_device_of(q):
         if call.wanted:
-            decided = decide("captured", q, k, v, call)
-            add_captured_gradients(q, k, tile_mask, call, (*shared, *decided.heads, *decided.mods), decided, d_captured)
+            add_captured_gradients(q, k, v, tile_mask, call, shared, d_captured)
         decided = decide("dq", q, k, v, call)
         config = decided.config
         work = work_by_query(tile_mask, config.block_q, config.block_kv)
@@ -104,10 +103,13 @@ def dq_kernel(
     group_size,  # Hq / H
     scale,
     mask_mod: tl.constexpr,
+    mask_numbers,
     mask_buffers,
     mask_sizes,
     score_mod: tl.constexpr,
+    score_numbers,
     score_vjp: tl.constexpr,
+    vjp_numbers,
     score_buffers,
     score_sizes,
     items_ptr,
@@ -157,12 +159,14 @@ def dq_kernel(
             v = load_walked(v_ptr, v_stride_s, v_blocks, b, kv_h, kv, kv_end, V_DIM, BLOCK_KV, V_COLS, FULL == 0)
             s = dot(q, tl.trans(k), None, INTERPRETED)
             dp = dot(grad_out, tl.trans(v), None, INTERPRETED)
-            x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_mod)
+            x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_mod)
             ds = tl.exp2(x * unit - lse) * (dp - delta)
-            ds = through_score_mod(ds, s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_vjp)
+            ds = through_score_mod(
+                ds, s, scale, b, h, q_idx, kv_idx, vjp_numbers, score_buffers, score_sizes, score_vjp
+            )
             if FULL == 0:  # last of all: a derivative that is not finite at a hidden pair would turn its zero into NaN
                 inside = (tl.arange(0, BLOCK_KV) < kv_end - kv)[None, :]
-                seen = inside & mask_mod(b, h, q_idx, kv_idx, mask_buffers, mask_sizes)
+                seen = inside & mask_mod(b, h, q_idx, kv_idx, mask_numbers, mask_buffers, mask_sizes)
                 ds = tl.where(seen, ds, 0.0)
             dq = dot(ds.to(k.dtype), k, dq, INTERPRETED)
             kv, kv_end, next_run, next_kv, next_end, _anew = advance(
@@ -206,10 +210,13 @@ def dkdv_kernel(
     group_size,  # Hq / H
     scale,
     mask_mod: tl.constexpr,
+    mask_numbers,
     mask_buffers,
     mask_sizes,
     score_mod: tl.constexpr,
+    score_numbers,
     score_vjp: tl.constexpr,
+    vjp_numbers,
     score_buffers,
     score_sizes,
     items_ptr,
@@ -268,17 +275,19 @@ def dkdv_kernel(
             q = load_walked(q_rows, q_stride_s, q_blocks, b, h, at, at_end, HEAD_DIM, BLOCK_Q, DIM_COLS, FULL == 0)
             # in an order that holds few blocks at once: 128 keys of 128 dims leave 95 registers beside dk and dv
             s = dot(k, tl.trans(q), None, INTERPRETED)
-            x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_mod)
+            x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_mod)
             lse = load_vector(lse_ptr + before, at, at_end, float("inf"), BLOCK_Q, FULL == 0)[None, :]
             x = x * unit - lse
             if FULL == 0:
                 inside = (tl.arange(0, BLOCK_Q) < at_end - at)[None, :]
-                seen = inside & mask_mod(b, h, q_idx, kv_idx, mask_buffers, mask_sizes)
+                seen = inside & mask_mod(b, h, q_idx, kv_idx, mask_numbers, mask_buffers, mask_sizes)
                 x = tl.where(seen, x, float("-inf"))
             p = tl.exp2(x)
             if PART != "dv":
                 # the vjp of p, which is linear in it, times (dp - delta) is the vjp of p * (dp - delta): s ends here
-                p_vjp = through_score_mod(p, s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_vjp)
+                p_vjp = through_score_mod(
+                    p, s, scale, b, h, q_idx, kv_idx, vjp_numbers, score_buffers, score_sizes, score_vjp
+                )
                 if FULL == 0 and score_vjp is not None:
                     # hidden pairs have p = 0, and what a derivative that is not finite made of it
                     p_vjp = tl.where(p != 0, p_vjp, 0.0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cpflex.mods.graph import Graph, Mod
@@ -42,5 +43,12 @@ class Call:
 
 
 def with_whole_rows(x: Tensor) -> Tensor:
-    """x [B, H, S, D] of any strides, copied only if the elements of a row are not adjacent."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x [B, H, S, D] of any strides, copied only if the elements of a row are not adjacent, or if it, or a row of a
+    multiple of 16 bytes, does not begin at one: kernels load 16 bytes at a time, and no variant of theirs is compiled
+    for fewer.
+    """
+    unit, strides = 16 // x.element_size(), x.stride()
+    is_whole = strides[3] == 1 and x.data_ptr() % 16 == 0
+    if is_whole and x.shape[3] % unit == 0:
+        is_whole = all(stride % unit == 0 or size == 1 for size, stride in zip(x.shape[:3], strides, strict=False))
+    return x if is_whole else x.clone(memory_format=torch.contiguous_format)

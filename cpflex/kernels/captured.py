@@ -2,7 +2,8 @@
 
 Where the place depends on queries alone (or on no position), or on keys alone, a program sums along the other axis in a
 fixed order, and the sums are added at their place afterwards. Where it depends on both, as in a table of relative
-positions, they are added atomically.
+positions, they are added atomically: for a whole block where it has one place, for each diagonal where that has one,
+as positions that follow one another have it, and for single pairs elsewhere.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpflex.kernels.call import Call
-from cpflex.kernels.launch import NOT_SPECIALIZED, Decided, start
+from cpflex.kernels.call import OTHERWISE, Call
+from cpflex.kernels.launch import NOT_SPECIALIZED, Decided, decide, start
 from cpflex.kernels.scores import dot, load_rows, load_vector, modified
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_key, work_by_query
 from cpflex.mods.evaluate import add_at, evaluate
 from cpflex.mods.graph import Graph, GraphBuilder, Ref
+from cpflex.mods.triton_math import dim_size
 from cpflex.mods.vjp import CapturedGradient
 from cpflex.tile_mask import TileMask
 
@@ -31,10 +33,10 @@ from cpflex.tile_mask import TileMask
 def add_captured_gradients(
     q: Tensor,  # [B, Hq, S, D]
     k: Tensor,  # [B, H, K, D]
+    v: Tensor,  # [B, H, K, Dv]
     tile_mask: TileMask,
     call: Call,
     shared: Sequence[Any],
-    decided: Decided,
     d_captured: list[Tensor],
 ) -> None:
     """Add the part of the visiting keys to ``d_captured``, in place.
@@ -44,24 +46,26 @@ def add_captured_gradients(
 
     Raises:
         RuntimeError: torch wants deterministic algorithms, and a gradient needs atomic additions.
+        NotImplementedError: atomic additions to a tensor of 2**31 elements.
     """
     reads = call.score_vjp.captured if call.score_vjp is not None else ()
     places = [_place(call.score_vjp.graph, read) for read in reads]  # type: ignore[union-attr]
     for read, place in zip(reads, places, strict=True):
         if _needs_atomics(place):
             _refuse_if_deterministic(read)
+            if call.captured[read.slot].numel() >= 2**31:
+                raise NotImplementedError(f"the gradient of a captured tensor of 2**31 elements or more{OTHERWISE}")
     for read, place in zip(reads, places, strict=True):
         target = d_captured[call.wanted.index(read.slot)]
         if _needs_atomics(place):
-            sums = torch.zeros(
-                target.shape, dtype=torch.float64, device=q.device
-            )  # the order of additions hardly shows
+            sums = torch.zeros(target.shape, dtype=torch.float64, device=q.device)  # their order hardly shows
+            decided = decide("captured_by_pair", q, k, v, call)
             _launch(q, tile_mask, shared, decided, read, sums, by_key=False, atomic=True)
             target += sums
             continue
         by_key = "kv_idx" in place.inputs
         sums = torch.zeros(*q.shape[:2], (k if by_key else q).shape[2], dtype=torch.float32, device=q.device)
-        _launch(q, tile_mask, shared, decided, read, sums, by_key, atomic=False)
+        _launch(q, tile_mask, shared, decide("captured", q, k, v, call), read, sums, by_key, atomic=False)
         positions = tile_mask.kv_positions if by_key else tile_mask.q_positions
         _add_at_place(target, sums, place, read, call, positions.long())
 
@@ -126,19 +130,47 @@ def _launch(
         work = work_by_query(tile_mask, config.block_q, config.block_kv)
     indices = read.indices if atomic else ()
     arguments = (
-        *(*shared, work.items, work.runs, work.num_busy, target, target.shape[-1] if target.ndim else 1),
-        tuple(target.shape) if atomic else (),
+        *(*shared, *decided.heads, *decided.mods, work.items, work.runs, work.num_busy),
+        *(target, target.shape[-1] if target.ndim else 1),
     )
     start(
         *(captured_kernel, work.num_busy * q.shape[0] * q.shape[1], arguments, decided),
         OUTPUT=read.output,
+        SLOT=read.slot,
         PLACES=tuple(i.index if isinstance(i, Ref) else -1 for i in indices),
         NUMBERS=tuple(0 if isinstance(i, Ref) else int(i) % n for i, n in zip(indices, target.shape, strict=False)),
         ROWS_ARE_KEYS=by_key,
     )
 
 
-@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "target_len", "target_sizes"])
+@triton.jit
+def scatter(target_ptr, place, part, seen):
+    """``target[place] += part`` of the pairs that are seen. What the pairs of a diagonal have for one place is added
+    before: one atomic addition instead of so many.
+    """
+    ROWS: tl.constexpr = part.shape[0]
+    COLS: tl.constexpr = part.shape[1]
+    DIAGONALS: tl.constexpr = (ROWS + COLS - 2) // COLS + 1  # that a column holds, below
+    # each row moves to the left by its number, and what leaves comes in from the right: diagonals become columns
+    moved = tl.arange(0, ROWS)[:, None] + tl.arange(0, COLS)[None, :]
+    place = tl.gather(tl.where(seen, place, -1), moved % COLS, 1)
+    part = tl.gather(part, moved % COLS, 1)
+    have_one_place = True
+    for n in tl.static_range(DIAGONALS):
+        here = (moved // COLS == n) & (place >= 0)
+        last = tl.max(tl.where(here, place, -1), 0)
+        have_one_place &= tl.sum((here & (place != last[None, :])).to(tl.int32)) == 0
+    if have_one_place:
+        for n in tl.static_range(DIAGONALS):
+            here = (moved // COLS == n) & (place >= 0)
+            last = tl.max(tl.where(here, place, -1), 0)
+            sums = tl.sum(tl.where(here, part, 0.0), 0).to(tl.float64)
+            tl.atomic_add(target_ptr + last, sums, mask=last >= 0, sem="relaxed")
+    else:
+        tl.atomic_add(target_ptr + place, part.to(tl.float64), mask=place >= 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "target_len"])
 def captured_kernel(
     q_ptr,  # [B, Hq, S, D]
     k_ptr,  # [B, H, K, D]
@@ -168,19 +200,22 @@ def captured_kernel(
     group_size,  # Hq / H
     scale,
     mask_mod: tl.constexpr,
+    mask_numbers,
     mask_buffers,
     mask_sizes,
     score_mod: tl.constexpr,
+    score_numbers,
     score_vjp: tl.constexpr,
+    vjp_numbers,
     score_buffers,
     score_sizes,
     items_ptr,
     runs_ptr,
     num_items,
-    target_ptr,  # [B, Hq, target_len] fp32; if there are PLACES, of target_sizes, fp64
+    target_ptr,  # [B, Hq, target_len] fp32; if there are PLACES, like the captured tensor, fp64
     target_len,
-    target_sizes,
     OUTPUT: tl.constexpr,  # of score_vjp: what is added
+    SLOT: tl.constexpr,  # of the captured tensor
     PLACES: tl.constexpr,  # of score_vjp: where in each dim; -1: at NUMBERS
     NUMBERS: tl.constexpr,
     ROWS_ARE_KEYS: tl.constexpr,
@@ -243,22 +278,22 @@ def captured_kernel(
                 col_value = load_rows(v_ptr, v_stride_s, at, at_end, V_DIM, COLS, V_COLS, FULL == 0)
             s = dot(row, tl.trans(col), None, INTERPRETED)
             dp = dot(row_value, tl.trans(col_value), None, INTERPRETED)
-            x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_mod)
+            x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_mod)
             ds = tl.exp2(x * unit - lse) * (dp - delta)
-            outputs = score_vjp(ds, s * scale, b, h, q_idx, kv_idx, score_buffers, score_sizes)
+            outputs = score_vjp(ds, s * scale, b, h, q_idx, kv_idx, vjp_numbers, score_buffers, score_sizes)
             seen = tl.broadcast_to(in_rows, s.shape)
             if FULL == 0:
                 in_cols = (tl.arange(0, COLS) < at_end - at)[None, :]
-                seen = in_rows & in_cols & mask_mod(b, h, q_idx, kv_idx, mask_buffers, mask_sizes)
+                seen = in_rows & in_cols & mask_mod(b, h, q_idx, kv_idx, mask_numbers, mask_buffers, mask_sizes)
             part = tl.where(seen, outputs[OUTPUT], 0.0)
             if len(PLACES) == 0:
                 total += tl.sum(part, 1)
             else:
-                offset = tl.zeros(s.shape, tl.int64)
+                offset = tl.zeros(s.shape, tl.int32)
                 for dim in tl.static_range(len(PLACES)):
                     index = NUMBERS[dim] if PLACES[dim] < 0 else outputs[PLACES[dim]]
-                    offset = offset * target_sizes[dim] + index
-                tl.atomic_add(target_ptr + offset, part.to(tl.float64), mask=seen & (part != 0), sem="relaxed")
+                    offset = offset * dim_size(score_sizes, SLOT, dim) + index
+                scatter(target_ptr, offset, part, seen)
             at, at_end, next_run, next_at, next_end, _anew = advance(
                 at, at_end, next_run, next_at, next_end, runs_ptr, first_run, end_run, COLS
             )

@@ -35,13 +35,16 @@ class Kind(NamedTuple):
 
 
 MOST = 4096
-"""Kinds of calls that are remembered."""
+"""Kinds of calls that are remembered, here and, with the variants that were compiled for them, by Triton."""
 
 _rows: dict[Kind, KernelConfig] = {}
 """Of kernels whose own does not fit."""
 
 _fitted: set[Hashable] = set()
 """Calls whose kernels were compiled, and fit."""
+
+_kernels: set[Any] = set()
+"""Those that were compiled."""
 
 _looking: ContextVar[dict[Kind, tuple[KernelConfig, int]] | None] = ContextVar("looking", default=None)
 """Kernels that were compiled while a row is looked for: their rows, and bytes of shared memory."""
@@ -57,10 +60,11 @@ def is_looking() -> bool:
     return _looking.get() is not None
 
 
-def found(kind: Kind, config: KernelConfig, shared_bytes: int) -> None:
+def found(kernel: Any, kind: Kind, config: KernelConfig, shared_bytes: int) -> None:
     """Told of each kernel that was compiled."""
     compiled = _looking.get()
     assert compiled is not None
+    _kernels.add(kernel)
     if kind not in compiled or compiled[kind][1] < shared_bytes:
         compiled[kind] = config, shared_bytes
 
@@ -77,6 +81,8 @@ def fit(calls: Hashable, compile_all: Callable[[], None]) -> None:
     if len(_fitted) >= MOST:
         _fitted.clear()
         _rows.clear()
+        for kernel in _kernels:
+            kernel.device_caches.clear()  # what is needed again comes from Triton's folder
     _fit(compile_all)
     _fitted.add(calls)
 

@@ -122,10 +122,13 @@ def attend_kernel(
     group_size,  # Hq / H
     scale,
     mask_mod: tl.constexpr,
+    mask_numbers,
     mask_buffers,
     mask_sizes,
     score_mod: tl.constexpr,
+    score_numbers,
     score_vjp: tl.constexpr,
+    vjp_numbers,
     score_buffers,
     score_sizes,
     HEAD_DIM: tl.constexpr,
@@ -164,10 +167,10 @@ def attend_kernel(
             kv_idx = load_vector(kv_positions_ptr, kv, kv_end, 0, BLOCK_KV, FULL == 0)[None, :]
             k = load_walked(k_ptr, k_stride_s, k_blocks, b, kv_h, kv, kv_end, HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0)
             s = dot(q, tl.trans(k), None, INTERPRETED)
-            s, unit = modified(s, scale, b, h, q_idx, kv_idx, score_buffers, score_sizes, score_mod)
+            s, unit = modified(s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_mod)
             if FULL == 0:
                 inside = (tl.arange(0, BLOCK_KV) < kv_end - kv)[None, :]
-                seen = inside & mask_mod(b, h, q_idx, kv_idx, mask_buffers, mask_sizes)
+                seen = inside & mask_mod(b, h, q_idx, kv_idx, mask_numbers, mask_buffers, mask_sizes)
                 s = tl.where(seen, s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
             p = tl.exp2(s * unit - m_new[:, None])

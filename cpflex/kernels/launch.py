@@ -18,6 +18,7 @@ from cpflex.kernels import fitting, tuning
 from cpflex.kernels.call import Call
 from cpflex.kernels.scores import identity
 from cpflex.mods import triton_source
+from cpflex.mods.triton_source import Generated
 
 STRIDES = [f"{x}_stride_{axis}" for x in ("q", "k", "v", "grad_out") for axis in "bhs"]
 NOT_SPECIALIZED = [
@@ -38,27 +39,35 @@ class Mods(NamedTuple):
     """In the order of the kernels' arguments."""
 
     mask_mod: Any
+    mask_numbers: tuple[int | float, ...]
     mask_buffers: tuple[Tensor, ...]
     mask_sizes: Tensor
     score_mod: Any
+    score_numbers: tuple[int | float, ...]
     score_vjp: Any
+    vjp_numbers: tuple[int | float, ...]
     score_buffers: tuple[Tensor, ...]
     score_sizes: Tensor
 
     @classmethod
     def of(cls, call: Call, device: torch.device, *, backward: bool) -> Mods:
-        mask_mod, score_mod, score_vjp = functions_of(call, backward=backward)
+        mask_mod, score_mod, score_vjp = generated(call, backward=backward)
         packed_mask = call.packed_mask or triton_source.pack_captured(call.mask.captured, device)
-        return cls(mask_mod, *packed_mask, score_mod, score_vjp, *triton_source.pack_captured(call.captured, device))
+        packed_score = triton_source.pack_captured(call.captured, device)
+        return cls(*mask_mod, *packed_mask, *score_mod, *score_vjp, *packed_score)
+
+    @property
+    def functions(self) -> tuple[Any, Any, Any]:
+        return self.mask_mod, self.score_mod, self.score_vjp
 
 
-def functions_of(call: Call, *, backward: bool) -> tuple[Any, Any, Any]:
-    """The mask_mod, the score_mod and its vjp as device functions; None where a pass needs none."""
-    score_mod = score_vjp = None
+def generated(call: Call, *, backward: bool) -> tuple[Generated, Generated, Generated]:
+    """The mask_mod, the score_mod and its vjp as device functions; of None where a pass needs none."""
+    score_mod = score_vjp = Generated(None)
     if call.score_graph is not None:
         score_mod = triton_source.score_function(call.score_graph)
     elif call.scale <= 0 and not backward:
-        score_mod = identity  # without a score_mod the maximum of a block is taken before it is scaled
+        score_mod = Generated(identity)  # without a score_mod the maximum of a block is taken before it is scaled
     if backward and call.score_vjp is not None:
         score_vjp = triton_source.vjp_function(call.score_vjp)
     return triton_source.mask_function(call.mask.graph), score_mod, score_vjp
@@ -91,16 +100,16 @@ def strides_of(*tensors: Tensor) -> list[int]:
 
 
 def strides_in_units(*tensors: Tensor) -> list[int]:
-    """`strides_of` tensors of one dtype in units of the last number: the elements in 16 bytes, if all rows begin at
-    multiples of them, else 1.
+    """`strides_of` tensors `with_whole_rows` of one dtype in units of the last number: the elements in 16 bytes, if all
+    head dims are multiples of them, else 1.
 
     A kernel multiplies by the unit, a constexpr. So it knows that it may load 16 bytes at a time for any head dim that
     is a multiple of 8; Triton by itself sees multiples of 16 elements only, and compiles another variant for them.
     """
-    strides, unit = strides_of(*tensors), 16 // tensors[0].element_size()
-    if any(stride % unit for stride in strides):
-        return [*strides, 1]
-    return [*(stride // unit for stride in strides), unit]
+    unit = 16 // tensors[0].element_size()
+    if any(x.shape[3] % unit for x in tensors):
+        unit = 1
+    return [*(stride // unit for stride in strides_of(*tensors)), unit]
 
 
 def described(wanted: bool, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
@@ -143,8 +152,7 @@ def decide(which: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Decided:
     shapes = (which, q.shape, k.shape, v.shape[3], q.dtype)
     if (known := call.decided.get(shapes)) is None:
         mods = Mods.of(call, q.device, backward=which != "forward")
-        functions = (mods.mask_mod, mods.score_mod, mods.score_vjp)
-        kind = fitting.Kind(which, q.device, q.shape[3], v.shape[3], q.dtype, functions)
+        kind = fitting.Kind(which, q.device, q.shape[3], v.shape[3], q.dtype, mods.functions)
         config = fitting.row(kind, tuning.lookup(which, q, v))
         heads = Heads.of(q, k, v, walk="queries" if which == "dkdv" else "keys")
         options = shape_options(q, v) | config.options
@@ -156,7 +164,7 @@ def start(kernel: Any, num_programs: int, arguments: Sequence[Any], decided: Dec
     """Launch a kernel on the device of its tensors; or, where `fitting` looks for a row, compile it only."""
     if fitting.is_looking():
         compiled = kernel.warmup(*arguments, grid=(1,), **constexprs, **decided.options)
-        fitting.found(decided.kind, decided.config, compiled.metadata.shared)
+        fitting.found(kernel, decided.kind, decided.config, compiled.metadata.shared)
     elif num_programs:
         kernel[(num_programs,)](*arguments, **constexprs, **decided.options)
 

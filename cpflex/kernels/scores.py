@@ -80,26 +80,26 @@ def dot(a, b, acc, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def modified(s, scale, b, h, q_idx, kv_idx, buffers, sizes, score_mod: tl.constexpr):
+def modified(s, scale, b, h, q_idx, kv_idx, numbers, buffers, sizes, score_mod: tl.constexpr):
     """(x, unit) of products ``s`` of queries and keys: x * unit are their scores in base 2. Without a score_mod the
     scale is left to be fused with what follows.
     """
     if score_mod is None:
         x, unit = s, scale * LOG2E
     else:
-        x, unit = score_mod(s * scale, b, h, q_idx, kv_idx, buffers, sizes), LOG2E
+        x, unit = score_mod(s * scale, b, h, q_idx, kv_idx, numbers, buffers, sizes), LOG2E
     return x, unit
 
 
 @triton.jit
-def identity(score, b, h, q_idx, kv_idx, buffers, sizes):
+def identity(score, b, h, q_idx, kv_idx, numbers, buffers, sizes):
     """A score_mod that changes nothing."""
     return score
 
 
 @triton.jit
-def through_score_mod(ds, s, scale, b, h, q_idx, kv_idx, buffers, sizes, score_vjp: tl.constexpr):
+def through_score_mod(ds, s, scale, b, h, q_idx, kv_idx, numbers, buffers, sizes, score_vjp: tl.constexpr):
     """The gradient of ``s * scale`` from that of what the score_mod made of it."""
     if score_vjp is not None:
-        ds = score_vjp(ds, s * scale, b, h, q_idx, kv_idx, buffers, sizes)[0]
+        ds = score_vjp(ds, s * scale, b, h, q_idx, kv_idx, numbers, buffers, sizes)[0]
     return ds

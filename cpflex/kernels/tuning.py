@@ -39,7 +39,7 @@ class KernelConfig:
         return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-PASSES = ("forward", "dq", "dkdv", "captured")
+PASSES = ("forward", "dq", "dkdv", "captured", "captured_by_pair")
 WIDTHS = (64, 128, 256)
 """Head dims with rows of their own; others use the next one up, the larger of those of q and v deciding."""
 
@@ -58,12 +58,16 @@ SM80: Rows = {  # A100: 163 KiB of shared memory, mma from registers
     ("captured", 64): KernelConfig(64, 64, 4, 2),
     ("captured", 128): KernelConfig(64, 64, 4, 2),
     ("captured", 256): KernelConfig(64, 32, 8, 2),
+    ("captured_by_pair", 64): KernelConfig(64, 32, 4, 2),  # 64 keys spill: each pair has a place
+    ("captured_by_pair", 128): KernelConfig(64, 32, 4, 2),
+    ("captured_by_pair", 256): KernelConfig(64, 32, 8, 2),
 }
 SM86: Rows = SM80 | {  # RTX 30, 40 and 50, L4, L40: 99 KiB of shared memory
     ("forward", 256): KernelConfig(64, 32, 8, 2),
     ("dq", 256): KernelConfig(32, 32, 4, 2),
     ("dkdv", 256): KernelConfig(32, 32, 4, 2),
     ("captured", 256): KernelConfig(32, 32, 4, 2),
+    ("captured_by_pair", 256): KernelConfig(32, 32, 4, 2),
 }
 SM90: Rows = {  # H100, H200: 227 KiB, wgmma; two warpgroups of 64 rows each
     ("forward", 64): KernelConfig(128, 64, 8, 3),  # 128 keys at once spill with Triton 3.6
@@ -78,6 +82,9 @@ SM90: Rows = {  # H100, H200: 227 KiB, wgmma; two warpgroups of 64 rows each
     ("captured", 64): KernelConfig(64, 64, 4, 2),
     ("captured", 128): KernelConfig(64, 64, 4, 2),
     ("captured", 256): KernelConfig(64, 32, 8, 2),
+    ("captured_by_pair", 64): KernelConfig(64, 32, 8, 2),
+    ("captured_by_pair", 128): KernelConfig(64, 32, 8, 2),
+    ("captured_by_pair", 256): KernelConfig(64, 32, 8, 2),
 }
 SM90_OF_OTHER_RELEASES: Rows = SM90 | {  # than Triton 3.7: with 64 queries those of 3.6 and 3.9 spill
     ("dkdv", 128): KernelConfig(32, 128, 8, 3),
@@ -95,6 +102,9 @@ SM100: Rows = {  # B200: 227 KiB, accumulators in tensor memory
     ("captured", 64): KernelConfig(64, 64, 4, 2),
     ("captured", 128): KernelConfig(64, 64, 4, 2),
     ("captured", 256): KernelConfig(64, 32, 8, 2),
+    ("captured_by_pair", 64): KernelConfig(64, 64, 8, 2),
+    ("captured_by_pair", 128): KernelConfig(64, 32, 8, 2),
+    ("captured_by_pair", 256): KernelConfig(64, 32, 8, 2),
 }
 FP32: Rows = {  # any GPU: no tensor cores (tf32 is not fp32), so each thread holds its operands
     ("forward", 64): KernelConfig(32, 32, 4, 1),
@@ -109,6 +119,9 @@ FP32: Rows = {  # any GPU: no tensor cores (tf32 is not fp32), so each thread ho
     ("captured", 64): KernelConfig(32, 32, 4, 1),
     ("captured", 128): KernelConfig(32, 32, 8, 1),
     ("captured", 256): KernelConfig(16, 16, 8, 1),
+    ("captured_by_pair", 64): KernelConfig(32, 32, 4, 1),
+    ("captured_by_pair", 128): KernelConfig(32, 32, 8, 1),
+    ("captured_by_pair", 256): KernelConfig(16, 16, 8, 1),
 }
 INTERPRETED = KernelConfig(64, 64, 4, 1)
 """On the CPU: two blocks to a tile, on both axes, so that tests see them."""

@@ -59,6 +59,14 @@ def within_int32(x, LO: tl.constexpr, HI: tl.constexpr):
 IS_COMPILED = tl.constexpr(isinstance(floor_div, triton.JITFunction))
 
 
+@triton.constexpr_function
+def words_of_load(kind):
+    """The instruction that loads an element, its registers, the type that they have and the one that memory has."""
+    bits = max(8, kind.primitive_bitwidth)  # a bool is a byte, 0 or 1
+    register, word = ("=l,l", tl.int64) if bits == 64 else ("=r,l", tl.int32)
+    return f"ld.global.nc.u{bits} $0, [$1];", register, word, tl.dtype(f"int{bits}")
+
+
 @triton.jit
 def load_pairs(ptrs):
     """`tl.load` of an element for each pair of a query and a key, of memory that nobody writes meanwhile.
@@ -67,43 +75,30 @@ def load_pairs(ptrs):
     table, more than the keys themselves. An instruction that it does not know as a load stays where it is used.
     """
     kind: tl.constexpr = ptrs.dtype.element_ty
-    if not IS_COMPILED:
+    if IS_COMPILED:
+        words: tl.constexpr = words_of_load(kind)
+        x = tl.inline_asm_elementwise(words[0], words[1], [ptrs.to(tl.int64)], dtype=words[2], is_pure=True, pack=1)
+        x = x != 0 if kind == tl.int1 else x.to(words[3]).to(kind, bitcast=True)
+    else:
         x = tl.load(ptrs)
-    elif kind.primitive_bitwidth == 64:
-        x = tl.inline_asm_elementwise(
-            "ld.global.nc.b64 $0, [$1];", "=l,l", [ptrs.to(tl.int64)], dtype=tl.int64, is_pure=True, pack=1
-        ).to(kind, bitcast=True)
-    elif kind.primitive_bitwidth == 32:
-        x = tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
-        ).to(kind, bitcast=True)
-    elif kind.primitive_bitwidth == 16:
-        x = (
-            tl.inline_asm_elementwise(
-                "ld.global.nc.u16 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
-            )
-            .to(tl.int16)
-            .to(kind, bitcast=True)
-        )
-    else:  # bool is a byte, 0 or 1
-        x = tl.inline_asm_elementwise(
-            "ld.global.nc.u8 $0, [$1];", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
-        )
-        x = x != 0 if kind.primitive_bitwidth == 1 else x.to(kind)
     return x
+
+
+@triton.jit
+def dim_size(sizes, SLOT: tl.constexpr, DIM: tl.constexpr):
+    return tl.load(sizes + (16 * SLOT + DIM)).to(tl.int32)
 
 
 @triton.jit
 def place(index, sizes, SLOT: tl.constexpr, DIM: tl.constexpr):
     """``index``, which is not negative, clamped to the last one."""
-    size = tl.load(sizes + (16 * SLOT + DIM)).to(tl.int32)
-    return tl.minimum(index, size - 1).to(tl.int32)
+    return tl.minimum(index, dim_size(sizes, SLOT, DIM) - 1).to(tl.int32)
 
 
 @triton.jit
 def wrapped_place(index, sizes, SLOT: tl.constexpr, DIM: tl.constexpr):
     """``index``, counted from the end if negative, then clamped."""
-    size = tl.load(sizes + (16 * SLOT + DIM)).to(tl.int32)
+    size = dim_size(sizes, SLOT, DIM)
     return tl.minimum(tl.maximum(tl.where(index < 0, index + size, index), 0), size - 1).to(tl.int32)
 
 

@@ -3,14 +3,18 @@
 `causal() & sliding_window(7)` becomes
 
     @triton.jit
-    def mask_15cf6ad462(b, h, q_idx, kv_idx, buffers, sizes):
+    def mask_a34ed1d255(b, h, q_idx, kv_idx, numbers, buffers, sizes):
         x0 = tl.load(buffers[0])
         return (kv_idx <= q_idx) & (kv_idx > within_int32(q_idx - x0, -1, 2147483647))
 
 ``b`` and ``h`` are integer scalars; ``q_idx`` and ``kv_idx`` int32 blocks that broadcast against each other, as
 [BLOCK_Q, 1] and [1, BLOCK_KV] or, in a transposed tile, [1, BLOCK_Q] and [BLOCK_KV, 1]; ``score`` and ``grad`` fp32
 blocks. ``buffers`` is a tuple of pointers and ``sizes`` a table of sizes and strides, both made by `pack_captured`;
-they are data, so a longer table or another window compiles nothing. What depends on queries alone is a column.
+``numbers`` is a tuple of the Python numbers in the mod. All are data, so a longer table, another window or softcap
+compiles nothing. An integer n comes as 2 |n| + 1: Triton compiles variants for 1 and for multiples of 16, and in a
+tuple it cannot be told not to. Numbers that a kernel does better to know stay in the text: 0, exponents, indices,
+divisors and factors of integers, and those without which a sum would need int64. What depends on queries alone is a
+column.
 
 A result is that of `evaluate`: a mask's to the bit, a float's within a few ulp; if a mask compares sums of products of
 floats, to the bit where the kernel does not fuse them (``enable_fp_fusion``). Positions behave as int64, computed with
@@ -23,8 +27,8 @@ import hashlib
 import linecache
 import threading
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,21 +41,29 @@ from cpflex.mods.triton_text import MAX_DIMS, Writer
 from cpflex.mods.vjp import Vjp
 
 
-def mask_function(graph: Graph) -> Any:
-    """``mask(b, h, q_idx, kv_idx, buffers, sizes) -> bool block`` of a traced mask_mod, a `JITFunction`.
+class Generated(NamedTuple):
+    """A mod inside a kernel: what is compiled, and what is passed."""
 
-    Equal graphs give the same object. Raises `UnsupportedMod` if an operation has no Triton form, as the next two do.
+    function: Any
+    """A `JITFunction`; one object for all graphs that differ in numbers only."""
+    numbers: tuple[int | float, ...] = ()
+
+
+def mask_function(graph: Graph) -> Generated:
+    """``mask(b, h, q_idx, kv_idx, numbers, buffers, sizes) -> bool block`` of a traced mask_mod.
+
+    Raises `UnsupportedMod` if an operation has no Triton form, as the next two do.
     """
     return _mod_function("mask", graph, str(graph))
 
 
-def score_function(graph: Graph) -> Any:
-    """``score_mod(score, b, h, q_idx, kv_idx, buffers, sizes) -> fp32 block`` of a traced score_mod."""
+def score_function(graph: Graph) -> Generated:
+    """``score_mod(score, b, h, q_idx, kv_idx, numbers, buffers, sizes) -> fp32 block`` of a traced score_mod."""
     return _mod_function("score_mod", graph, str(graph))
 
 
-def vjp_function(vjp: Vjp) -> Any:
-    """``score_vjp(grad, score, b, h, q_idx, kv_idx, buffers, sizes) -> tuple``, a `JITFunction`.
+def vjp_function(vjp: Vjp) -> Generated:
+    """``score_vjp(grad, score, b, h, q_idx, kv_idx, numbers, buffers, sizes) -> tuple``.
 
     The tuple is laid out as ``vjp.graph.outputs`` are: first the gradient of the score, an fp32 block; then, for each
     ``read`` of ``vjp.captured``, its adjoint, an fp32 block, at ``read.output``, and those of ``read.indices`` that are
@@ -63,10 +75,10 @@ def vjp_function(vjp: Vjp) -> Any:
 def source_of(mod: Any) -> str:
     """The text of a generated function, or of the one that a graph or a vjp becomes."""
     if isinstance(mod, Vjp):
-        mod = vjp_function(mod)
+        mod = vjp_function(mod).function
     elif isinstance(mod, Graph):
         is_mask = mod.nodes[mod.outputs[0].index].dtype == torch.bool
-        mod = mask_function(mod) if is_mask else score_function(mod)
+        mod = (mask_function(mod) if is_mask else score_function(mod)).function
     return "".join(linecache.getlines(mod.fn.__code__.co_filename))
 
 
@@ -102,16 +114,16 @@ def _sizes(layouts: tuple[tuple[Sequence[int], Sequence[int]], ...], device: tor
 
 
 @lru_cache(maxsize=1024)
-def _mod_function(kind: str, graph: Graph, text: str) -> Any:
+def _mod_function(kind: str, graph: Graph, text: str) -> Generated:
     # the graph's text tells apart what Python calls equal: 0.0 and -0.0
     writer = Writer(graph)
     result = writer.block(graph.outputs[0])
     names = POSITIONS if kind == "mask" else ("score", *POSITIONS)
-    return _function(kind, names, [*writer.lines, f"return {result}"])
+    return Generated(_function(kind, names, [*writer.lines, f"return {result}"]), tuple(writer.numbers))
 
 
 @lru_cache(maxsize=1024)
-def _vjp_function(vjp: Vjp, text: str) -> Any:
+def _vjp_function(vjp: Vjp, text: str) -> Generated:
     outputs = vjp.graph.outputs
     writer = Writer(vjp.graph)
     results = [writer.block(outputs[0])]
@@ -120,19 +132,20 @@ def _vjp_function(vjp: Vjp, text: str) -> Any:
         for dim, index in enumerate(read.indices):
             if isinstance(index, Ref):
                 results.append(writer.place("place", outputs[index.index], read.slot, dim))
-    return _function("score_vjp", ("grad", "score", *POSITIONS), [*writer.lines, f"return ({', '.join(results)},)"])
+    lines = [*writer.lines, f"return ({', '.join(results)},)"]
+    return Generated(_function("score_vjp", ("grad", "score", *POSITIONS), lines), tuple(writer.numbers))
 
 
 def _function(kind: str, names: Sequence[str], lines: Sequence[str]) -> Any:
     body = "".join(f"    {line}\n" for line in lines)
     with _one_at_a_time:
-        return _compiled(kind, f"({', '.join(names)}, buffers, sizes):\n{body}")
+        return _compiled(kind, f"({', '.join(names)}, numbers, buffers, sizes):\n{body}")
 
 
 _one_at_a_time = threading.Lock()  # two threads must not make two functions of one text
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _compiled(kind: str, text: str) -> Any:
     # Triton tells the functions of a kernel apart by name
     name = f"{kind}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"

@@ -19,6 +19,9 @@ from cpflex.mods.trace import UnsupportedMod
 MAX_DIMS = 8
 """Of a captured tensor."""
 
+MAX_GIVEN = 2**30 - 1
+"""Of the integers that a kernel is given; larger ones stay in the text, as 0 does, which is seldom one that changes."""
+
 
 class _Value(NamedTuple):
     """A node as an expression, and what is known of it."""
@@ -74,6 +77,8 @@ class Writer:
 
     def __init__(self, graph: Graph) -> None:
         self.lines: list[str] = []
+        self.numbers: list[int | float] = []
+        """What the function reads as ``numbers``."""
         self._values: list[_Value] = []
         uses = [ref.index for refs in (graph.outputs, *map(graph.refs, graph.nodes)) for ref in refs]
         leads_to_a_step = _leads_to_a_step(graph)
@@ -124,6 +129,9 @@ class Writer:
             return x[0]
         if op == "cast":
             return _cast(x[0], dtype)
+        if op == "div" and not exact and x[0].axes and (reciprocal := _reciprocal(x[1])) is not None:
+            op, x = "mul", [x[0], reciprocal]
+        x = self._given(op, dtype, x)
         if op in _COMPARE:
             return _comparison(_COMPARE[op], *x)
         if dtype == torch.bool:
@@ -133,6 +141,26 @@ class Writer:
         text = _float(op, dtype, x, exact)
         value = _Value(text, dtype, axes, is_atom=_is_call(text))
         return value if op in _ROUNDS_NOTHING else _rounded(value)
+
+    def _given(self, op: str, dtype: torch.dtype, x: list[_Value]) -> list[_Value]:
+        """The operands, with `numbers` in place of those in the text where a kernel gains nothing by knowing them."""
+        numbers, given = list(self.numbers), list(x)
+        for i, (_, kind, *_, number) in enumerate(x):
+            name = f"numbers[{len(numbers)}]"
+            if number is None:
+                continue
+            if kind in (torch.float32, *_HALVES) and 2.0**-126 <= abs(number) < 2.0**127:
+                given[i] = _Value(name, kind)
+                numbers.append(float(number))
+            elif kind in (torch.int32, torch.int64) and 0 < abs(number) <= MAX_GIVEN:
+                # of an integer the text knows the sign; it comes as an odd one above 1 (triton_source)
+                text, bounds = (f"{name} >> 1", (1, MAX_GIVEN)) if number > 0 else (f"-({name} >> 1)", (-MAX_GIVEN, -1))
+                given[i] = _Value(text, kind, bounds=bounds, is_atom=False)
+                numbers.append(2 * abs(int(number)) + 1)
+        if not _may_be_given(op, dtype, x, given):
+            return x
+        self.numbers = numbers
+        return given
 
     def _loaded(self, node: Node) -> _Value:
         slot, *indices = node.args
@@ -214,6 +242,20 @@ def _number(number: Any, dtype: torch.dtype) -> _Value:
         return _tensor(single, dtype)  # Triton would make it an fp64
     text = repr(value) if math.isfinite(value) else f'float("{value}")'
     return _Value(text, dtype, is_atom=not text.startswith("-"), number=value)
+
+
+def _may_be_given(op: str, dtype: torch.dtype, x: list[_Value], given: list[_Value]) -> bool:
+    if op in _COMPARE:
+        return True
+    if dtype.is_floating_point:
+        return op in ("add", "sub", "mul", "div", "where", *_EXTREMUM)
+    if op not in ("add", "sub", *_EXTREMUM) or dtype not in (torch.int32, torch.int64):
+        return False  # a division by a number that is known takes a few instructions
+    return fits(_raw_bounds(op, given), INT32) or not fits(_raw_bounds(op, x), INT32)
+
+
+def _raw_bounds(op: str, operands: list[_Value]) -> Bounds:
+    return result_bounds(op, *(v.bounds for v in operands))
 
 
 def _tensor(number: Any, dtype: torch.dtype) -> _Value:
@@ -371,16 +413,23 @@ def _float(op: str, dtype: torch.dtype, x: list[_Value], exact: bool) -> str:
 
 
 def _quotient(x: _Value, y: _Value, dtype: torch.dtype, exact: bool) -> str:
-    """Correctly rounded if need be; else by the reciprocal of what varies less, which is the same within 2 ulp."""
+    """Correctly rounded if need be; else by the reciprocal of what varies less, which is the same within 2 ulp; that of
+    a number is made a product before.
+    """
     if dtype == torch.float64:
         return f"{x.inner} / {y.inner}"
     if exact or y.axes >= x.axes:
         return f"tl.div_rn({x.text}, {y.text})"
     if y.number is None:
         return f"{x.inner} * tl.div_rn(1.0, {y.text})"
-    if 2.0**-126 <= abs(y.number) <= 2.0**126:
-        return f"{x.inner} * (1.0 / {y.inner})"
     return f"tl.div_rn({x.text}, {y.text})"
+
+
+def _reciprocal(x: _Value) -> _Value | None:
+    """Of a number, if fp32 has it and its own in full precision."""
+    if x.number is None or x.dtype == torch.float64 or not 2.0**-126 <= abs(x.number) <= 2.0**126:
+        return None
+    return _number(1.0 / x.number, x.dtype)
 
 
 def _float_power(x: _Value, y: _Value, dtype: torch.dtype) -> str:

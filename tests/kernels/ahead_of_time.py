@@ -170,6 +170,7 @@ def _count(loop: list[str], op: str) -> int:
 
 SEQ_LEN = 256
 SLOPES = torch.rand(4)
+BIASES = torch.rand(4, 2 * SEQ_LEN)
 MASKS = {
     "causal": lambda: cpflex.causal(),
     "doc_causal": lambda: cpflex.document(torch.arange(SEQ_LEN) // 50) & cpflex.causal(),
@@ -178,10 +179,12 @@ SCORES = {
     "none": None,
     "softcap": lambda score, b, h, q, k: 30.0 * torch.tanh(score / 30.0),
     "alibi": lambda score, b, h, q, k: score - SLOPES[h] * (q - k).abs(),
+    "relative_bias": lambda score, b, h, q, k: score + BIASES[h, q - k + SEQ_LEN],
 }
 MODS = [("causal", "none"), ("doc_causal", "alibi"), ("doc_causal", "softcap")]
 CAPABILITIES = (80, 90, 100)
 HEAD_DIMS = (64, 128)
+OTHER_HEAD_DIMS = (72, 80, 88, 96, 104, 112, 120, 160, 192, 256)
 
 
 def compile_all(
@@ -210,7 +213,16 @@ def compile_all(
     with launches_compile(capability, only) as variants, mock.patch.object(tuning, "rows_for", return_value=rows):
         forward.attend_and_finish(q, k, v, step.tile_mask, call, empty(q, head_dim))
         backward.attend_backward(
-            q, k, v, grad_out, lse, lse, step.tile_mask, call, torch.zeros(q.shape), [SLOPES] * len(wanted)
+            q,
+            k,
+            v,
+            grad_out,
+            lse,
+            lse,
+            step.tile_mask,
+            call,
+            torch.zeros(q.shape),
+            [call.captured[slot] for slot in wanted],
         )
     return [report(variant, capability) for variant in variants]
 
@@ -218,7 +230,7 @@ def compile_all(
 def main() -> None:
     print(f"Triton {triton.__version__}, bf16\n{'':32}{HEADER}")
     for capability in CAPABILITIES:
-        for head_dim in HEAD_DIMS:
+        for head_dim in (*HEAD_DIMS, *OTHER_HEAD_DIMS):
             for mods in MODS:
                 for row in compile_all(capability, head_dim, *mods):
                     print(f"sm_{capability:<4} D{head_dim:<4} {'-'.join(mods):20}{row}", flush=True)

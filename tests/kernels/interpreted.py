@@ -14,7 +14,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton._C.libtriton import interpreter as _interpreter
 
 import cpflex
 from another_process import another_process
@@ -31,6 +34,7 @@ from cpflex.kernels import (
     reference,
     tuning,
 )
+from cpflex.kernels.captured import scatter
 from cpflex.kernels.launch import described
 from cpflex.mods.graph import Mod
 from cpflex.mods.trace import trace_score_mod
@@ -274,6 +278,51 @@ def check_score_mod(name: str) -> None:
         call = replace(call, mask=tile_mask_of(cpflex.causal() & (lambda b, h, q, k: q != k), seq_len)[0])
     found = _same(call, tile_mask, *tensors)
     assert not any(x.isnan().any() for x in found.values())
+
+
+@triton.jit
+def scatter_kernel(target_ptr, place_ptr, part_ptr, seen_ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    at = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    scatter(target_ptr, tl.load(place_ptr + at), tl.load(part_ptr + at), tl.load(seen_ptr + at))
+
+
+def check_scatter(name: str, rows: int, cols: int) -> None:
+    """What is added where, and by how many atomic additions."""
+    i, j = torch.arange(rows)[:, None], torch.arange(cols)
+    diagonals = rows + cols - 1
+    places, most = {
+        "by distance": (i - j + cols, diagonals),
+        "by clamped distance": ((i - j).clamp(-3, 3) + 3, diagonals),
+        "by bucket of distance": ((i - j).abs() // 4, diagonals),
+        "one for all": (i * j * 0, diagonals),
+        "one for each pair": (i * cols + j, rows * cols),
+        "of two sequences": ((i - j + cols) * (j < 5), rows * cols),
+    }[name]
+    for seen in (torch.rand(rows, cols) < 0.7, i >= j, torch.zeros(rows, cols, dtype=torch.bool)):
+        seen = seen.broadcast_to(rows, cols).contiguous()
+        part = torch.where(seen, torch.randn(rows, cols), 0.0)
+        found, expected = (torch.zeros(rows * cols + diagonals, dtype=torch.float64) for _ in range(2))
+        with mock.patch.object(_interpreter, "atomic_rmw", side_effect=_interpreter.atomic_rmw) as added:
+            scatter_kernel[(1,)](found, places.int().contiguous(), part, seen, rows, cols)
+        expected.index_add_(0, places.reshape(-1), part.double().reshape(-1))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert sum(int(call.args[3].sum()) for call in added.call_args_list) <= min(most, int(seen.sum()))
+
+
+def check_refusal_of_large_tables() -> None:
+    """The place of a pair is an int32."""
+    mask, tile_mask = tile_mask_of(cpflex.causal(), 16)
+    table = torch.zeros(1).expand(2**16, 2**15)
+    mod = trace_score_mod(lambda s, b, h, q, k: s + table[q, k])
+    call = Call(mask, 0.25, mod.graph, mod.captured, (0,), "triton")
+    q, k, v, grad_out = _tensors(16)
+    lse = torch.zeros(q.shape[:3])
+    try:
+        attend_backward(q, k, v, grad_out, lse, lse, tile_mask, call, torch.zeros(q.shape), [torch.zeros(1)])
+    except NotImplementedError as error:
+        assert "2**31" in str(error) and "reference" in str(error)
+    else:
+        raise AssertionError("a table whose places are no int32 was not refused")
 
 
 def check_refusal_of_atomics() -> None:

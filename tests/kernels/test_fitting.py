@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,12 +17,13 @@ from cpflex.kernels.tuning import KernelConfig
 from cpflex.tile_mask import TILE
 
 FIRST = KernelConfig(64, 128, 8, 3)
+KERNEL = SimpleNamespace(device_caches={})
 KIND = Kind("dkdv", torch.device("cpu"), 128, 128, torch.bfloat16, ())
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered() -> Iterator[None]:
-    with mock.patch.dict(fitting._rows, clear=True), mock.patch.object(fitting, "_fitted", set()):
+    with mock.patch.multiple(fitting, _rows={}, _fitted=set(), _kernels=set()):
         yield
 
 
@@ -30,8 +32,8 @@ def launch(needs: dict[KernelConfig, int], launched: list[KernelConfig]) -> None
     config = fitting.row(KIND, FIRST)
     launched.append(config)
     assert fitting.is_looking()
-    fitting.found(KIND, config, needs.get(config, 0))
-    fitting.found(KIND, config, 0)  # another variant of the kernel, which needs less
+    fitting.found(KERNEL, KIND, config, needs.get(config, 0))
+    fitting.found(KERNEL, KIND, config, 0)  # another variant of the kernel, which needs less
 
 
 def test_the_first_row_that_fits_is_taken_told_and_remembered(caplog: pytest.LogCaptureFixture):
@@ -50,7 +52,7 @@ def test_the_first_row_that_fits_is_taken_told_and_remembered(caplog: pytest.Log
 
 def test_what_no_row_can_hold_is_refused_and_tried_again_by_the_next_call():
     def compile_all() -> None:
-        fitting.found(KIND, fitting.row(KIND, FIRST), 300 << 10)
+        fitting.found(KERNEL, KIND, fitting.row(KIND, FIRST), 300 << 10)
 
     with mock.patch.object(fitting, "shared_memory", return_value=99 << 10):
         for _ in range(2):
@@ -80,8 +82,15 @@ def test_a_kernel_that_needs_less_keeps_its_row():
     assert launched == [FIRST] and fitting.row(KIND, FIRST) is FIRST
 
 
-def test_memory_of_rows_is_bounded():
+def test_memory_of_rows_and_of_variants_is_bounded():
+    kernel = SimpleNamespace(device_caches={})
     with mock.patch.object(fitting, "shared_memory", return_value=100), mock.patch.object(fitting, "MOST", 3):
         for i in range(10):
-            fitting.fit(i, lambda: None)
+
+            def compile_one(i: int = i) -> None:
+                kernel.device_caches[i] = "a variant"
+                fitting.found(kernel, KIND, FIRST, 0)
+
+            fitting.fit(i, compile_one)
             assert len(fitting._fitted) <= 3
+            assert len(kernel.device_caches) <= 3

@@ -92,6 +92,22 @@ def test_backward_begins_as_its_twin_does(run: Run):
     run(interpreted.check_what_backward_begins_with)
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(64, 32), (32, 32), (16, 64)])
+@pytest.mark.parametrize(
+    "places",
+    [
+        *("by distance", "by clamped distance", "by bucket of distance", "one for all"),
+        *("one for each pair", "of two sequences"),
+    ],
+)
+def test_pairs_of_a_diagonal_with_one_place_are_added_at_once(run: Run, places: str, rows: int, cols: int):
+    run(interpreted.check_scatter, places, rows, cols)
+
+
+def test_gradients_of_tables_too_large_for_atomic_additions_are_refused(run: Run):
+    run(interpreted.check_refusal_of_large_tables)
+
+
 def test_atomic_additions_are_refused_when_torch_wants_determinism(run: Run):
     run(interpreted.check_refusal_of_atomics)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from cases import MASKS, SCORES, Problem
 from cpflex.mods.evaluate import evaluate, wrapped_indices
 from cpflex.mods.graph import Graph, Mod, Ref
 from cpflex.mods.trace import trace_mask_mod, trace_score_mod
-from cpflex.mods.triton_source import mask_function, pack_captured, score_function, source_of, vjp_function
+from cpflex.mods.triton_source import Generated, mask_function, pack_captured, score_function, source_of, vjp_function
 from cpflex.mods.vjp import Vjp, vjp
 
 BLOCK_Q, BLOCK_KV = 16, 32
@@ -37,6 +37,7 @@ def mask_kernel(
     out_ptr,  # bool [B * H, BLOCK_Q, BLOCK_KV]
     q_ptr,
     kv_ptr,
+    numbers,
     buffers,
     sizes,
     MASK: tl.constexpr,
@@ -51,7 +52,7 @@ def mask_kernel(
     else:
         rows, cols = rows[:, None], cols[None, :]
     pid = tl.program_id(0)
-    seen = MASK(pid // HEADS, pid % HEADS, tl.load(q_ptr + rows), tl.load(kv_ptr + cols), buffers, sizes)
+    seen = MASK(pid // HEADS, pid % HEADS, tl.load(q_ptr + rows), tl.load(kv_ptr + cols), numbers, buffers, sizes)
     tl.store(out_ptr + (pid * BLOCK_Q + rows) * BLOCK_KV + cols, seen)
 
 
@@ -63,6 +64,8 @@ def score_kernel(
     grad_ptr,
     q_ptr,
     kv_ptr,
+    score_numbers,
+    vjp_numbers,
     buffers,
     sizes,
     SCORE: tl.constexpr,
@@ -78,9 +81,9 @@ def score_kernel(
     b, h, q_idx, kv_idx = pid // HEADS, pid % HEADS, tl.load(q_ptr + rows), tl.load(kv_ptr + cols)
     score, grad = tl.load(score_ptr + at), tl.load(grad_ptr + at)
     at += pid * BLOCK_Q * BLOCK_KV
-    tl.store(out_ptr + at, SCORE(score, b, h, q_idx, kv_idx, buffers, sizes))
+    tl.store(out_ptr + at, SCORE(score, b, h, q_idx, kv_idx, score_numbers, buffers, sizes))
     if VJP is not None:
-        outputs = VJP(grad, score, b, h, q_idx, kv_idx, buffers, sizes)
+        outputs = VJP(grad, score, b, h, q_idx, kv_idx, vjp_numbers, buffers, sizes)
         for i in tl.static_range(NUM_OUTPUTS):
             at += tl.num_programs(0) * BLOCK_Q * BLOCK_KV
             if outputs[i].dtype == tl.float32:
@@ -119,9 +122,10 @@ def _check_mask_mod(mod: Mod, rng: random.Random, transposed: bool, device: str 
     captured = [t.to(device) for t in mod.captured]
     expected = evaluate(mod.graph, captured, _inputs(q_idx, kv_idx))[0].expand(shape)
     out = torch.zeros(shape, dtype=torch.bool, device=device)
+    function, numbers = mask_function(mod.graph)
     mask_kernel[(BATCH * HEADS,)](
-        out, q_idx, kv_idx, *pack_captured(captured, device),
-        MASK=mask_function(mod.graph), HEADS=HEADS, BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV, TRANSPOSED=transposed,
+        out, q_idx, kv_idx, numbers, *pack_captured(captured, device),
+        MASK=function, HEADS=HEADS, BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV, TRANSPOSED=transposed,
         enable_fp_fusion=False,
     )  # fmt: skip
     wrong = (out != expected).nonzero().tolist()
@@ -188,9 +192,11 @@ def _check_score_mod(mod: Mod, *, special: bool, ulps: float, absolute: bool, de
     expected += _places(derivative, captured, inputs) if derivative is not None else []
     shape = (len(expected), BATCH, HEADS, BLOCK_Q, BLOCK_KV)
     out, ints = torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.int32, device=device)
+    score, score_numbers = score_function(mod.graph)
+    score_vjp, vjp_numbers = Generated(None) if derivative is None else vjp_function(derivative)
     score_kernel[(BATCH * HEADS,)](
-        out, ints, scores, grads, q_idx, kv_idx, *pack_captured(captured, device),
-        SCORE=score_function(mod.graph), VJP=None if derivative is None else vjp_function(derivative),
+        out, ints, scores, grads, q_idx, kv_idx, score_numbers, vjp_numbers, *pack_captured(captured, device),
+        SCORE=score, VJP=score_vjp,
         NUM_OUTPUTS=len(expected) - 1, HEADS=HEADS, BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV, enable_fp_fusion=True,
     )  # fmt: skip
     for i, reference in enumerate(expected):
@@ -276,14 +282,15 @@ def compile_random_masks(seeds: range) -> None:
 
 
 def _compile_mask_mod(mod: Mod, capability: int) -> dict[str, int]:
+    function, numbers = mask_function(mod.graph)
     constants = {
-        "MASK": mask_function(mod.graph),
+        "MASK": function,
         "HEADS": HEADS,
         "BLOCK_Q": BLOCK_Q,
         "BLOCK_KV": BLOCK_KV,
         "TRANSPOSED": False,
     }
-    types = {"out_ptr": "*i1", "q_ptr": "*i32", "kv_ptr": "*i32"}
+    types = {"out_ptr": "*i1", "q_ptr": "*i32", "kv_ptr": "*i32", "numbers": _types(numbers)}
     return _compile(mask_kernel, types, constants, mod, capability)
 
 
@@ -304,14 +311,20 @@ def compile_operations(names: list[str], dtype: torch.dtype, capability: int) ->
 
 def _compile_score_mod(mod: Mod, capability: int) -> dict[str, int]:
     derivative = vjp(mod.graph, tuple(i for i, t in enumerate(mod.captured) if t.is_floating_point()))
+    score, score_vjp = score_function(mod.graph), vjp_function(derivative)
     constants = {
-        "SCORE": score_function(mod.graph), "VJP": vjp_function(derivative),
+        "SCORE": score.function, "VJP": score_vjp.function,
         "NUM_OUTPUTS": len(derivative.graph.outputs), "HEADS": HEADS, "BLOCK_Q": BLOCK_Q, "BLOCK_KV": BLOCK_KV,
     }  # fmt: skip
     types = dict.fromkeys(("out_ptr", "score_ptr", "grad_ptr"), "*fp32") | dict.fromkeys(
         ("ints_ptr", "q_ptr", "kv_ptr"), "*i32"
     )
+    types |= {"score_numbers": _types(score.numbers), "vjp_numbers": _types(score_vjp.numbers)}
     return _compile(score_kernel, types, constants, mod, capability)
+
+
+def _types(numbers: Sequence[int | float]) -> tuple[str, ...]:
+    return tuple("fp32" if isinstance(number, float) else "i32" for number in numbers)
 
 
 def _compile(
@@ -337,9 +350,9 @@ def variants(masks: list[Mod], positions: Tensor) -> int:
     )
     keys = set()
     for mod in masks:
-        function = mask_function(mod.graph)
+        function, numbers = mask_function(mod.graph)
         _, specialization, options = bind(
-            positions.bool(), positions, positions, *pack_captured(mod.captured, "cpu"),
+            positions.bool(), positions, positions, numbers, *pack_captured(mod.captured, "cpu"),
             MASK=function, HEADS=HEADS, BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV, TRANSPOSED=False,
         )  # fmt: skip
         keys.add(compute_cache_key({}, specialization, options))
@@ -355,11 +368,15 @@ def count_variants(case: str) -> int:
         value = torch.tensor(size)
         return lambda b, h, q, k: (k <= q) & (k > q - value)
 
+    def numbers(size: int, slope: float) -> Any:
+        return lambda b, h, q, k: (k > q - size) & (q + size > h * slope) & ((q - k) * slope < size) & (b != size)
+
     masks = {
         "table lengths": [documents(n) for n in (1, 15, 16, 17, 100, 4096)],
         "table values": [documents(100), documents(100, start=4)],
         "an odd address": [documents(100), documents(100, start=1), documents(100, start=3)],
         "windows": [window(n) for n in (0, 1, 16, 17, 2**20, 2**40)],
+        "numbers": [numbers(*pair) for pair in ((2, 1.0), (3, 0.5), (16, -3.0), (2**30 - 1, 1e-30), (17, 16.0))],
         "two graphs": [documents(16), window(16)],
     }[case]
     return variants([trace_mask_mod(mask) for mask in masks], torch.arange(16, dtype=torch.int32))
@@ -370,7 +387,7 @@ def functions_of_equal_graphs_are_one() -> bool:
         window = torch.tensor(size)
         return trace_mask_mod(lambda b, h, q, k: k > q - window).graph
 
-    return mask_function(traced(3)) is mask_function(traced(4))
+    return mask_function(traced(3)).function is mask_function(traced(4)).function
 
 
 def source_of_mask(name: str) -> str:

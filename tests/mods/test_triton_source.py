@@ -86,26 +86,26 @@ def test_equal_graphs_give_one_function(interpreter: Call) -> None:
 
 CAUSAL_WINDOW = """\
 @triton.jit
-def mask_15cf6ad462(b, h, q_idx, kv_idx, buffers, sizes):
+def mask_a34ed1d255(b, h, q_idx, kv_idx, numbers, buffers, sizes):
     x0 = tl.load(buffers[0])
     return (kv_idx <= q_idx) & (kv_idx > within_int32(q_idx - x0, -1, 2147483647))
 """
 DOCUMENTS = """\
 @triton.jit
-def mask_f8242efb53(b, h, q_idx, kv_idx, buffers, sizes):
+def mask_c6417f8ab5(b, h, q_idx, kv_idx, numbers, buffers, sizes):
     x0 = tl.load(buffers[0] + offset(q_idx, sizes, 0, 0))
     x1 = tl.load(buffers[0] + offset(kv_idx, sizes, 0, 0))
     return (x0 == x1) & (kv_idx <= q_idx)
 """
 SOFTCAP_GRADIENT = """\
 @triton.jit
-def score_vjp_3b6c8f02c4(grad, score, b, h, q_idx, kv_idx, buffers, sizes):
-    x0 = tanh(score * (1.0 / 3.0))
-    return (((grad * 3.0) * (1.0 - (x0 * x0))) * (1.0 / 3.0),)
+def score_vjp_1ff38f0bdb(grad, score, b, h, q_idx, kv_idx, numbers, buffers, sizes):
+    x0 = tanh(score * numbers[0])
+    return (((grad * numbers[1]) * (numbers[2] - (x0 * x0))) * numbers[3],)
 """
 ALIBI_GRADIENTS = """\
 @triton.jit
-def score_vjp_eb136762eb(grad, score, b, h, q_idx, kv_idx, buffers, sizes):
+def score_vjp_91a700276d(grad, score, b, h, q_idx, kv_idx, numbers, buffers, sizes):
     x0 = (grad * -1.0) * tl.abs(q_idx - kv_idx).to(tl.float32)
     return (grad, x0, place(h, sizes, 0, 0),)
 """
@@ -154,7 +154,14 @@ def test_all_operations_compile_to_machine_code_without_a_gpu(compiler: Call, dt
 
 @pytest.mark.parametrize(
     ("case", "expected"),
-    [("table lengths", 1), ("table values", 1), ("an odd address", 1), ("windows", 1), ("two graphs", 2)],
+    [
+        ("table lengths", 1),
+        ("table values", 1),
+        ("an odd address", 1),
+        ("windows", 1),
+        ("numbers", 1),
+        ("two graphs", 2),
+    ],
 )
 def test_new_data_compiles_nothing(compiler: Call, case: str, expected: int) -> None:
     assert compiler(generated.count_variants, case) == expected

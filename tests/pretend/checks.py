@@ -212,6 +212,60 @@ def call_counts(world_size: int, mask: str, moved: bool) -> dict[str, dict[str, 
     return found
 
 
+# -- variants: what is compiled anew
+
+
+def variants() -> dict[str, dict[str, int]]:
+    """Variants of each kernel, all in all, after more and more training steps that differ in the ways that are named."""
+    found: dict[str, dict[str, int]] = {}
+
+    def masked(number: int) -> Callable:
+        window, ids = torch.tensor(number), torch.arange(4096) // number
+        return lambda b, h, q, k: (k <= q) & (q - k < number) & (k > q - window) & (ids[q] == ids[k])
+
+    def scored(number: float, length: int) -> Callable:
+        table = torch.zeros(2 * length + 1, device="cuda").requires_grad_()
+        return lambda s, b, h, q, k: number * torch.tanh(s / number) + number * table[(q - k).clamp(-length, length)]
+
+    def step(
+        name: str, length: int = 256, number: int = 64, table: int = 16, batch: int = 1, heads: int = 2, ranks: int = 1,
+        dim: int = 64, dtype: torch.dtype = torch.bfloat16, layout: Any = cpflex.zigzag, shift: int = 0, stride: int = 0,
+        score_mod: bool = True,
+    ) -> None:  # fmt: skip
+        plan = cpflex.make_plan(masked(number), length, rank=ranks // 2, world_size=ranks, layout=layout)
+        plan = plan if ranks == 1 else plan.bind(Peers(ranks // 2, ranks))
+        rows, whole = batch * heads * plan.local_len, dim + stride
+        flat = [torch.zeros(rows * whole + shift, dtype=dtype, device="cuda")[shift:] for _ in "qkv"]
+        q, k, v = (x.view(batch, heads, -1, whole)[..., :dim].requires_grad_() for x in flat)
+        out = cpflex.flex_attention(q, k, v, scored(float(number), table) if score_mod else None, plan)
+        torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+        found[name] = dict(events.variants)
+
+    with pretending(90, compiles=False) as events:
+        step("one")
+        step("length", length=261)
+        step("length of 1", length=1)
+        step("batch", batch=3)
+        step("heads", heads=16)
+        step("numbers", number=1)
+        step("other numbers", number=48)
+        step("table", table=1)
+        step("an odd table", table=7)
+        step("a place that is no multiple of 16 bytes", shift=1)
+        step("rows that are no multiple of 16 bytes", stride=1)
+        step("rows apart", stride=8)
+        step("a layout", layout=cpflex.striped)
+        step("ranks", ranks=4)
+        step("more ranks", ranks=8, length=2048)
+        step("a layout of ranks", ranks=4, layout=cpflex.contiguous)
+        step("a dtype", dtype=torch.float16)
+        step("a head dim", dim=128)
+        step("a head dim of half units", dim=20)
+        step("half units elsewhere", dim=20, shift=1, stride=4)
+        step("a mod", score_mod=False)
+    return found
+
+
 # -- launches: does the chip have the shared memory?
 
 CAPABILITIES = (80, 86, 90, 100)

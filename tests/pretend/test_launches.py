@@ -21,6 +21,23 @@ def test_a_step_launches_on_its_chip(run: Run, row: tuple[int, int, str]):
     assert not failure, f"{row}: {failure}"
 
 
+def test_only_a_new_dtype_head_dim_or_mod_compiles_variants(run: Run):
+    found = run(checks.variants)
+    names = iter(found)
+    expected = found[next(names)]
+    assert expected == dict.fromkeys(
+        ("attend_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel", "captured_kernel"), 1
+    )
+    for name in names:
+        if name == "ranks":
+            expected = expected | {"attend_kernel": 3}  # first or later steps, and the last of them
+        elif name in ("a dtype", "a head dim", "a head dim of half units", "a mod"):
+            others = {"captured_kernel", "delta_kernel"} if name == "a mod" else set()
+            new = expected.keys() - others
+            expected = expected | {kernel: expected[kernel] + 1 for kernel in new}
+        assert found[name] == expected, f"{name}: {found[name]}, not {expected}"
+
+
 def test_a_row_that_is_too_large_for_its_chip_gives_way_to_a_smaller_one(run: Run):
     run(checks.check_a_smaller_row)
 
