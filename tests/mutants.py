@@ -130,12 +130,15 @@ REFERENCE = [
     Mutant("a sum divided among threads", "kernels/reference.py", "_summed_to(visible(outputs[read.output]), place)", "visible(outputs[read.output]).sum_to_size(place)", "test_determinism.py"),
 ]  # fmt: skip
 FUSED = [
-    Mutant("fused: carried state not rescaled", "kernels/forward.py", "acc_old * decay_old[:, None]", "acc_old", f"{KERNELS} -k w2"),
+    Mutant("fused: carried state not rescaled", "kernels/forward.py", "V_COLS) * decay_old[:, None]", "V_COLS)", f"{KERNELS} -k w2"),
     Mutant("fused: largest scores in base 2", "kernels/forward.py", 'tl.store(max_ptr + at, tl.where(m > LOWEST, m * LN2,', 'tl.store(max_ptr + at, tl.where(m > LOWEST, m,', f"{KERNELS} -k w2"),
     Mutant("fused: mask not applied", "kernels/forward.py", 's = tl.where(seen, s, float("-inf"))', "pass", f"{KERNELS} -k w2"),
     Mutant("fused: maximum before the carried one", "kernels/forward.py", "m_new = tl.maximum(m, m_old)", "m_new = m", f"{KERNELS} -k w2"),
-    Mutant("fused: state of unseen queries read", "kernels/forward.py", " & (m_old > float(\"-inf\"))[:, None]", "", f"{KERNELS} -k saw_nothing"),
-    Mutant("fused: dQ overwritten instead of added", "kernels/backward.py", "tl.load(ptrs, mask=inside, other=0.0) + dq * scale", "dq * scale", f"{KERNELS} -k w2"),
+    Mutant("fused: state of unseen queries read", "kernels/forward.py", "inside & (m_old > float(\"-inf\"))", "inside", f"{KERNELS} -k saw_nothing"),
+    Mutant("fused: both pieces of a row are its beginning", "kernels/scores.py", "load_block(ptr + COLS[0], ", "load_block(ptr, ", f"{KERNELS} -k pieces"),
+    Mutant("fused: the last diagonals of a block forgotten", "kernels/captured.py", "(ROWS + COLS - 2) // COLS + 1", "(ROWS + COLS - 2) // COLS", f"{KERNELS} -k diagonal"),
+    Mutant("a derivative reads another number of its score_mod", "mods/triton_text.py", "known[len(places)] if", "known[0] if", "mods/test_triton_source.py"),
+    Mutant("fused: dQ overwritten instead of added", "kernels/backward.py", "load_piece(dq_ptr, at, inside, i, HEAD_DIM, DIM_COLS) + dq[i] * scale", "dq[i] * scale", f"{KERNELS} -k w2"),
     Mutant("fused: dK without delta", "kernels/backward.py", "ds = p_vjp * (dp - delta)", "ds = p_vjp * dp", f"{KERNELS} -k w1"),
     Mutant("fused: next head of a group never begins", "kernels/backward.py", "h += anew.to(tl.int32)", "h += 0", f"{KERNELS} -k gqa"),
     Mutant("fused: score_mod of unscaled products", "kernels/scores.py", "score_mod(s * scale, b,", "score_mod(s, b,", f"{KERNELS} -k softcap"),

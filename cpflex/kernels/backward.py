@@ -17,7 +17,18 @@ from torch import Tensor
 from cpflex.kernels.call import Call, with_whole_rows
 from cpflex.kernels.captured import add_captured_gradients
 from cpflex.kernels.launch import NOT_SPECIALIZED, decide, described, on_device_of, start, strides_in_units
-from cpflex.kernels.scores import dot, load_rows, load_vector, load_walked, modified, through_score_mod
+from cpflex.kernels.scores import (
+    add_product,
+    load_piece,
+    load_rows,
+    load_vector,
+    load_walked,
+    modified,
+    products,
+    store_piece,
+    through_score_mod,
+    zeros,
+)
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_key, work_by_query
 from cpflex.tile_mask import TileMask
 
@@ -58,7 +69,7 @@ def attend_backward(
         work = work_by_query(tile_mask, config.block_q, config.block_kv)
         arguments = (
             *(*shared, *decided.heads, *decided.mods, work.items, work.runs, work.num_busy),
-            *(*described(config.tma, config.block_kv, k, v), dq),
+            *(*described(config, config.block_kv, k, v), dq),
         )
         start(dq_kernel, work.num_busy * q.shape[0] * q.shape[1], arguments, decided)
         decided = decide("dkdv", q, k, v, call)
@@ -66,7 +77,7 @@ def attend_backward(
         work = work_by_key(tile_mask, config.block_kv, config.block_q)
         arguments = (
             *(*shared, *decided.heads, *decided.mods, work.items, work.runs, work.num_items),
-            *(*described(config.tma, config.block_q, q, grad_out), k.shape[2], dk, dv),
+            *(*described(config, config.block_q, q, grad_out), k.shape[2], dk, dv),
         )
         for part in ("dk", "dv") if config.apart else ("both",):
             start(dkdv_kernel, work.num_items * k.shape[0] * k.shape[1], arguments, decided, PART=part)
@@ -109,7 +120,6 @@ def dq_kernel(
     score_mod: tl.constexpr,
     score_numbers,
     score_vjp: tl.constexpr,
-    vjp_numbers,
     score_buffers,
     score_sizes,
     items_ptr,
@@ -147,7 +157,7 @@ def dq_kernel(
     grad_out = load_rows(grad_out_ptr, grad_out_stride_s, first, end, V_DIM, BLOCK_Q, V_COLS, True)
     lse = load_vector(lse_ptr + before, first, end, float("inf"), BLOCK_Q, True)[:, None]
     delta = load_vector(delta_ptr + before, first, end, 0.0, BLOCK_Q, True)[:, None]
-    dq = tl.zeros([BLOCK_Q, DIM_COLS], tl.float32)
+    dq = zeros(BLOCK_Q, DIM_COLS)
     for FULL in tl.static_range(2):
         first_run, end_run = tl.load(item_ptr + 2 + 3 * FULL), tl.load(item_ptr + 3 + 3 * FULL)
         num_blocks = tl.load(item_ptr + 4 + 3 * FULL)
@@ -157,27 +167,27 @@ def dq_kernel(
             kv_idx = load_vector(kv_positions_ptr, kv, kv_end, 0, BLOCK_KV, FULL == 0)[None, :]
             k = load_walked(k_ptr, k_stride_s, k_blocks, b, kv_h, kv, kv_end, HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0)
             v = load_walked(v_ptr, v_stride_s, v_blocks, b, kv_h, kv, kv_end, V_DIM, BLOCK_KV, V_COLS, FULL == 0)
-            s = dot(q, tl.trans(k), None, INTERPRETED)
-            dp = dot(grad_out, tl.trans(v), None, INTERPRETED)
+            s = products(q, k, INTERPRETED)
+            dp = products(grad_out, v, INTERPRETED)
             x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_mod)
             ds = tl.exp2(x * unit - lse) * (dp - delta)
             ds = through_score_mod(
-                ds, s, scale, b, h, q_idx, kv_idx, vjp_numbers, score_buffers, score_sizes, score_vjp
+                ds, s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_vjp
             )
             if FULL == 0:  # last of all: a derivative that is not finite at a hidden pair would turn its zero into NaN
                 inside = (tl.arange(0, BLOCK_KV) < kv_end - kv)[None, :]
                 seen = inside & mask_mod(b, h, q_idx, kv_idx, mask_numbers, mask_buffers, mask_sizes)
                 ds = tl.where(seen, ds, 0.0)
-            dq = dot(ds.to(k.dtype), k, dq, INTERPRETED)
+            dq = add_product(ds.to(k[0].dtype), k, dq, INTERPRETED)
             kv, kv_end, next_run, next_kv, next_end, _anew = advance(
                 kv, kv_end, next_run, next_kv, next_end, runs_ptr, first_run, end_run, BLOCK_KV
             )
 
-    rows = tl.arange(0, BLOCK_Q)[:, None]
-    cols = tl.arange(0, DIM_COLS)[None, :]
-    inside = (rows < end - first) & (cols < HEAD_DIM)
-    ptrs = dq_ptr + (before + first + rows) * HEAD_DIM + cols
-    tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) + dq * scale, mask=inside)
+    rows = tl.arange(0, BLOCK_Q)
+    at, inside = before + first + rows, rows < end - first
+    for i in tl.static_range(len(DIM_COLS)):
+        total = load_piece(dq_ptr, at, inside, i, HEAD_DIM, DIM_COLS) + dq[i] * scale
+        store_piece(dq_ptr, at, total, inside, i, HEAD_DIM, DIM_COLS)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -216,7 +226,6 @@ def dkdv_kernel(
     score_mod: tl.constexpr,
     score_numbers,
     score_vjp: tl.constexpr,
-    vjp_numbers,
     score_buffers,
     score_sizes,
     items_ptr,
@@ -257,8 +266,7 @@ def dkdv_kernel(
     k = load_rows(k_ptr, k_stride_s, first, end, HEAD_DIM, BLOCK_KV, DIM_COLS, True)
     if PART != "dv":
         v = load_rows(v_ptr, v_stride_s, first, end, V_DIM, BLOCK_KV, V_COLS, True)
-    dk = tl.zeros([BLOCK_KV, DIM_COLS], tl.float32)
-    dv = tl.zeros([BLOCK_KV, V_COLS], tl.float32)
+    dk, dv = zeros(BLOCK_KV, DIM_COLS), zeros(BLOCK_KV, V_COLS)
     for FULL in tl.static_range(2):
         first_run, end_run = tl.load(item_ptr + 2 + 3 * FULL), tl.load(item_ptr + 3 + 3 * FULL)
         num_blocks = tl.load(item_ptr + 4 + 3 * FULL)
@@ -274,7 +282,7 @@ def dkdv_kernel(
             q_rows = q_ptr + q_head * q_stride_h * UNIT
             q = load_walked(q_rows, q_stride_s, q_blocks, b, h, at, at_end, HEAD_DIM, BLOCK_Q, DIM_COLS, FULL == 0)
             # in an order that holds few blocks at once: 128 keys of 128 dims leave 95 registers beside dk and dv
-            s = dot(k, tl.trans(q), None, INTERPRETED)
+            s = products(k, q, INTERPRETED)
             x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_mod)
             lse = load_vector(lse_ptr + before, at, at_end, float("inf"), BLOCK_Q, FULL == 0)[None, :]
             x = x * unit - lse
@@ -286,7 +294,7 @@ def dkdv_kernel(
             if PART != "dv":
                 # the vjp of p, which is linear in it, times (dp - delta) is the vjp of p * (dp - delta): s ends here
                 p_vjp = through_score_mod(
-                    p, s, scale, b, h, q_idx, kv_idx, vjp_numbers, score_buffers, score_sizes, score_vjp
+                    p, s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_vjp
                 )
                 if FULL == 0 and score_vjp is not None:
                     # hidden pairs have p = 0, and what a derivative that is not finite made of it
@@ -297,26 +305,26 @@ def dkdv_kernel(
                 *(V_DIM, BLOCK_Q, V_COLS, FULL == 0),
             )
             if PART == "dv":
-                dv = dot(p.to(grad_out.dtype), grad_out, dv, INTERPRETED)
+                dv = add_product(p.to(grad_out[0].dtype), grad_out, dv, INTERPRETED)
             else:
                 # before dv: a product that begins while dv is under way would, with its zeros, serialise both (ptxas
                 # C7515)
-                dp = dot(v, tl.trans(grad_out), None, INTERPRETED)
+                dp = products(v, grad_out, INTERPRETED)
                 if PART == "both":
-                    dv = dot(p.to(grad_out.dtype), grad_out, dv, INTERPRETED)
+                    dv = add_product(p.to(grad_out[0].dtype), grad_out, dv, INTERPRETED)
                 delta = load_vector(delta_ptr + before, at, at_end, 0.0, BLOCK_Q, FULL == 0)[None, :]
                 ds = p_vjp * (dp - delta)
-                dk = dot(ds.to(q.dtype), q, dk, INTERPRETED)
+                dk = add_product(ds.to(q[0].dtype), q, dk, INTERPRETED)
             at, at_end, next_run, next_at, next_end, anew = advance(
                 at, at_end, next_run, next_at, next_end, runs_ptr, first_run, end_run, BLOCK_Q
             )
             h += anew.to(tl.int32)
 
-    rows = tl.arange(0, BLOCK_KV)[:, None]
-    row = head.to(tl.int64) * kv_len + first + rows
+    rows = tl.arange(0, BLOCK_KV)
+    at, inside = head.to(tl.int64) * kv_len + first + rows, rows < end - first
     if PART != "dv":
-        cols = tl.arange(0, DIM_COLS)[None, :]
-        tl.store(dk_ptr + row * HEAD_DIM + cols, dk * scale, mask=(rows < end - first) & (cols < HEAD_DIM))
+        for i in tl.static_range(len(DIM_COLS)):
+            store_piece(dk_ptr, at, dk[i] * scale, inside, i, HEAD_DIM, DIM_COLS)
     if PART != "dk":
-        cols = tl.arange(0, V_COLS)[None, :]
-        tl.store(dv_ptr + row * V_DIM + cols, dv, mask=(rows < end - first) & (cols < V_DIM))
+        for i in tl.static_range(len(V_COLS)):
+            store_piece(dv_ptr, at, dv[i], inside, i, V_DIM, V_COLS)

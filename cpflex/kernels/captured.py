@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cpflex.kernels.call import OTHERWISE, Call
 from cpflex.kernels.launch import NOT_SPECIALIZED, Decided, decide, start
-from cpflex.kernels.scores import dot, load_rows, load_vector, modified
+from cpflex.kernels.scores import load_rows, load_vector, modified, products
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_key, work_by_query
 from cpflex.mods.evaluate import add_at, evaluate
 from cpflex.mods.graph import Graph, GraphBuilder, Ref
@@ -206,7 +206,6 @@ def captured_kernel(
     score_mod: tl.constexpr,
     score_numbers,
     score_vjp: tl.constexpr,
-    vjp_numbers,
     score_buffers,
     score_sizes,
     items_ptr,
@@ -276,11 +275,11 @@ def captured_kernel(
                 q_idx, kv_idx = row_idx, load_vector(kv_positions_ptr, at, at_end, 0, COLS, FULL == 0)[None, :]
                 col = load_rows(k_ptr, k_stride_s, at, at_end, HEAD_DIM, COLS, DIM_COLS, FULL == 0)
                 col_value = load_rows(v_ptr, v_stride_s, at, at_end, V_DIM, COLS, V_COLS, FULL == 0)
-            s = dot(row, tl.trans(col), None, INTERPRETED)
-            dp = dot(row_value, tl.trans(col_value), None, INTERPRETED)
+            s = products(row, col, INTERPRETED)
+            dp = products(row_value, col_value, INTERPRETED)
             x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_mod)
             ds = tl.exp2(x * unit - lse) * (dp - delta)
-            outputs = score_vjp(ds, s * scale, b, h, q_idx, kv_idx, vjp_numbers, score_buffers, score_sizes)
+            outputs = score_vjp(ds, s * scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes)
             seen = tl.broadcast_to(in_rows, s.shape)
             if FULL == 0:
                 in_cols = (tl.arange(0, COLS) < at_end - at)[None, :]

@@ -14,7 +14,20 @@ from torch import Tensor
 
 from cpflex.kernels.call import Call, with_whole_rows
 from cpflex.kernels.launch import NOT_SPECIALIZED, decide, described, on_device_of, start, strides_in_units
-from cpflex.kernels.scores import LN2, LOG2E, dot, load_rows, load_vector, load_walked, modified
+from cpflex.kernels.scores import (
+    LN2,
+    LOG2E,
+    add_product,
+    load_piece,
+    load_rows,
+    load_vector,
+    load_walked,
+    modified,
+    products,
+    scaled,
+    store_piece,
+    zeros,
+)
 from cpflex.kernels.state import State
 from cpflex.kernels.work import ITEM_FIELDS, advance, begin_walk, locate, work_by_query
 from cpflex.tile_mask import TileMask
@@ -78,7 +91,7 @@ def _launch(
     num_items = work.num_busy if out is None else work.num_items  # out is written for queries that see no key, too
     carried = (None, None, None) if state is None else (state.acc, state.m, state.l)
     arguments = (
-        *(q, k, v, *described(config.tma, config.block_kv, k, v), *carried, out, lse, max_scores),
+        *(q, k, v, *described(config, config.block_kv, k, v), *carried, out, lse, max_scores),
         *strides_in_units(q, k, v),
         *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
         *(work.items, work.runs, num_items, *decided.heads, *decided.mods),
@@ -128,7 +141,6 @@ def attend_kernel(
     score_mod: tl.constexpr,
     score_numbers,
     score_vjp: tl.constexpr,
-    vjp_numbers,
     score_buffers,
     score_sizes,
     HEAD_DIM: tl.constexpr,
@@ -154,7 +166,7 @@ def attend_kernel(
 
     q_idx = load_vector(q_positions_ptr, first, end, 0, BLOCK_Q, True)[:, None]
     q = load_rows(q_ptr, q_stride_s, first, end, HEAD_DIM, BLOCK_Q, DIM_COLS, True)
-    acc = tl.zeros([BLOCK_Q, V_COLS], tl.float32)
+    acc = zeros(BLOCK_Q, V_COLS)
     m = tl.full([BLOCK_Q], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)  # noqa: E741
     for FULL in tl.static_range(2):
@@ -166,7 +178,7 @@ def attend_kernel(
             # Triton fits the stage of the walk to the first line that reads it
             kv_idx = load_vector(kv_positions_ptr, kv, kv_end, 0, BLOCK_KV, FULL == 0)[None, :]
             k = load_walked(k_ptr, k_stride_s, k_blocks, b, kv_h, kv, kv_end, HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0)
-            s = dot(q, tl.trans(k), None, INTERPRETED)
+            s = products(q, k, INTERPRETED)
             s, unit = modified(s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_mod)
             if FULL == 0:
                 inside = (tl.arange(0, BLOCK_KV) < kv_end - kv)[None, :]
@@ -177,7 +189,7 @@ def attend_kernel(
             decay = tl.exp2(m - m_new)
             v = load_walked(v_ptr, v_stride_s, v_blocks, b, kv_h, kv, kv_end, V_DIM, BLOCK_KV, V_COLS, FULL == 0)
             l = l * decay + tl.sum(p, 1)  # noqa: E741
-            acc = dot(p.to(v.dtype), v, acc * decay[:, None], INTERPRETED)
+            acc = add_product(p.to(v[0].dtype), v, scaled(acc, decay), INTERPRETED)
             m = m_new
             kv, kv_end, next_run, next_kv, next_end, _anew = advance(
                 kv, kv_end, next_run, next_kv, next_end, runs_ptr, first_run, end_run, BLOCK_KV
@@ -188,26 +200,26 @@ def attend_kernel(
     rows = tl.arange(0, BLOCK_Q)
     inside = rows < end - first
     at = head.to(tl.int64) * q_len + first + rows
-    cols = tl.arange(0, V_COLS)[None, :]
-    at_acc = at[:, None] * V_DIM + cols
-    inside_acc = inside[:, None] & (cols < V_DIM)
     if acc_ptr is not None:
         m_old = tl.load(m_ptr + at, mask=inside, other=float("-inf")) * LOG2E
         m_new = tl.maximum(m, m_old)
         decay, decay_old = tl.exp2(m - m_new), tl.exp2(m_old - m_new)
-        # a query that had seen no key has nothing to be read
-        acc_old = tl.load(acc_ptr + at_acc, mask=inside_acc & (m_old > float("-inf"))[:, None], other=0.0)
-        acc = acc * decay[:, None] + acc_old * decay_old[:, None]
+        acc = scaled(acc, decay)
         l = l * decay + tl.load(l_ptr + at, mask=inside, other=0.0) * decay_old  # noqa: E741
         m = m_new
+    saw_a_key = l != 0  # also true for NaN, which must not be hidden
+    for i in tl.static_range(len(V_COLS)):
+        total = acc[i]
+        if acc_ptr is not None:  # a query that had seen no key has nothing to be read
+            total += load_piece(acc_ptr, at, inside & (m_old > float("-inf")), i, V_DIM, V_COLS) * decay_old[:, None]
+        if out_ptr is None:
+            store_piece(acc_ptr, at, total, inside, i, V_DIM, V_COLS)
+        else:
+            store_piece(out_ptr, at, total / tl.where(saw_a_key, l, 1.0)[:, None], inside, i, V_DIM, V_COLS)
     if out_ptr is None:
-        tl.store(acc_ptr + at_acc, acc, mask=inside_acc)
         tl.store(m_ptr + at, tl.where(m > LOWEST, m * LN2, float("-inf")), mask=inside)
         tl.store(l_ptr + at, l, mask=inside)
     else:
-        saw_a_key = l != 0  # also true for NaN, which must not be hidden
-        out = acc / tl.where(saw_a_key, l, 1.0)[:, None]
-        tl.store(out_ptr + at_acc, out.to(out_ptr.dtype.element_ty), mask=inside_acc)
         lse = tl.where(saw_a_key, (m + tl.log2(l)) * LN2, float("-inf"))
         tl.store(lse_ptr + at, lse, mask=inside)
         if max_ptr is not None:

@@ -45,7 +45,6 @@ class Mods(NamedTuple):
     score_mod: Any
     score_numbers: tuple[int | float, ...]
     score_vjp: Any
-    vjp_numbers: tuple[int | float, ...]
     score_buffers: tuple[Tensor, ...]
     score_sizes: Tensor
 
@@ -54,7 +53,8 @@ class Mods(NamedTuple):
         mask_mod, score_mod, score_vjp = generated(call, backward=backward)
         packed_mask = call.packed_mask or triton_source.pack_captured(call.mask.captured, device)
         packed_score = triton_source.pack_captured(call.captured, device)
-        return cls(*mask_mod, *packed_mask, *score_mod, *score_vjp, *packed_score)
+        numbers = score_vjp.numbers or score_mod.numbers
+        return cls(*mask_mod, *packed_mask, score_mod.function, numbers, score_vjp.function, *packed_score)
 
     @property
     def functions(self) -> tuple[Any, Any, Any]:
@@ -112,24 +112,28 @@ def strides_in_units(*tensors: Tensor) -> list[int]:
     return [*(stride // unit for stride in strides_of(*tensors)), unit]
 
 
-def described(wanted: bool, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
-    """Tensor descriptors (TMA) of blocks of ``rows`` rows; None if not wanted, or if rows do not begin at multiples of
-    16 bytes.
+def described(config: tuning.KernelConfig, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """Tensor descriptors (TMA) of blocks of ``rows`` rows; None if the row does not ask for them, if rows come in
+    pieces, or do not begin at multiples of 16 bytes.
     """
-    return [_descriptor(x, rows) if wanted else None for x in tensors]
+    return [_descriptor(x, rows, columns(x.shape[3], config)) if config.tma else None for x in tensors]
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
+def _descriptor(x: Tensor, rows: int, cols: tuple[int, ...]) -> TensorDescriptor | None:
     unit = 16 // x.element_size()
     strides = [x.stride(dim) if x.shape[dim] > 1 else unit for dim in range(3)]
-    if x.numel() == 0 or x.data_ptr() % 16 or any(stride % unit or stride <= 0 for stride in strides):
+    if len(cols) > 1 or x.numel() == 0 or x.data_ptr() % 16 or any(stride % unit or stride <= 0 for stride in strides):
         return None
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns(x.shape[3])])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, *cols])
 
 
-def columns(dim: int) -> int:
-    """Columns of a block of rows: a power of two, as all of Triton's blocks are, and 16 at least, for tensor cores."""
-    return max(16, triton.next_power_of_2(dim))
+def columns(dim: int, config: tuning.KernelConfig) -> tuple[int, ...]:
+    """Columns of the pieces of a block of rows: powers of two, as all of Triton's blocks have, and 16 at least, for
+    tensor cores. Two where the row of `tuning` wants it, and they are fewer together than one would have.
+    """
+    whole = max(16, triton.next_power_of_2(dim))
+    pieces = whole // 2, max(16, triton.next_power_of_2(dim - whole // 2))
+    return pieces if config.pieces and dim > 64 and sum(pieces) < whole else (whole,)
 
 
 class Decided(NamedTuple):
@@ -155,7 +159,7 @@ def decide(which: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Decided:
         kind = fitting.Kind(which, q.device, q.shape[3], v.shape[3], q.dtype, mods.functions)
         config = fitting.row(kind, tuning.lookup(which, q, v))
         heads = Heads.of(q, k, v, walk="queries" if which == "dkdv" else "keys")
-        options = shape_options(q, v) | config.options
+        options = shape_options(q, v, config) | config.options
         known = call.decided[shapes] = Decided(kind, config, heads, (float(call.scale), *mods), options)
     return known
 
@@ -169,10 +173,11 @@ def start(kernel: Any, num_programs: int, arguments: Sequence[Any], decided: Dec
         kernel[(num_programs,)](*arguments, **constexprs, **decided.options)
 
 
-def shape_options(q: Tensor, v: Tensor) -> dict[str, Any]:
+def shape_options(q: Tensor, v: Tensor, config: tuning.KernelConfig) -> dict[str, Any]:
     """The constexprs that all kernels have, and what their compiler is told."""
-    dims = {"HEAD_DIM": q.shape[3], "V_DIM": v.shape[3], "DIM_COLS": columns(q.shape[3]), "V_COLS": columns(v.shape[3])}
-    return dims | {"INTERPRETED": INTERPRETED} | FUSED
+    dims = {"HEAD_DIM": q.shape[3], "V_DIM": v.shape[3]}
+    cols = {"DIM_COLS": columns(q.shape[3], config), "V_COLS": columns(v.shape[3], config)}
+    return dims | cols | {"INTERPRETED": INTERPRETED} | FUSED
 
 
 _one_at_a_time = threading.Lock()  # the interpreter knows one launch; ranks may be threads

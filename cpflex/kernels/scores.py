@@ -15,8 +15,22 @@ LN2 = tl.constexpr(0.6931471805599453)
 def load_rows(
     ptr, stride, first, end, DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BOUNDED: tl.constexpr
 ):
-    """Rows ``first : first + ROWS`` of a matrix with DIM columns, as [ROWS, COLS]; zeros beyond DIM and, if BOUNDED,
-    from row ``end`` on.
+    """Rows ``first : first + ROWS`` of a matrix with DIM columns, in pieces: a tuple of blocks [ROWS, COLS[0]] and, if
+    there are two COLS, [ROWS, COLS[1]]; zeros beyond DIM and, if BOUNDED, from row ``end`` on.
+    """
+    left = load_block(ptr, stride, first, end, DIM, ROWS, COLS[0], BOUNDED)
+    if len(COLS) == 1:
+        rows = (left,)
+    else:
+        rows = (left, load_block(ptr + COLS[0], stride, first, end, DIM - COLS[0], ROWS, COLS[1], BOUNDED))
+    return rows
+
+
+@triton.jit
+def load_block(
+    ptr, stride, first, end, DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BOUNDED: tl.constexpr
+):
+    """One piece, [ROWS, COLS].
 
     Each row's address is one multiplication, made anew for each block: offsets kept in registers over a loop would
     spill accumulators.
@@ -53,10 +67,11 @@ def load_walked(
     one. A masked walk keeps to pointers: a descriptor knows where the tensor ends, not where a run does.
     """
     if blocks is None or BOUNDED:
-        block = load_rows(ptr, stride, first, end, DIM, ROWS, COLS, BOUNDED)
+        rows = load_rows(ptr, stride, first, end, DIM, ROWS, COLS, BOUNDED)
     else:
-        block = tl.reshape(blocks.load([batch, head, first, 0]), (ROWS, COLS))
-    return block
+        LEFT: tl.constexpr = COLS[0]
+        rows = (tl.reshape(blocks.load([batch, head, first, 0]), (ROWS, LEFT)),)
+    return rows
 
 
 @triton.jit
@@ -77,6 +92,69 @@ def dot(a, b, acc, INTERPRETED: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def products(a, b, INTERPRETED: tl.constexpr):
+    """Rows of ``a`` times rows of ``b``, [ROWS of a, ROWS of b]."""
+    s = dot(a[0], tl.trans(b[0]), None, INTERPRETED)
+    if len(a) == 2:
+        s = dot(a[1], tl.trans(b[1]), s, INTERPRETED)
+    return s
+
+
+@triton.jit
+def add_product(weights, rows, acc, INTERPRETED: tl.constexpr):
+    """weights @ rows + acc, in the pieces of ``rows``."""
+    left = dot(weights, rows[0], acc[0], INTERPRETED)
+    if len(rows) == 1:
+        total = (left,)
+    else:
+        total = (left, dot(weights, rows[1], acc[1], INTERPRETED))
+    return total
+
+
+@triton.jit
+def scaled(acc, factor):
+    """Each row of the pieces times its factor."""
+    left = acc[0] * factor[:, None]
+    if len(acc) == 1:
+        total = (left,)
+    else:
+        total = (left, acc[1] * factor[:, None])
+    return total
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
+    LEFT: tl.constexpr = COLS[0]
+    left = tl.zeros([ROWS, LEFT], tl.float32)
+    if len(COLS) == 1:
+        rows = (left,)
+    else:
+        RIGHT: tl.constexpr = COLS[1]
+        rows = (left, tl.zeros([ROWS, RIGHT], tl.float32))
+    return rows
+
+
+@triton.jit
+def load_piece(ptr, at, inside, i: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr):
+    """Piece ``i`` of the rows ``at`` of a contiguous matrix with DIM columns; zeros where a row is not ``inside``."""
+    ptrs, mask = _piece(ptr, at, inside, i, DIM, COLS)
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_piece(ptr, at, piece, inside, i: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr):
+    ptrs, mask = _piece(ptr, at, inside, i, DIM, COLS)
+    tl.store(ptrs, piece.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _piece(ptr, at, inside, i: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr):
+    before: tl.constexpr = COLS[0] * i
+    cols = before + tl.arange(0, COLS[i])[None, :]
+    return ptr + at[:, None] * DIM + cols, inside[:, None] & (cols < DIM)
 
 
 @triton.jit

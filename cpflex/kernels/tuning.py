@@ -7,7 +7,7 @@ time on a GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -31,6 +31,10 @@ class KernelConfig:
 
     apart: bool = False
     """dK and dV by launches of their own, which compute the scores twice: where one program cannot hold both."""
+    pieces: bool = False
+    """Rows of 96 dims as 64 and 32, of 192 as 128 and 64, where one block would have more columns: of powers of two.
+    Fewer products and less shared memory; where it takes more instructions or spills, rows are padded.
+    """
 
     @property
     def options(self) -> dict[str, int]:
@@ -47,7 +51,7 @@ Rows = dict[tuple[str, int], KernelConfig]
 
 SM80: Rows = {  # A100: 163 KiB of shared memory, mma from registers
     ("forward", 64): KernelConfig(128, 64, 8, 3),
-    ("forward", 128): KernelConfig(64, 64, 4, 2),  # two programs fit a multiprocessor; 128 queries would spill
+    ("forward", 128): KernelConfig(64, 64, 4, 2, pieces=True),  # two programs fit; 128 queries would spill
     ("forward", 256): KernelConfig(64, 64, 8, 2),
     ("dq", 64): KernelConfig(64, 64, 4, 2),
     ("dq", 128): KernelConfig(64, 64, 8, 2),
@@ -86,8 +90,9 @@ SM90: Rows = {  # H100, H200: 227 KiB, wgmma; two warpgroups of 64 rows each
     ("captured_by_pair", 128): KernelConfig(64, 32, 8, 2),
     ("captured_by_pair", 256): KernelConfig(64, 32, 8, 2),
 }
+SM90 = {row: replace(config, pieces=True) for row, config in SM90.items()}
 SM90_OF_OTHER_RELEASES: Rows = SM90 | {  # than Triton 3.7: with 64 queries those of 3.6 and 3.9 spill
-    ("dkdv", 128): KernelConfig(32, 128, 8, 3),
+    ("dkdv", 128): KernelConfig(32, 128, 8, 3, pieces=True),
 }
 SM100: Rows = {  # B200: 227 KiB, accumulators in tensor memory
     ("forward", 64): KernelConfig(128, 64, 8, 3),
@@ -123,7 +128,7 @@ FP32: Rows = {  # any GPU: no tensor cores (tf32 is not fp32), so each thread ho
     ("captured_by_pair", 128): KernelConfig(32, 32, 8, 1),
     ("captured_by_pair", 256): KernelConfig(16, 16, 8, 1),
 }
-INTERPRETED = KernelConfig(64, 64, 4, 1)
+INTERPRETED = KernelConfig(64, 64, 4, 1, pieces=True)
 """On the CPU: two blocks to a tile, on both axes, so that tests see them."""
 
 

@@ -63,13 +63,14 @@ def score_function(graph: Graph) -> Generated:
 
 
 def vjp_function(vjp: Vjp) -> Generated:
-    """``score_vjp(grad, score, b, h, q_idx, kv_idx, numbers, buffers, sizes) -> tuple``.
+    """``score_vjp(grad, score, b, h, q_idx, kv_idx, numbers, buffers, sizes) -> tuple``. Its numbers begin with those
+    of the score_mod: a kernel passes one tuple to both, and what both compute is computed once.
 
     The tuple is laid out as ``vjp.graph.outputs`` are: first the gradient of the score, an fp32 block; then, for each
     ``read`` of ``vjp.captured``, its adjoint, an fp32 block, at ``read.output``, and those of ``read.indices`` that are
     not numbers at their ``index.index``: int32, wrapped and clamped already, of any shape that broadcasts to a block.
     """
-    return _vjp_function(vjp, str(vjp.graph))
+    return _vjp_function(vjp, f"{vjp.score}\n{vjp.graph}")
 
 
 def source_of(mod: Any) -> str:
@@ -125,7 +126,7 @@ def _mod_function(kind: str, graph: Graph, text: str) -> Generated:
 @lru_cache(maxsize=1024)
 def _vjp_function(vjp: Vjp, text: str) -> Generated:
     outputs = vjp.graph.outputs
-    writer = Writer(vjp.graph)
+    writer = Writer(vjp.graph, Writer(vjp.score))
     results = [writer.block(outputs[0])]
     for read in vjp.captured:
         results.append(writer.block(outputs[read.output]))

@@ -75,15 +75,25 @@ _INLINE = 52
 class Writer:
     """Writes the nodes of a graph as assignments, in their order."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, other: Writer | None = None) -> None:
+        """
+        Args:
+            other: a function that gets the same numbers; nodes that are also its own read them at the same places.
+        """
         self.lines: list[str] = []
-        self.numbers: list[int | float] = []
+        self.numbers: list[int | float] = [] if other is None else list(other.numbers)
         """What the function reads as ``numbers``."""
+        self._places: dict[int, list[int]] = {} if other is None else dict(other._places)
+        """Of the numbers of a node, by its identity."""
+        self._identities: dict[Any, int] = {} if other is None else dict(other._identities)
         self._values: list[_Value] = []
         uses = [ref.index for refs in (graph.outputs, *map(graph.refs, graph.nodes)) for ref in refs]
         leads_to_a_step = _leads_to_a_step(graph)
+        identities: list[int] = []
         for i, node in enumerate(graph.nodes):
-            value = self._value(node, leads_to_a_step[i])
+            args = [("node", identities[arg.index]) if isinstance(arg, Ref) else repr(arg) for arg in node.args]
+            identities.append(self._identities.setdefault((node.op, node.dtype, *args), len(self._identities)))
+            value = self._value(node, leads_to_a_step[i], identities[i])
             may_inline = uses.count(i) == 1 and not _loads(value.text)
             is_short = len(value.text) <= _INLINE or Ref(i) == graph.outputs[0]
             self._values.append(value if may_inline and is_short else self._named(value))
@@ -106,7 +116,7 @@ class Writer:
         self.lines.append(f"{name} = {value.text}")
         return value._replace(text=name, is_atom=True, number=None)
 
-    def _value(self, node: Node, exact: bool) -> _Value:
+    def _value(self, node: Node, exact: bool, identity: int) -> _Value:
         op, args, dtype = node
         if dtype != torch.bool and dtype not in (*_INTEGERS, *_FLOATS):
             raise _no_form(op, dtype)
@@ -131,7 +141,7 @@ class Writer:
             return _cast(x[0], dtype)
         if op == "div" and not exact and x[0].axes and (reciprocal := _reciprocal(x[1])) is not None:
             op, x = "mul", [x[0], reciprocal]
-        x = self._given(op, dtype, x)
+        x = self._given(op, dtype, x, identity)
         if op in _COMPARE:
             return _comparison(_COMPARE[op], *x)
         if dtype == torch.bool:
@@ -142,24 +152,33 @@ class Writer:
         value = _Value(text, dtype, axes, is_atom=_is_call(text))
         return value if op in _ROUNDS_NOTHING else _rounded(value)
 
-    def _given(self, op: str, dtype: torch.dtype, x: list[_Value]) -> list[_Value]:
+    def _given(self, op: str, dtype: torch.dtype, x: list[_Value], identity: int) -> list[_Value]:
         """The operands, with `numbers` in place of those in the text where a kernel gains nothing by knowing them."""
-        numbers, given = list(self.numbers), list(x)
+        numbers, given, places = list(self.numbers), list(x), []
+        known = self._places.get(identity, [])
+
+        def name(number: int | float) -> str:
+            place = known[len(places)] if len(places) < len(known) else -1
+            if place < 0 or numbers[place] != number:
+                place = len(numbers)
+                numbers.append(number)
+            places.append(place)
+            return f"numbers[{place}]"
+
         for i, (_, kind, *_, number) in enumerate(x):
-            name = f"numbers[{len(numbers)}]"
             if number is None:
                 continue
             if kind in (torch.float32, *_HALVES) and 2.0**-126 <= abs(number) < 2.0**127:
-                given[i] = _Value(name, kind)
-                numbers.append(float(number))
+                given[i] = _Value(name(float(number)), kind)
             elif kind in (torch.int32, torch.int64) and 0 < abs(number) <= MAX_GIVEN:
                 # of an integer the text knows the sign; it comes as an odd one above 1 (triton_source)
-                text, bounds = (f"{name} >> 1", (1, MAX_GIVEN)) if number > 0 else (f"-({name} >> 1)", (-MAX_GIVEN, -1))
+                size = f"{name(2 * abs(int(number)) + 1)} >> 1"
+                text, bounds = (size, (1, MAX_GIVEN)) if number > 0 else (f"-({size})", (-MAX_GIVEN, -1))
                 given[i] = _Value(text, kind, bounds=bounds, is_atom=False)
-                numbers.append(2 * abs(int(number)) + 1)
         if not _may_be_given(op, dtype, x, given):
             return x
         self.numbers = numbers
+        self._places.setdefault(identity, places)
         return given
 
     def _loaded(self, node: Node) -> _Value:

@@ -27,6 +27,8 @@ class Vjp:
 
     graph: Graph
     captured: tuple[CapturedGradient, ...]
+    score: Graph
+    """Of which it is the derivative."""
 
 
 @lru_cache(maxsize=64)
@@ -64,7 +66,7 @@ def vjp(graph: Graph, wanted: tuple[int, ...]) -> Vjp:
                 outputs.append(i)
             at.append(Ref(len(outputs) - 1) if isinstance(i, Ref) else i)
         gradients.append(CapturedGradient(slot, place, tuple(at)))
-    return Vjp(builder.graph(*outputs), tuple(gradients))
+    return Vjp(builder.graph(*outputs), tuple(gradients), graph)
 
 
 def _pullback(builder: GraphBuilder, node: Node, out: Ref, g: Ref) -> list[tuple[Ref, Ref]]:

@@ -90,11 +90,13 @@ def attention(
     if bound.has_peers:
         bound.agree(_facts("forward", q, k, v, captured, score_key, scale, backend, needs_grad), q.device)
     call, steps, idle = _call(bound, captured, score_key, scale, backend, (), q.device, wants_max)
-    wanted = tuple(slot for slot, x in enumerate(captured) if x.requires_grad)
-    after = replace(call, wanted=wanted) if wanted else call
+    after = None
+    if needs_grad:
+        wanted = tuple(slot for slot, x in enumerate(captured) if x.requires_grad)
+        after = replace(call, wanted=wanted) if wanted else call
     k, v = (_without(x, idle.keys) for x in (k, v))
     with bound.in_words():
-        return forward(q, v.shape[-1], call, Transport(bound.links, steps, Pair(k, v)), after if needs_grad else None)
+        return forward(q, v.shape[-1], call, Transport(bound.links, steps, Pair(k, v)), after)
 
 
 @torch.library.register_fake("cpflex::attention", lib=_library)

@@ -35,7 +35,7 @@ from cpflex.kernels import (
     tuning,
 )
 from cpflex.kernels.captured import scatter
-from cpflex.kernels.launch import described
+from cpflex.kernels.launch import columns, described
 from cpflex.mods.graph import Mod
 from cpflex.mods.trace import trace_score_mod
 from cpflex.ring.handles import resolve
@@ -227,22 +227,32 @@ def check_public_call() -> None:
 
 def check_descriptors(problem: Problem) -> None:
     """Whole blocks by tensor descriptors, also of tensors whose strides are those of the sequence before the heads."""
-    with mock.patch.object(tuning, "INTERPRETED", replace(tuning.INTERPRETED, tma=True)):
+    config = replace(tuning.INTERPRETED, tma=True, pieces=False)
+    with mock.patch.object(tuning, "INTERPRETED", config):
         check(problem)
         mask, tile_mask = tile_mask_of(cpflex.causal(), 272)
         packed = torch.randn(2, 272, 4, 24).transpose(1, 2)
         q, k, v, grad_out = packed[:, :2], packed[:, 2:3], packed[:, 3:], torch.randn(2, 2, 272, 24)
-        assert None not in described(True, 64, q, k, v, grad_out)
+        assert None not in described(config, 64, q, k, v, grad_out)
         _same(Call(mask, 0.25), tile_mask, q, k, v, grad_out)
         # rows that begin anywhere keep to pointers
         shifted = torch.randn(2, 1, 272, 25)[..., 1:]
-        assert described(True, 64, shifted) == [None]
+        assert described(config, 64, shifted) == [None]
         _same(Call(mask, 0.25), tile_mask, q, shifted, shifted, grad_out)
 
 
 def check_apart(problem: Problem) -> None:
     """dK and dV by launches of their own."""
     with mock.patch.object(tuning, "INTERPRETED", replace(tuning.INTERPRETED, apart=True)):
+        check(problem)
+
+
+def check_padded(problem: Problem) -> None:
+    """Rows of 80 dims as 64 and 16, and as one block of 128; rows of the first are what all other tests have."""
+    assert columns(DIMS[problem.dims][0], tuning.INTERPRETED) in ((64, 16), (128, 64))
+    check(problem)
+    with mock.patch.object(tuning, "INTERPRETED", replace(tuning.INTERPRETED, pieces=False)):
+        assert len(columns(DIMS[problem.dims][0], tuning.INTERPRETED)) == 1
         check(problem)
 
 

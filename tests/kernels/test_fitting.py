@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +16,7 @@ from cpflex.kernels.tuning import KernelConfig
 from cpflex.tile_mask import TILE
 
 FIRST = KernelConfig(64, 128, 8, 3)
-KERNEL = SimpleNamespace(device_caches={})
+KERNEL = mock.Mock(device_caches={})
 KIND = Kind("dkdv", torch.device("cpu"), 128, 128, torch.bfloat16, ())
 
 
@@ -83,7 +82,7 @@ def test_a_kernel_that_needs_less_keeps_its_row():
 
 
 def test_memory_of_rows_and_of_variants_is_bounded():
-    kernel = SimpleNamespace(device_caches={})
+    kernel = mock.Mock(device_caches={})
     with mock.patch.object(fitting, "shared_memory", return_value=100), mock.patch.object(fitting, "MOST", 3):
         for i in range(10):
 

@@ -72,6 +72,15 @@ def test_dk_and_dv_may_be_launched_apart(run: Run, problem: Problem):
     run(interpreted.check_apart, problem)
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [Problem("causal", "relative_bias", 130, "gqa", d, world_size=2, batch_size=1) for d in ("d80", "d192dv128")],
+    ids=str,
+)
+def test_rows_in_pieces_are_rows_that_are_padded(run: Run, problem: Problem):
+    run(interpreted.check_padded, problem)
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0])
 def test_any_scale_is_accepted(run: Run, scale: float):
     run(interpreted.check_scale, scale)

@@ -64,8 +64,7 @@ def score_kernel(
     grad_ptr,
     q_ptr,
     kv_ptr,
-    score_numbers,
-    vjp_numbers,
+    numbers,
     buffers,
     sizes,
     SCORE: tl.constexpr,
@@ -81,9 +80,9 @@ def score_kernel(
     b, h, q_idx, kv_idx = pid // HEADS, pid % HEADS, tl.load(q_ptr + rows), tl.load(kv_ptr + cols)
     score, grad = tl.load(score_ptr + at), tl.load(grad_ptr + at)
     at += pid * BLOCK_Q * BLOCK_KV
-    tl.store(out_ptr + at, SCORE(score, b, h, q_idx, kv_idx, score_numbers, buffers, sizes))
+    tl.store(out_ptr + at, SCORE(score, b, h, q_idx, kv_idx, numbers, buffers, sizes))
     if VJP is not None:
-        outputs = VJP(grad, score, b, h, q_idx, kv_idx, vjp_numbers, buffers, sizes)
+        outputs = VJP(grad, score, b, h, q_idx, kv_idx, numbers, buffers, sizes)
         for i in tl.static_range(NUM_OUTPUTS):
             at += tl.num_programs(0) * BLOCK_Q * BLOCK_KV
             if outputs[i].dtype == tl.float32:
@@ -192,10 +191,10 @@ def _check_score_mod(mod: Mod, *, special: bool, ulps: float, absolute: bool, de
     expected += _places(derivative, captured, inputs) if derivative is not None else []
     shape = (len(expected), BATCH, HEADS, BLOCK_Q, BLOCK_KV)
     out, ints = torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.int32, device=device)
-    score, score_numbers = score_function(mod.graph)
-    score_vjp, vjp_numbers = Generated(None) if derivative is None else vjp_function(derivative)
+    score, numbers = score_function(mod.graph)
+    score_vjp, numbers = Generated(None, numbers) if derivative is None else vjp_function(derivative)
     score_kernel[(BATCH * HEADS,)](
-        out, ints, scores, grads, q_idx, kv_idx, score_numbers, vjp_numbers, *pack_captured(captured, device),
+        out, ints, scores, grads, q_idx, kv_idx, numbers, *pack_captured(captured, device),
         SCORE=score, VJP=score_vjp,
         NUM_OUTPUTS=len(expected) - 1, HEADS=HEADS, BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV, enable_fp_fusion=True,
     )  # fmt: skip
@@ -311,7 +310,8 @@ def compile_operations(names: list[str], dtype: torch.dtype, capability: int) ->
 
 def _compile_score_mod(mod: Mod, capability: int) -> dict[str, int]:
     derivative = vjp(mod.graph, tuple(i for i, t in enumerate(mod.captured) if t.is_floating_point()))
-    score, score_vjp = score_function(mod.graph), vjp_function(derivative)
+    score = score_function(mod.graph)
+    score_vjp = vjp_function(derivative)
     constants = {
         "SCORE": score.function, "VJP": score_vjp.function,
         "NUM_OUTPUTS": len(derivative.graph.outputs), "HEADS": HEADS, "BLOCK_Q": BLOCK_Q, "BLOCK_KV": BLOCK_KV,
@@ -319,7 +319,7 @@ def _compile_score_mod(mod: Mod, capability: int) -> dict[str, int]:
     types = dict.fromkeys(("out_ptr", "score_ptr", "grad_ptr"), "*fp32") | dict.fromkeys(
         ("ints_ptr", "q_ptr", "kv_ptr"), "*i32"
     )
-    types |= {"score_numbers": _types(score.numbers), "vjp_numbers": _types(score_vjp.numbers)}
+    types |= {"numbers": _types(score_vjp.numbers)}
     return _compile(score_kernel, types, constants, mod, capability)
 
 

@@ -15,7 +15,8 @@ from another_process import another_process
 from cpflex import kernels
 from cpflex.mods import triton_source
 from cpflex.mods.trace import UnsupportedMod, trace_mask_mod, trace_score_mod
-from cpflex.mods.triton_source import mask_function, pack_captured, score_function
+from cpflex.mods.triton_source import mask_function, pack_captured, score_function, vjp_function
+from cpflex.mods.vjp import vjp
 
 Call = Callable[..., Any]
 
@@ -99,9 +100,9 @@ def mask_c6417f8ab5(b, h, q_idx, kv_idx, numbers, buffers, sizes):
 """
 SOFTCAP_GRADIENT = """\
 @triton.jit
-def score_vjp_1ff38f0bdb(grad, score, b, h, q_idx, kv_idx, numbers, buffers, sizes):
+def score_vjp_55c66c51d9(grad, score, b, h, q_idx, kv_idx, numbers, buffers, sizes):
     x0 = tanh(score * numbers[0])
-    return (((grad * numbers[1]) * (numbers[2] - (x0 * x0))) * numbers[3],)
+    return (((grad * numbers[2]) * (numbers[3] - (x0 * x0))) * numbers[4],)
 """
 ALIBI_GRADIENTS = """\
 @triton.jit
@@ -116,6 +117,22 @@ def test_the_text_is_readable_and_the_same_on_every_run(compiler: Call) -> None:
     assert compiler(generated.source_of_mask, "doc_causal") == DOCUMENTS
     assert compiler(generated.source_of_score, "softcap", ()) == SOFTCAP_GRADIENT
     assert compiler(generated.source_of_score, "alibi", (0,)) == ALIBI_GRADIENTS
+
+
+def test_what_a_score_mod_and_its_derivative_both_compute_reads_the_same_numbers() -> None:
+    graph = trace_score_mod(lambda s, b, h, q, k: torch.tanh(s / 3.0) * 5.0 + torch.exp((q - k + 7) * -0.25)).graph
+    score_mod, score_vjp = score_function(graph), vjp_function(vjp(graph, ()))
+    assert score_vjp.numbers[: len(score_mod.numbers)] == score_mod.numbers == (1 / 3.0, 5.0, 15, -0.25)
+    assert "tanh(score * numbers[0])" in triton_source.source_of(graph)
+    assert "tanh(score * numbers[0])" in triton_source.source_of(vjp(graph, ()))
+
+
+@pytest.mark.parametrize("number", [0, -0.0, 2**31, float("inf"), 1e-40])
+def test_some_numbers_stay_in_the_text(number: float) -> None:
+    graph = trace_score_mod(lambda s, b, h, q, k: torch.where(q - k < number, s, s + number)).graph
+    function, numbers = score_function(graph)
+    assert numbers == ()
+    assert "numbers[" not in triton_source.source_of(function)
 
 
 def test_the_documentation_shows_the_text_of_today() -> None:
