@@ -47,8 +47,11 @@ def with_whole_rows(x: Tensor) -> Tensor:
     multiple of 16 bytes, does not begin at one: kernels load 16 bytes at a time, and no variant of theirs is compiled
     for fewer.
     """
-    unit, strides = 16 // x.element_size(), x.stride()
-    is_whole = strides[3] == 1 and x.data_ptr() % 16 == 0
-    if is_whole and x.shape[3] % unit == 0:
-        is_whole = all(stride % unit == 0 or size == 1 for size, stride in zip(x.shape[:3], strides, strict=False))
-    return x if is_whole else x.clone(memory_format=torch.contiguous_format)
+    batch, head, row, element = x.stride()
+    unit = 16 // x.element_size()  # a power of two: a look at all strides at once
+    if element == 1 and x.data_ptr() % 16 == 0:
+        if (batch | head | row) % unit == 0 or x.shape[3] % unit:
+            return x
+        if all(stride % unit == 0 or size == 1 for size, stride in zip(x.shape[:3], x.stride(), strict=False)):
+            return x
+    return x.clone(memory_format=torch.contiguous_format)

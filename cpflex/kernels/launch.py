@@ -92,11 +92,7 @@ class Heads(NamedTuple):
 
 def strides_of(*tensors: Tensor) -> list[int]:
     """Strides of batch, head and row of each; 0 where there is only one."""
-    return [
-        stride if size > 1 else 0
-        for x in tensors
-        for size, stride, _ in zip(x.shape, x.stride(), range(3), strict=False)
-    ]
+    return [stride if size > 1 else 0 for x in tensors for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
 
 
 def strides_in_units(*tensors: Tensor) -> list[int]:
