@@ -100,6 +100,15 @@ class _Compiled:
         self.launched.append(self.name)
 
 
+def _capability_of(_: torch.device) -> int:
+    """A function, since calls of a mock would be measured."""
+    return CAPABILITY
+
+
+def _is_fused(*_: Any) -> bool:
+    return True
+
+
 @contextlib.contextmanager
 def launches_are_stubs() -> Iterator[list[str]]:
     """Inside, CPU tensors get fused kernels, which do nothing; their names are listed."""
@@ -112,9 +121,8 @@ def launches_are_stubs() -> Iterator[list[str]]:
     with (
         mock.patch.object(JITFunction, "_do_compile", compiled),
         mock.patch.object(triton.runtime.driver, "_active", _Driver()),
-        # functions, since calls of a mock would be measured
-        mock.patch.object(tuning, "capability_of", lambda device: CAPABILITY),
-        mock.patch.object(kernels, "_is_fused", lambda q, call: True),
+        mock.patch.object(tuning, "capability_of", _capability_of),
+        mock.patch.object(kernels, "_is_fused", _is_fused),
     ):
         yield launched
 
