@@ -2,8 +2,8 @@
 
 Where the place depends on queries alone (or on no position), or on keys alone, a program sums along the other axis in a
 fixed order, and the sums are added at their place afterwards. Where it depends on both, as in a table of relative
-positions, they are added atomically: for a whole block where it has one place, for each diagonal where that has one,
-as positions that follow one another have it, and for single pairs elsewhere.
+positions, they are added atomically: for all pairs of a diagonal of a block at once where these have one place, as they
+have if positions follow one another, and for each pair elsewhere.
 """
 
 from __future__ import annotations
