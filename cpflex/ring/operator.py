@@ -45,6 +45,8 @@ def _without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compute)
     def run(first: Tensor, *rest: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return compute(first, *rest)
         with torch.autocast(first.device.type, enabled=False):
             return compute(first, *rest)
 
