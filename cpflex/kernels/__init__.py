@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from cpflex.kernels import reference
@@ -38,6 +39,7 @@ __all__ = [
     "begin_backward",
     "empty",
     "finish",
+    "gradient_dtype",
     "prepare",
     "require_support",
     "with_whole_rows",
@@ -112,15 +114,22 @@ def attend_backward(
     delta: Tensor,  # [B, Hq, S] fp32
     tile_mask: TileMask,
     call: Call,
-    dq: Tensor,  # [B, Hq, S, D] fp32, added to in place
+    dq: Tensor,  # [B, Hq, S, D] in `gradient_dtype`: fp32, added to in place; another, overwritten
     d_captured: list[Tensor],  # fp32, like call.captured at call.wanted, added to in place
 ) -> tuple[Tensor, Tensor]:
-    """dk [B, H, K, D] and dv [B, H, K, Dv] of the visiting keys, fp32."""
+    """dk [B, H, K, D] and dv [B, H, K, Dv] of the visiting keys, in the dtype of dq."""
     if _is_fused(q, call):
         from cpflex.kernels import backward as backend
     else:
         backend = reference
     return backend.attend_backward(q, k, v, grad_out, lse, delta, tile_mask, call, dq, d_captured)
+
+
+def gradient_dtype(q: Tensor, call: Call, *, alone: bool) -> torch.dtype:
+    """Of dq, dk and dv of a step: fp32, in which the parts of all steps are added up; that of q where a fused kernel
+    writes the only one, ``alone``.
+    """
+    return q.dtype if alone and _is_fused(q, call) else torch.float32
 
 
 def require_support(q: Tensor, v_dim: int, call: Call) -> None:
@@ -152,12 +161,14 @@ def prepare(
     tile_mask: TileMask,
     call: Call,
     passes: Sequence[str],
+    gradients: torch.dtype | None = None,
 ) -> None:
     """Compile what the call will launch on a GPU, with rows that fit it, while no rank has sent anything yet: what
     takes long, or fails, does so here. After the first call of its kind it costs one look.
 
     Args:
-        passes: of ``attend``, ``attend_and_finish`` (and both: there is more than one step) and ``attend_backward``.
+        passes: of ``attend`` and ``attend_and_finish`` (both: there is more than one step).
+        gradients: their dtype, if `attend_backward` is to be compiled.
 
     Raises:
         NotImplementedError: the kernels need more shared memory than the GPU has, whatever their row.
@@ -165,7 +176,7 @@ def prepare(
     if q.is_cuda and _is_fused(q, call):
         from cpflex.kernels import ahead
 
-        ahead.compile_call(q, k, v, tile_mask, call, passes)
+        ahead.compile_call(q, k, v, tile_mask, call, passes, gradients)
 
 
 def _is_fused(q: Tensor, call: Call) -> bool:

@@ -27,9 +27,10 @@ def compile_call(
     tile_mask: TileMask,
     call: Call,
     passes: Sequence[str],
+    gradients: torch.dtype | None,
 ) -> None:
     """`kernels.prepare`. The tensors are those of the call, since their strides decide which variant is launched."""
-    kind = ("prepared", q.shape[3], v.shape[3], q.dtype, *passes)
+    kind = ("prepared", q.shape[3], v.shape[3], q.dtype, *passes, gradients)
     if kind in call.decided:
         return
 
@@ -44,12 +45,12 @@ def compile_call(
             attend(q, k, v, tile_mask, call, state)
         if "attend_and_finish" in passes:
             attend_and_finish(q, k, v, tile_mask, call, state)
-        if "attend_backward" in passes:
+        if gradients is not None:
             grad_out, lse = unset(*rows, v.shape[-1], dtype=q.dtype), unset(*rows)
-            dq, *d_captured = (unset(*x.shape) for x in (q, *(call.captured[slot] for slot in call.wanted)))
+            dq, d_captured = unset(*q.shape, dtype=gradients), [unset(*call.captured[i].shape) for i in call.wanted]
             attend_backward(q, k, v, grad_out, lse, lse, tile_mask, call, dq, d_captured)
 
-    functions = (mod.function for mod in generated(call, backward="attend_backward" in passes))
+    functions = (mod.function for mod in generated(call, backward=gradients is not None))
     with on_device_of(q):
         fitting.fit((*kind, q.device, call.wanted, call.wants_max, *functions), compile_all)
     call.decided[kind] = True

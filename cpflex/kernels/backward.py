@@ -44,10 +44,10 @@ def attend_backward(
     delta: Tensor,  # [B, Hq, S] fp32, rowsum(out * grad_out) - grad_lse
     tile_mask: TileMask,
     call: Call,
-    dq: Tensor,  # [B, Hq, S, D] fp32, added to in place
+    dq: Tensor,  # [B, Hq, S, D] fp32, added to in place; or of another dtype, overwritten
     d_captured: list[Tensor],  # fp32, like call.captured at call.wanted, added to in place
 ) -> tuple[Tensor, Tensor]:
-    """dk [B, H, K, D] and dv [B, H, K, Dv] of the visiting keys, fp32.
+    """dk [B, H, K, D] and dv [B, H, K, Dv] of the visiting keys, in the dtype of dq.
 
     Raises:
         RuntimeError: torch wants deterministic algorithms, and the gradient of a captured tensor needs atomic
@@ -55,7 +55,7 @@ def attend_backward(
     """
     assert all(x.is_contiguous() for x in (lse, delta, dq)), "they were made by the loop"
     q, k, v, grad_out = with_whole_rows(q), with_whole_rows(k), with_whole_rows(v), with_whole_rows(grad_out)
-    dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    dk, dv = (torch.empty_like(x, dtype=dq.dtype, memory_format=torch.contiguous_format) for x in (k, v))
     shared = (
         *(q, k, v, grad_out, lse, delta),
         *strides_in_units(q, k, v, grad_out),
@@ -67,11 +67,12 @@ def attend_backward(
         decided = decide("dq", q, k, v, call)
         config = decided.config
         work = work_by_query(tile_mask, config.block_q, config.block_kv)
+        num_items = work.num_busy if dq.dtype == torch.float32 else work.num_items  # written for all queries, too
         arguments = (
-            *(*shared, *decided.heads, *decided.mods, work.items, work.runs, work.num_busy),
+            *(*shared, *decided.heads, *decided.mods, work.items, work.runs, num_items),
             *(*described(config, config.block_kv, k, v), dq),
         )
-        start(dq_kernel, work.num_busy * q.shape[0] * q.shape[1], arguments, decided)
+        start(dq_kernel, num_items * q.shape[0] * q.shape[1], arguments, decided)
         decided = decide("dkdv", q, k, v, call)
         config = decided.config
         work = work_by_key(tile_mask, config.block_kv, config.block_q)
@@ -127,7 +128,7 @@ def dq_kernel(
     num_items,
     k_blocks,  # tensor descriptors of k and v, or None
     v_blocks,
-    dq_ptr,  # [B, Hq, S, D] fp32
+    dq_ptr,  # [B, Hq, S, D] fp32, added to; or of another dtype
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     DIM_COLS: tl.constexpr,
@@ -186,7 +187,9 @@ def dq_kernel(
     rows = tl.arange(0, BLOCK_Q)
     at, inside = before + first + rows, rows < end - first
     for i in tl.static_range(len(DIM_COLS)):
-        total = load_piece(dq_ptr, at, inside, i, HEAD_DIM, DIM_COLS) + dq[i] * scale
+        total = dq[i] * scale
+        if dq_ptr.dtype.element_ty == tl.float32:
+            total += load_piece(dq_ptr, at, inside, i, HEAD_DIM, DIM_COLS)
         store_piece(dq_ptr, at, total, inside, i, HEAD_DIM, DIM_COLS)
 
 
@@ -234,8 +237,8 @@ def dkdv_kernel(
     q_blocks,  # tensor descriptors of q and grad_out, or None
     grad_out_blocks,
     kv_len,
-    dk_ptr,  # [B, H, K, D] fp32
-    dv_ptr,  # [B, H, K, Dv] fp32
+    dk_ptr,  # [B, H, K, D]
+    dv_ptr,  # [B, H, K, Dv]
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     DIM_COLS: tl.constexpr,

@@ -92,7 +92,13 @@ class Heads(NamedTuple):
 
 def strides_of(*tensors: Tensor) -> list[int]:
     """Strides of batch, head and row of each; 0 where there is only one."""
-    return [stride if size > 1 else 0 for x in tensors for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
+    found: list[int] = []
+    for x in tensors:
+        shape, strides = x.shape[:3], x.stride()[:3]
+        found += (
+            [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)] if 1 in shape else strides
+        )
+    return found
 
 
 def strides_in_units(*tensors: Tensor) -> list[int]:
@@ -102,10 +108,11 @@ def strides_in_units(*tensors: Tensor) -> list[int]:
     A kernel multiplies by the unit, a constexpr. So it knows that it may load 16 bytes at a time for any head dim that
     is a multiple of 8; Triton by itself sees multiples of 16 elements only, and compiles another variant for them.
     """
-    unit = 16 // tensors[0].element_size()
-    if any(x.shape[3] % unit for x in tensors):
-        unit = 1
-    return [*(stride // unit for stride in strides_of(*tensors)), unit]
+    strides, unit = strides_of(*tensors), 16 // tensors[0].element_size()
+    for x in tensors:
+        if x.shape[3] % unit:
+            return [*strides, 1]
+    return [*[stride // unit for stride in strides], unit]
 
 
 def described(config: tuning.KernelConfig, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:

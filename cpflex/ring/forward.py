@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cpflex.kernels import Call, attend, attend_and_finish, empty, prepare, require_support, with_whole_rows
+from cpflex.kernels import (
+    Call,
+    attend,
+    attend_and_finish,
+    empty,
+    gradient_dtype,
+    prepare,
+    require_support,
+    with_whole_rows,
+)
 from cpflex.ring.transport import Transport
 
 
@@ -31,7 +40,7 @@ def forward(
     own = q, k, v, transport.steps[0].tile_mask
     prepare(*own, call, ("attend", "attend_and_finish")[len(transport.steps) == 1 :])
     if backward is not None:
-        prepare(*own, backward, ("attend_backward",))
+        prepare(*own, backward, (), gradient_dtype(q, backward, alone=transport.is_alone))
     q, state = with_whole_rows(q), None
     for index, step, (k, v) in transport.circulate():
         if index + 1 == len(transport.steps):

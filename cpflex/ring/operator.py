@@ -132,8 +132,9 @@ def attention_backward(
         bound.agree(_facts("backward", q, k, v, captured, score_key, scale, backend, True), q.device)
     call, steps, idle = _call(bound, captured, score_key, scale, backend, tuple(wanted), q.device)
     k, v = (_without(x, idle.keys) for x in (k, v))
-    q, grad_out, grad_lse = (_without(x, idle.queries) for x in (q, grad_out, grad_lse.unsqueeze(-1)))
-    grad_lse = grad_lse.squeeze(-1)
+    if idle.queries.numel():
+        q, grad_out, grad_lse = (_without(x, idle.queries) for x in (q, grad_out, grad_lse.unsqueeze(-1)))
+        grad_lse = grad_lse.squeeze(-1)
     transport = Transport(bound.links, steps, Pair(k, v))
     with bound.in_words():
         dq, (dk, dv), d_captured = backward(grad_out, grad_lse, q, out, lse, call, transport)

@@ -92,7 +92,7 @@ class Transport:
         return self._start(sends, exchange.receives, self.shard)
 
     def give_back(self, index: int, grads: Pair) -> None:
-        """Hand over dK, dV (fp32) of step ``index``'s block; they travel to the owner of its rows.
+        """Hand over dK, dV (fp32, unless `is_alone`) of step ``index``'s block; they travel to the owner of its rows.
 
         What arrived for the block is added first. Parts for the rank's own shard are added one step after they were
         sent for, in a fixed order: the rank's own, then by step, then by peer.
@@ -108,6 +108,11 @@ class Transport:
         for transfer, buffer in zip(exchange.grad_receives, arrival.buffers, strict=True):
             self._grads.setdefault(transfer.block, []).append(_Arrival(arrival.work, [transfer], [buffer]))
         self._sent.append(arrival.work)
+
+    @property
+    def is_alone(self) -> bool:
+        """One step, and no gradients from elsewhere: what it computes is not added to."""
+        return len(self.steps) == 1 and not self.steps[0].exchange.grad_receives
 
     def home(self) -> Pair:
         """dK, dV of the rank's own shard, all ranks' parts added."""

@@ -196,18 +196,20 @@ def compile_all(
     only: str = "",
     tma: bool = False,
     wanted: tuple[int, ...] = (),
+    alone: bool = False,
 ) -> list[Report]:
     """The kernels of a training step of one rank: its only forward step, and backward.
 
     Args:
         wanted: slots of captured tensors whose gradient is.
+        alone: gradients are written in ``dtype``, as by an only step, not added up in fp32.
     """
     plan = cpflex.make_plan(MASKS[mask](), SEQ_LEN)
     mod, (step,), _ = resolve(plan.handle).on(torch.device("cpu"))
     score_mod = None if SCORES[score] is None else trace_score_mod(SCORES[score])
     call = Call(mod, 0.125, score_mod and score_mod.graph, score_mod.captured if score_mod else (), wanted)
     q, k, v, grad_out = (torch.zeros(2, heads, SEQ_LEN, head_dim, dtype=dtype) for heads in (4, 2, 2, 4))
-    lse = torch.zeros(q.shape[:3])
+    lse, dq = torch.zeros(q.shape[:3]), torch.zeros(q.shape, dtype=dtype if alone else torch.float32)
     rows = tuning.rows_for(capability, dtype)
     rows = {key: replace(config, tma=tma) for key, config in rows.items()}
     with launches_compile(capability, only) as variants, mock.patch.object(tuning, "rows_for", return_value=rows):
@@ -221,7 +223,7 @@ def compile_all(
             lse,
             step.tile_mask,
             call,
-            torch.zeros(q.shape),
+            dq,
             [call.captured[slot] for slot in wanted],
         )
     return [report(variant, capability) for variant in variants]

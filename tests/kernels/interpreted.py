@@ -31,6 +31,7 @@ from cpflex.kernels import (
     begin_backward,
     empty,
     finish,
+    gradient_dtype,
     reference,
     tuning,
 )
@@ -245,6 +246,26 @@ def check_apart(problem: Problem) -> None:
     """dK and dV by launches of their own."""
     with mock.patch.object(tuning, "INTERPRETED", replace(tuning.INTERPRETED, apart=True)):
         check(problem)
+
+
+def check_alone(dtype: torch.dtype) -> None:
+    """Gradients of an only step are those that are added up in fp32, rounded once; also where nothing is seen."""
+    mask, tile_mask = tile_mask_of(lambda b, h, q, k: (k <= q) & (q >= 140), 208)
+    q, k, v, grad_out = (x.to(dtype) for x in _tensors(208))
+    call = Call(mask, 0.25, backend="triton")
+    assert gradient_dtype(q, call, alone=True) == dtype
+    assert gradient_dtype(q, call, alone=False) == torch.float32
+    assert gradient_dtype(q, replace(call, backend="reference"), alone=True) == torch.float32
+    out, lse, _ = attend_and_finish(q, k, v, tile_mask, call, None)
+    begun = begin_backward(out, grad_out, torch.zeros(lse.shape), lse, call)
+    dq, added = torch.full(q.shape, math.nan, dtype=dtype), torch.zeros(q.shape)
+    alone = dq, *attend_backward(q, k, v, grad_out, *begun, tile_mask, call, dq, [])
+    parts = added, *attend_backward(q, k, v, grad_out, *begun, tile_mask, call, added, [])
+    for written, part in zip(alone, parts, strict=True):
+        assert written.dtype == dtype and part.dtype == torch.float32
+        # the interpreter does not round to bf16 as torch does
+        ulp = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(written.float(), part.to(dtype).float(), rtol=ulp, atol=0.0)
 
 
 def check_padded(problem: Problem) -> None:

@@ -34,6 +34,17 @@ def test_kernels_use_tensor_cores_do_not_spill_and_do_not_wait(capability: int, 
         assert row.spills_in_loops == 0, row
 
 
+@pytest.mark.by_day(6)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_that_write_gradients_in_their_own_dtype_do_not_spill_in_a_loop(capability: int, head_dim: int):
+    for row in ahead_of_time.compile_all(capability, head_dim, "doc_causal", "alibi", only="d", alone=True):
+        assert row.tensor_core_ops > 0, row
+        assert not row.is_serialised, row
+        assert row.spilled_bytes <= 24, row  # dk, dv of sm_90, D 128
+        assert row.spills_in_loops == 0, row
+
+
 @pytest.mark.by_day(30)
 @pytest.mark.parametrize(
     ("capability", "head_dim", "mask", "score"),

@@ -81,6 +81,11 @@ def test_rows_in_pieces_are_rows_that_are_padded(run: Run, problem: Problem):
     run(interpreted.check_padded, problem)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_an_only_step_are_written_in_their_own_dtype(run: Run, dtype: torch.dtype):
+    run(interpreted.check_alone, dtype)
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0])
 def test_any_scale_is_accepted(run: Run, scale: float):
     run(interpreted.check_scale, scale)
