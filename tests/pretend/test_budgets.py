@@ -19,14 +19,14 @@ BUDGETS: dict[tuple[int, str, bool], dict[str, Counts]] = {  # ranks, mask, whet
     (1, "causal", False): {
         # what backward needs comes when it is compiled
         "first forward": (0, 0, 3, 0, 1, 0, 0, 0),
-        "first backward": (0, 0, 0, 2, 3, 0, 0, 0),
+        "first backward": (0, 0, 0, 1, 3, 0, 0, 0),
         "second forward": (0, 0, 0, 0, 1, 0, 0, 0),
-        "second backward": (0, 0, 0, 2, 3, 0, 0, 0),
+        "second backward": (0, 0, 0, 1, 3, 0, 0, 0),
     },
     (1, "causal", True): {
         "to": (0, 0, 1, 0, 0, 0, 0, 0),
         "first forward": (0, 0, 0, 0, 1, 0, 0, 0),
-        "first backward": (0, 0, 0, 2, 3, 0, 0, 0),
+        "first backward": (0, 0, 0, 1, 3, 0, 0, 0),
     },
     (8, "causal", False): {
         "first forward": (0, 0, 3, 5, 8, 7, 1, 0),
