@@ -163,7 +163,7 @@ def cpflex_kernel(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
     mod = None if score_mod is None else cpflex.score_mod(score_mod).mod
     call = Call(mask, 1 / math.sqrt(row.head_dim), mod and mod.graph, mod.captured if mod else (), backend="triton")
     q, k, v = (x.detach() for x in leaves)
-    kept: dict[str, Tensor] = {"dq": torch.zeros(q.shape, device=q.device)}
+    kept: dict[str, Tensor] = {"dq": torch.zeros_like(q)}
 
     def forward() -> Tensor:
         out, lse, _ = attend_and_finish(q, k, v, step.tile_mask, call, None)
