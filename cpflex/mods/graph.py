@@ -59,6 +59,12 @@ class Graph:
         return frozenset(str(node.args[0]) for node in self.nodes if node.op == "input")
 
     def __str__(self) -> str:
+        return self.text
+
+    @cached_property
+    def text(self) -> str:
+        """What tells it apart from others: 0.0 from -0.0, too, which Python calls equal."""
+
         def show(arg: Arg) -> str:
             return f"%{arg.index}" if isinstance(arg, Ref) else repr(arg)
 

@@ -54,12 +54,12 @@ def mask_function(graph: Graph) -> Generated:
 
     Raises `UnsupportedMod` if an operation has no Triton form, as the next two do.
     """
-    return _mod_function("mask", graph, str(graph))
+    return _mod_function("mask", graph, graph.text)
 
 
 def score_function(graph: Graph) -> Generated:
     """``score_mod(score, b, h, q_idx, kv_idx, numbers, buffers, sizes) -> fp32 block`` of a traced score_mod."""
-    return _mod_function("score_mod", graph, str(graph))
+    return _mod_function("score_mod", graph, graph.text)
 
 
 def vjp_function(vjp: Vjp) -> Generated:
@@ -70,7 +70,7 @@ def vjp_function(vjp: Vjp) -> Generated:
     ``read`` of ``vjp.captured``, its adjoint, an fp32 block, at ``read.output``, and those of ``read.indices`` that are
     not numbers at their ``index.index``: int32, wrapped and clamped already, of any shape that broadcasts to a block.
     """
-    return _vjp_function(vjp, f"{vjp.score}\n{vjp.graph}")
+    return _vjp_function(vjp, f"{vjp.score.text}\n{vjp.graph.text}")
 
 
 def source_of(mod: Any) -> str:
