@@ -140,21 +140,20 @@ def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def load_piece(ptr, at, inside, i: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr):
     """Piece ``i`` of the rows ``at`` of a contiguous matrix with DIM columns; zeros where a row is not ``inside``."""
-    ptrs, mask = _piece(ptr, at, inside, i, DIM, COLS)
-    return tl.load(ptrs, mask=mask, other=0.0)
+    cols = columns_of_piece(i, COLS)
+    return tl.load(ptr + at[:, None] * DIM + cols, mask=inside[:, None] & (cols < DIM), other=0.0)
 
 
 @triton.jit
 def store_piece(ptr, at, piece, inside, i: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr):
-    ptrs, mask = _piece(ptr, at, inside, i, DIM, COLS)
-    tl.store(ptrs, piece.to(ptr.dtype.element_ty), mask=mask)
+    cols = columns_of_piece(i, COLS)
+    ptrs = ptr + at[:, None] * DIM + cols
+    tl.store(ptrs, piece.to(ptr.dtype.element_ty), mask=inside[:, None] & (cols < DIM))
 
 
 @triton.jit
-def _piece(ptr, at, inside, i: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr):
-    before: tl.constexpr = COLS[0] * i
-    cols = before + tl.arange(0, COLS[i])[None, :]
-    return ptr + at[:, None] * DIM + cols, inside[:, None] & (cols < DIM)
+def columns_of_piece(i: tl.constexpr, COLS: tl.constexpr):
+    return COLS[0] * i + tl.arange(0, COLS[i])[None, :]
 
 
 @triton.jit
