@@ -69,6 +69,7 @@ def save_for_ever(directory: Path) -> None:
 
 
 @pytest.mark.by_day(2)
+@pytest.mark.by_day(2)
 def test_whenever_a_run_is_killed_its_latest_checkpoint_loads(tmp_path: Path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.checkpoint.state_dict"])
