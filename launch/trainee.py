@@ -85,6 +85,7 @@ class BuiltIn:
             assert isinstance(out, Tensor)
             return out
 
+        plan.require_same(tokens=sample.tokens, labels=sample.labels)
         tokens, labels, position_ids = (
             plan.shard(x, dim=0, pad_value=pad_value)[None].to(device)
             for x, pad_value in ((sample.tokens, 0), (sample.labels, IGNORE), (sample.position_ids, 0))

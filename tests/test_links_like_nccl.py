@@ -67,6 +67,19 @@ def test_the_reason_of_a_refusal_reaches_the_others_in_a_group_of_nccl_alone(
     assert other.startswith(TOLD)
 
 
+def hold_another_batch(group: dist.ProcessGroup, alone: bool) -> None:
+    plan = plan_on(nccl_like([0, 1], alone=alone))
+    for step in range(4):
+        attend(plan)
+        plan.require_same(ids=torch.arange(SEQ_LEN) + step * group.rank() // 3)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["beside gloo", "alone"])
+def test_ranks_that_hold_other_tokens_are_found_out_in_groups_of_nccl(alone: bool, two_processes: RankProcesses):
+    for error in errors_of(two_processes.outcomes(hold_another_batch, alone, timeout=60)):
+        assert error.startswith("RankMismatch: the ranks disagree about ids: group rank 0: (256,) int64 "), error
+
+
 def do_nothing_more(group: dist.ProcessGroup) -> list[str]:
     """Rank 0 does not come back to cpflex after it agreed to what rank 1 refuses."""
     said: list[str] = []

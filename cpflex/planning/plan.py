@@ -20,6 +20,7 @@ from cpflex.planning.check import check_kind, check_layout
 from cpflex.planning.mask_kind import FORMAT, MaskKind
 from cpflex.planning.plan_bytes import WrongPlan
 from cpflex.ring import handles
+from cpflex.ring.agreement import checksum
 from cpflex.ring.bound import Bound
 from cpflex.ring.schedule import Exchange, ScheduleFn, Source, Step, Transfer
 from cpflex.sharding.layout import Layout
@@ -144,15 +145,37 @@ class Plan:
             "reason": kind.reason,
         }
 
-    def shard(self, x: Tensor, dim: int, *, pad_value: float | int | bool | None = None) -> Tensor:
+    def shard(
+        self, x: Tensor, dim: int, *, pad_value: float | int | bool | None = None, require_same: bool = False
+    ) -> Tensor:
         """This rank's tokens of ``x``, which every rank holds whole: ``x.shape[dim] == seq_len`` -> ``local_len``.
 
         Nothing is sent. Differentiable: the gradient is zero at other ranks' tokens. Shift labels before sharding them.
 
+        Args:
+            require_same: compare ``x`` with what the other ranks hold, all of which must call it (`require_same`).
+
         Raises:
             ValueError: ``x`` has another length, or padding is needed and ``pad_value`` is None.
+            RankMismatch: another rank holds another ``x``, if it is compared.
         """
+        if require_same:
+            self.require_same(x=x)
         return shard(x, dim, self.layout, self.rank, pad_value)
+
+    def require_same(self, **tensors: Tensor) -> None:
+        """Compare tensors that every rank of the group must hold whole and alike, as the tokens of a batch, by their
+        checksums: one all-gather of a number. Ranks that read different samples of one length would train on a
+        sequence that nobody has. All ranks must call it.
+
+        >>> plan.require_same(input_ids=input_ids, labels=labels)
+
+        Raises:
+            RankMismatch: on every rank, naming the tensor and who holds which.
+        """
+        bound = self._any_bound
+        if bound.has_peers:
+            bound.require_same({name: checksum(x) for name, x in tensors.items()})
 
     def unshard(self, x: Tensor, dim: int) -> Tensor:
         """All ranks' tokens in their original order, pads dropped: ``local_len`` -> ``seq_len``.
@@ -189,7 +212,12 @@ class Plan:
 
     def refuse(self, error: Exception) -> None:
         """Make the other ranks' next attention on this plan raise too, before this one raises ``error``."""
-        handles.resolve(next(iter(self._one_kind.values()), self).handle).refuse(error)
+        self._any_bound.refuse(error)
+
+    @property
+    def _any_bound(self) -> Bound:
+        """That of the first mask kind, for what concerns the group alone."""
+        return handles.resolve(next(iter(self._one_kind.values()), self).handle)
 
     def explain(self) -> str:
         """The plan in words: layout, work per rank, K/V received, tiles, schedule, and warnings."""

@@ -87,6 +87,14 @@ class Bound:
             kind_name = self.facts["mask kind"]
             raise ConnectionError(f"before {facts['direction']}, mask kind {kind_name!r}: {error}") from error
 
+    def require_same(self, words: Words) -> None:
+        """Compare what is in ``words`` with the other ranks', once."""
+        if self.links is None or self.links.world_size == 1:
+            return
+        number = number_of(words)
+        agree(self.links, self.fingerprint, words, number, None)
+        self.links.agreed.pop(number)  # it does not come again
+
     @contextmanager
     def in_words(self) -> Iterator[None]:
         """What fails inside because ranks disagree is raised as what they disagree about."""

@@ -265,6 +265,33 @@ def test_a_batch_is_shifted_before_it_is_sharded():
     assert sum(int((part["shift_labels"] != -100).sum()) for part in parts) == parts[0]["num_items_in_batch"]
 
 
+def shard_another_batch(group: Any, name: str) -> None:
+    """As a sampler does that knows nothing of sequences on several ranks."""
+    plan = plan_for(ARCHITECTURES["llama"].config(), group, seq_len=SEQ_LEN)
+    batch = {"input_ids": torch.arange(SEQ_LEN)[None], "labels": torch.arange(SEQ_LEN)[None]}
+    shard_batch(batch, plan)
+    if group.rank() == 1:
+        if name == "a mistake":
+            batch["pixels"] = torch.zeros(1)
+        else:
+            batch[name] = batch[name] + 1
+    shard_batch(batch, plan)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_ranks_of_a_sequence_that_hold_other_samples_are_found_out(name: str, two_processes: RankProcesses):
+    for outcome in two_processes.outcomes(shard_another_batch, name):
+        assert isinstance(outcome.error, cpflex.RankMismatch), outcome.traceback
+        assert f"the ranks disagree about {name}" in str(outcome.error)
+
+
+def test_what_shard_batch_refuses_on_one_rank_is_raised_on_all(two_processes: RankProcesses):
+    waiting, refused = two_processes.outcomes(shard_another_batch, "a mistake")
+    assert isinstance(refused.error, ValueError), refused.traceback
+    assert isinstance(waiting.error, cpflex.RankMismatch), waiting.traceback
+    assert "group rank 1 raised ValueError: shard_batch knows" in str(waiting.error)
+
+
 def test_what_a_batch_already_knows_is_used():
     plan = plan_for(ARCHITECTURES["llama"].config(), **TOKENS["packed"].planned)
     ids = torch.full((1, SEQ_LEN), 7)

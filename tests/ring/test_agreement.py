@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cpflex
-from cpflex.ring.agreement import agree, number_of, refuse, words_of
+from cpflex.ring.agreement import agree, checksum, number_of, refuse, words_of
 from cpflex.testing import ThreadLinks, run_ranks
 
 
@@ -139,3 +139,57 @@ def test_one_rank_compares_with_nobody():
     plan = cpflex.make_plan(cpflex.causal(), 64)
     q = torch.randn(1, 1, 64, 16)
     cpflex.flex_attention(q, q, q, block_mask=plan)
+
+
+# -- what all ranks must hold alike
+
+
+def test_a_checksum_tells_tensors_apart():
+    ids = torch.arange(1000)
+    swapped, changed = ids.clone(), ids.clone()
+    swapped[[3, 700]] = ids[[700, 3]]
+    changed[999] += 1
+    others = [
+        swapped,
+        changed,
+        ids[:-1],
+        ids[None],
+        ids.int(),
+        ids.float(),
+        -ids,
+        ids * 0,
+        (ids * 0).bool(),
+        ids.flip(0),
+    ]
+    others += [(ids / 7).to(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    found = [checksum(x) for x in (ids, *others)]
+    assert len(set(found)) == len(found)
+    assert checksum(ids.clone()) == checksum(torch.stack([ids, ids], dim=1)[:, 0]) == found[0]
+
+
+def hold(group: ThreadLinks, name: str) -> None:
+    plan = cpflex.make_plan({"full": cpflex.full(), "causal": cpflex.causal()}, 200, group)
+    for step in range(3):
+        ids, labels = torch.arange(200) + step, torch.arange(200) * 2
+        plan.require_same(ids=ids, labels=labels)
+    remembered = len(group.agreed)
+    if group.rank == 1:
+        (ids if name == "ids" else labels)[17] += 5
+    try:
+        plan.require_same(ids=ids, labels=labels)
+        plan.shard(ids, dim=0, pad_value=0, require_same=True)
+    finally:
+        assert remembered == 0, "batches are not remembered"
+
+
+@pytest.mark.parametrize("name", ["ids", "labels"])
+def test_ranks_that_hold_other_tokens_are_found_out(name: str):
+    said = said_by(lambda group: hold(group, name), 3)
+    for text in said:
+        assert text.startswith(f"the ranks disagree about {name}: group ranks 0, 2: (200,) int64 "), said
+        assert "; group rank 1: (200,) int64 " in text
+
+
+def test_a_plan_without_peers_compares_nothing():
+    cpflex.make_plan(cpflex.full(), 200).require_same(ids=torch.arange(200))
+    cpflex.make_plan(cpflex.full(), 200, rank=1, world_size=2).require_same(ids=torch.arange(200))

@@ -30,8 +30,20 @@ def shard_batch(batch: Mapping[str, Any], plan: ModelPlan) -> dict[str, Any]:
             ``shift_labels``; ``position_ids``; ``num_items_in_batch``; ``attention_mask``, that of the plan.
 
     Raises:
-        ValueError: what does not fit the plan, or nothing knows how to shard.
+        ValueError: what does not fit the plan, or nothing knows how to shard; on every rank.
+        RankMismatch: the ranks of the sequence hold different tokens or labels (`Plan.require_same`).
     """
+    try:
+        local = _sharded(batch, plan)
+    except Exception as error:
+        plan.plan.refuse(error)
+        raise
+    compared = ("input_ids", "labels", "shift_labels")
+    plan.plan.require_same(**{name: batch[name] for name in compared if batch.get(name) is not None})
+    return local
+
+
+def _sharded(batch: Mapping[str, Any], plan: ModelPlan) -> dict[str, Any]:
     known = {"input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", "num_items_in_batch"}
     if unknown := sorted(set(batch) - known - {"attention_mask"}):
         raise ValueError(f"shard_batch knows {sorted(known)}; got {unknown}: shard them with plan.plan.shard(x, dim)")
