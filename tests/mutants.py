@@ -137,7 +137,7 @@ FUSED = [
     Mutant("fused: state of unseen queries read", "kernels/forward.py", "inside & (m_old > float(\"-inf\"))", "inside", f"{KERNELS} -k saw_nothing"),
     Mutant("fused: both pieces of a row are its beginning", "kernels/scores.py", "load_block(ptr + COLS[0], ", "load_block(ptr, ", f"{KERNELS} -k pieces"),
     Mutant("fused: the last diagonals of a block forgotten", "kernels/captured.py", "(ROWS + COLS - 2) // COLS + 1", "(ROWS + COLS - 2) // COLS", f"{KERNELS} -k diagonal"),
-    Mutant("a derivative reads another number of its score_mod", "mods/triton_text.py", "known[len(places)] if", "known[0] if", "mods/test_triton_source.py"),
+    Mutant("fused: all numbers of a mod are its first", "mods/triton_text.py", "place = len(numbers)", "place = 0", "mods/test_triton_source.py"),
     Mutant("fused: dQ overwritten instead of added", "kernels/backward.py", "total += load_piece(dq_ptr", "total = dq[i] * scale + 0 * load_piece(dq_ptr", f"{KERNELS} -k w2"),
     Mutant("fused: dK without delta", "kernels/backward.py", "ds = p_vjp * (dp - delta)", "ds = p_vjp * dp", f"{KERNELS} -k w1"),
     Mutant("fused: next head of a group never begins", "kernels/backward.py", "h += anew.to(tl.int32)", "h += 0", f"{KERNELS} -k gqa"),
