@@ -29,7 +29,7 @@ def compile_call(
     passes: Sequence[str],
     gradients: torch.dtype | None,
 ) -> None:
-    """`kernels.prepare`. The tensors are those of the call, since their strides decide which variant is launched."""
+    """`kernels.prepare`, for tensors of the shapes and dtypes of the call, whatever their strides."""
     kind = ("prepared", q.shape[3], v.shape[3], q.dtype, *passes, gradients)
     if kind in call.decided:
         return

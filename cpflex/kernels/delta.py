@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpflex.kernels.launch import FUSED, on_device_of, strides_of
+from cpflex.kernels.launch import FUSED, on_device_of, padded, strides_of
 from cpflex.kernels.scores import LOG2E
 
 ELEMENTS = 4096
@@ -30,7 +30,7 @@ def begin_backward(
     grad_lse, lse = grad_lse.contiguous(), lse.contiguous()
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     batch, heads, q_len, v_dim = out.shape
-    cols = max(16, triton.next_power_of_2(v_dim))
+    cols = padded(v_dim)
     rows = ELEMENTS // cols
     with on_device_of(out):
         delta_kernel[(triton.cdiv(q_len, rows) * batch * heads,)](

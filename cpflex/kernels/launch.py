@@ -134,9 +134,14 @@ def columns(dim: int, config: tuning.KernelConfig) -> tuple[int, ...]:
     """Columns of the pieces of a block of rows: powers of two, as all of Triton's blocks have, and 16 at least, for
     tensor cores. Two where the row of `tuning` wants it, and they are fewer together than one would have.
     """
-    whole = max(16, triton.next_power_of_2(dim))
-    pieces = whole // 2, max(16, triton.next_power_of_2(dim - whole // 2))
+    whole = padded(dim)
+    pieces = whole // 2, padded(dim - whole // 2)
     return pieces if config.pieces and dim > 64 and sum(pieces) < whole else (whole,)
+
+
+def padded(dim: int) -> int:
+    """The columns of one block that holds ``dim``."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 class Decided(NamedTuple):

@@ -20,7 +20,6 @@ from cpflex.planning.check import check_kind, check_layout
 from cpflex.planning.mask_kind import FORMAT, MaskKind
 from cpflex.planning.plan_bytes import WrongPlan
 from cpflex.ring import handles
-from cpflex.ring.agreement import checksum
 from cpflex.ring.bound import Bound
 from cpflex.ring.schedule import Exchange, ScheduleFn, Source, Step, Transfer
 from cpflex.sharding.layout import Layout
@@ -173,9 +172,7 @@ class Plan:
         Raises:
             RankMismatch: on every rank, naming the tensor and who holds which.
         """
-        bound = self._any_bound
-        if bound.has_peers:
-            bound.require_same({name: checksum(x) for name, x in tensors.items()})
+        self._any_bound.require_same(tensors)
 
     def unshard(self, x: Tensor, dim: int) -> Tensor:
         """All ranks' tokens in their original order, pads dropped: ``local_len`` -> ``seq_len``.

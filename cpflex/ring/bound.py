@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from cpflex.kernels import Call
 from cpflex.kernels.tables import Tables, bring, foresee
 from cpflex.links.protocol import Links, Words
 from cpflex.mods.graph import Mod
-from cpflex.ring.agreement import agree, in_words, number_of, refuse, words_of
+from cpflex.ring.agreement import agree, checksum, in_words, number_of, refuse, words_of
 from cpflex.ring.schedule import Step
 from cpflex.tile_mask import Idle
 
@@ -87,10 +88,11 @@ class Bound:
             kind_name = self.facts["mask kind"]
             raise ConnectionError(f"before {facts['direction']}, mask kind {kind_name!r}: {error}") from error
 
-    def require_same(self, words: Words) -> None:
-        """Compare what is in ``words`` with the other ranks', once."""
+    def require_same(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compare tensors with the other ranks', by their checksums, once."""
         if self.links is None or self.links.world_size == 1:
             return
+        words = {name: checksum(x) for name, x in tensors.items()}
         number = number_of(words)
         agree(self.links, self.fingerprint, words, number, None)
         self.links.agreed.pop(number)  # it does not come again

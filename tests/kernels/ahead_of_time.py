@@ -216,18 +216,8 @@ def compile_all(
     rows = {key: replace(config, tma=tma) for key, config in rows.items()}
     with launches_compile(capability, only) as variants, mock.patch.object(tuning, "rows_for", return_value=rows):
         forward.attend_and_finish(q, k, v, step.tile_mask, call, empty(q, head_dim))
-        backward.attend_backward(
-            q,
-            k,
-            v,
-            grad_out,
-            lse,
-            lse,
-            step.tile_mask,
-            call,
-            dq,
-            [call.captured[slot] for slot in wanted],
-        )
+        d_captured = [call.captured[slot] for slot in wanted]
+        backward.attend_backward(q, k, v, grad_out, lse, lse, step.tile_mask, call, dq, d_captured)
     return [report(variant, capability) for variant in variants]
 
 

@@ -183,9 +183,8 @@ def _same(call: Call, tile_mask: TileMask, *tensors: Tensor) -> dict[str, Tensor
     pairs = tensors[0].shape[:3].numel() * tensors[1].shape[2]
     for name, value in fused.items():
         size = max(1.0, twin[name].nan_to_num(0.0, 0.0, 0.0).abs().max().item())
-        if name[
-            1:
-        ].isdigit():  # a captured tensor: sums of so many terms round on the way, though they may come to little
+        if name[1:].isdigit():
+            # a captured tensor: sums of so many terms round on the way, though they may come to little
             size = max(size, math.sqrt(pairs / value.numel()))
         _assert_close(name, value, twin[name], rtol=1e-5, atol=5e-6 * size)
     return fused
