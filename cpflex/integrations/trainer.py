@@ -15,44 +15,55 @@ gradients, are those of the Trainer without context parallelism.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
 
-from cpflex.integrations.accelerate import attach
+from cpflex.integrations.accelerate import Shares, attach
 from cpflex.integrations.transformers import ModelPlan, PlanMask, plan_for, shard_batch
 from cpflex.integrations.transformers.batch import shifted
 
 SEAMS = ("create_accelerator_and_postprocess", "_prepare_context_parallel_inputs", "_get_num_items_in_batch")
 """Methods of the Trainer that are extended here, in all versions from 4.57 on."""
+if TYPE_CHECKING:  # what stands behind `SharedSequences` in each Trainer
+    Base = transformers.Trainer
+else:
+    Base = object
 
 
-class Trainer(transformers.Trainer):
-    """`transformers.Trainer` for a model with ``attn_implementation="cpflex"``; all arguments are the same.
+class SharedSequences(Base):
+    """What makes a Trainer of transformers, or one derived from it, work on sharded sequences: to be named before it.
 
-    Documents are told by ``position_ids`` that begin anew, as ``DataCollatorWithFlattening`` makes them, padding by
-    ``attention_mask``.
+    >>> class SFTTrainer(SharedSequences, trl.SFTTrainer): ...
+
+    Attributes:
+        shares: the ranks of one sequence, and those of one mean (`cpflex.integrations.accelerate.Shares`).
 
     Raises:
-        NotImplementedError: label smoothing, a loss function of one's own, averages per device, evaluation that needs
-            more than the loss. They would see this rank's tokens only.
+        NotImplementedError: what `refused` says: it would see this rank's tokens only.
         ImportError: a transformers whose Trainer works in another way.
     """
 
+    shares: Shares
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if missing := [name for name in SEAMS if not hasattr(transformers.Trainer, name)]:
+        above = super()
+        if missing := [name for name in SEAMS if not hasattr(above, name)]:
             raise ImportError(f"the Trainer of transformers {transformers.__version__} has no {missing}")
         super().__init__(*args, **kwargs)
-        refused = {
+        if found := [name for name, is_asked in self.refused().items() if is_asked]:
+            raise NotImplementedError(f"{found} would see one rank's tokens only, and is not supported")
+
+    def refused(self) -> dict[str, bool]:
+        """What is not supported, by name, and whether it is asked for."""
+        return {
             "label_smoothing_factor": self.args.label_smoothing_factor != 0,
             "average_tokens_across_devices=False": not self.args.average_tokens_across_devices,
             "compute_loss_func": self.compute_loss_func is not None,
             "compute_metrics": self.compute_metrics is not None,
         }
-        if found := [name for name, is_asked in refused.items() if is_asked]:
-            raise NotImplementedError(f"{found} would see one rank's tokens only, and is not supported")
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -89,3 +100,16 @@ class Trainer(transformers.Trainer):
         if not prediction_loss_only:
             raise NotImplementedError("logits are of one rank's tokens; pass prediction_loss_only=True to evaluate")
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+
+class Trainer(SharedSequences, transformers.Trainer):
+    """`transformers.Trainer` for a model with ``attn_implementation="cpflex"``; all arguments are the same.
+
+    Documents are told by ``position_ids`` that begin anew, as ``DataCollatorWithFlattening`` makes them, padding by
+    ``attention_mask``.
+
+    Raises:
+        NotImplementedError: label smoothing, a loss function of one's own, averages per device, evaluation that needs
+            more than the loss. They would see this rank's tokens only.
+        ImportError: a transformers whose Trainer works in another way.
+    """
