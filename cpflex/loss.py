@@ -184,9 +184,9 @@ def sum_over_ranks(
     >>> loss = -F.logsigmoid(beta * log_probs[:half] - beta * log_probs[half:]).mean()
     >>> (loss * mesh["cp"].size()).backward()                                  # DDP and FSDP average
 
-    The loss is whole on each rank, and not a share: where gradients are summed over the ranks it is used as it is, where
-    DDP or FSDP average them it is multiplied by the ranks of a sequence (data parallelism then averages over its rows as
-    it always does), and a log averages its value over the ranks, or takes that of one.
+    The loss is whole on each rank, and not a share. Where gradients are summed over the ranks it is used as it is; if
+    DDP or FSDP average them, it is multiplied by the ranks of one sequence, as data parallelism averages over sequences
+    by itself. A log takes the value of one rank, or the mean over them.
 
     All ranks must call it, in one order.
     """
