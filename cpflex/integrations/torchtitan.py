@@ -10,12 +10,17 @@ positions of the unpermuted sequence, K/V is exchanged instead of gathered, and 
 sinks (``out_transform``) and score_mods work. Head dims, GQA and tensor parallelism stay as they are.
 
 torchtitan is looked up when a function here is called, not when it is imported, as the seam has been renamed several
-times: it is what its main branch had in September 2026. Release 0.3.0 does not have it.
+times: the newest sources call it ``CPAttention``, the main branch of September 2026 ``CPInnerAttention``. No release
+up to 0.3.0 has it.
+
+torchtitan checks balancers against lists of its own attentions. Where it refuses cpflex's, leave its
+``context_parallel_load_balancer`` None: contiguous pieces, which are computed right, in unequal shares.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -37,7 +42,11 @@ from cpflex.masks import MaskFn
 LEAST_RUN = 16
 """Tokens that a permutation must keep together: the granularity of tensor-core tiles."""
 
+SEAMS = ("CPAttention", "CPInnerAttention")
+"""What torchtitan calls an attention over the ranks of a sequence: the newer name, and the older one."""
+
 HOMES = {
+    "CPAttention": ("models.common.attention.cp_attention",),
     "CPInnerAttention": ("models.common.attention.cp_attention", "models.common.cp_attention"),
     "FlexInnerAttention": ("models.common.attention",),
     "SlidingWindowFlexInnerAttention": ("models.common.attention",),
@@ -54,14 +63,14 @@ def inner_attention_map() -> dict[type, type]:
         ImportError: the installed torchtitan has no such seam; the error says which versions do.
     """
     names = ("FlexInnerAttention", "SlidingWindowFlexInnerAttention")
-    return {local: _over_ranks(local, _titan("CPInnerAttention")) for local in map(_titan, names)}
+    return {local: _over_ranks(local, _titan(*SEAMS)) for local in map(_titan, names)}
 
 
 def load_balancer() -> type:
-    """A load balancer for torchtitan's configuration: `balanced` for all mask kinds at once.
+    """A load balancer for torchtitan's configuration: `balanced` for all mask kinds that torchtitan shows it.
 
     With it, ranks have equal work and need few foreign keys. Without it, cpflex computes on whatever permutation
-    torchtitan is configured with.
+    torchtitan is configured with. The newest sources show it the mask of the first layer alone.
 
     Raises:
         ImportError: as `inner_attention_map`.
@@ -182,10 +191,12 @@ def _over_ranks(local_attention: type, cp_attention: type) -> type:
     known, wanted = ({field.name for field in fields(of.Config)} for of in (local_attention, cp_attention))
     if wanted - known:
         raise ImportError(f"this torchtitan's context parallelism is configured by {wanted - known}, unknown to cpflex")
+    if wanted and sys.version_info < (3, 11):
+        raise ImportError(f"a configuration that is also a {cp_attention.__name__}'s joins slots: use Python 3.11")
 
     class OverRanks(cp_attention, local_attention):
         @dataclass(kw_only=True, slots=True)
-        class Config(local_attention.Config):  # of one class: Python 3.10 cannot join the slots of two
+        class Config(cp_attention.Config, local_attention.Config):  # torchtitan finds its attentions by these
             pass
 
         @staticmethod
@@ -230,6 +241,8 @@ def _over_ranks(local_attention: type, cp_attention: type) -> type:
                 spmd.assert_type(lse, spmd.get_local_type(q_THK), lse_spec)
             return out if out_transform is None else out_transform(out, lse)
 
+    if unknown := sorted(OverRanks.__abstractmethods__):
+        raise ImportError(f"this torchtitan's {cp_attention.__name__} is to have {unknown}, unknown to cpflex")
     OverRanks.__name__ = OverRanks.__qualname__ = f"Cpflex{local_attention.__name__}"
     return OverRanks
 
@@ -264,8 +277,23 @@ def _cp_group() -> dist.ProcessGroup:
     return group
 
 
-def _titan(name: str) -> Any:
-    """A name of torchtitan, from the first of its homes that has it."""
+def _titan(*names: str) -> Any:
+    """What torchtitan has under these names; of two classes the one that is also the other."""
+    if found := [x for name in names if (x := _found(name)) is not None]:
+        return max(found, key=lambda x: len(x.__mro__)) if len(found) > 1 else found[0]
+    try:
+        installed = f"torchtitan {version('torchtitan')}"
+    except PackageNotFoundError:
+        installed = "no torchtitan"
+    raise ImportError(
+        f"{installed} is installed, which has no {' and no '.join(names)}; cpflex needs torchtitan's context-parallel "
+        "attentions as its main branch has had them since September 2026, under either name, which no release up to "
+        "0.3.0 has - pip install git+https://github.com/pytorch/torchtitan"
+    )
+
+
+def _found(name: str) -> Any:
+    """A name of torchtitan, from the first of its homes that has it; None if none has."""
     for home in HOMES[name]:
         try:
             module = importlib.import_module(f"torchtitan.{home}")
@@ -275,12 +303,4 @@ def _titan(name: str) -> Any:
             continue
         if hasattr(module, name):
             return getattr(module, name)
-    try:
-        installed = f"torchtitan {version('torchtitan')}"
-    except PackageNotFoundError:
-        installed = "no torchtitan"
-    raise ImportError(
-        f"{installed} is installed, which has no {name}; cpflex needs torchtitan's context-parallel inner attentions "
-        "as its main branch has had them since September 2026 (release 0.3.0 does not) - "
-        "pip install git+https://github.com/pytorch/torchtitan"
-    )
+    return None

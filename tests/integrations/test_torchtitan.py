@@ -1,10 +1,11 @@
 """The plug-in for torchtitan, called as its trainer does: permute, prepare metadata, shard, attend.
 
-Against a stand-in for the interface (`titan`), as no release has it.
+Against a stand-in for the interface (`titan`), under both of its names, as no release has it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -34,6 +35,8 @@ BALANCERS: dict[str, Callable[[], Any]] = {
     "cpflex": lambda: torchtitan.load_balancer().Config(),
 }
 
+JOINS_SLOTS = pytest.mark.skipif(sys.version_info < (3, 11), reason="configurations of the older seam join slots")
+
 
 def tensors() -> dict[str, Tensor]:
     """q, k, v, grad_out [S, H, D] and sinks [H]; the same ones on every rank."""
@@ -51,16 +54,19 @@ def with_sinks(sinks: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda out, lse: out * torch.sigmoid(lse - sinks).unsqueeze(-1)
 
 
-def results_on_rank(group: dist.ProcessGroup, kind: str, balancer: str, with_mods: bool) -> dict[str, Tensor]:
+def results_on_rank(
+    group: dist.ProcessGroup, seam: str, kind: str, balancer: str, with_mods: bool
+) -> dict[str, Tensor]:
     """out, dq, dk, dv and d_sinks of the local tokens, and which tokens these are."""
     mesh = init_device_mesh("cpu", (group.size(),), mesh_dim_names=("cp",))
-    with titan.installed() as asserted, titan.current_mesh(mesh):
+    with titan.installed(seam) as asserted, titan.current_mesh(mesh):
         transform = titan.ContextParallelTransform(inner_attention_map=torchtitan.inner_attention_map())
         config = transform.transform(KINDS[kind])
         masks = {one: KINDS[one].build_attention_metadata(POSITIONS) for one in KINDS}
         permutation = torch.arange(SEQ_LEN)[None]
         if (balancing := BALANCERS[balancer]()) is not None:
-            permutation = balancing.build(seq_len=SEQ_LEN, attention_metadata=masks).generate_permutation()
+            shown = masks if seam == "CPInnerAttention" else masks["full"]  # the newer shows that of the first layer
+            permutation = balancing.build(seq_len=SEQ_LEN, attention_metadata=shown).generate_permutation()
         metadata = config._owner.prepare_cp_metadata(
             masks[kind], permutation=None if balancer == "contiguous" else permutation
         )
@@ -104,12 +110,16 @@ def dense(kind: str, with_mods: bool) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("processes", [2, 4], indirect=True)
+@pytest.mark.parametrize(
+    ("processes", "seam"),
+    [(2, "CPAttention"), (4, "CPAttention"), pytest.param(2, "CPInnerAttention", marks=JOINS_SLOTS)],
+    indirect=["processes"],
+)
 @pytest.mark.parametrize("with_mods", [False, True], ids=["plain", "score_mod and sinks"])
 @pytest.mark.parametrize("balancer", BALANCERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_compute_what_one_would(kind: str, balancer: str, with_mods: bool, processes: RankProcesses):
-    results = processes.run(results_on_rank, kind, balancer, with_mods)
+def test_ranks_compute_what_one_would(kind: str, balancer: str, with_mods: bool, seam: str, processes: RankProcesses):
+    results = processes.run(results_on_rank, seam, kind, balancer, with_mods)
     order = torch.cat([r["tokens"] for r in results]).argsort()
     expected = dense(kind, with_mods)
     for name in ("out", "dq", "dk", "dv"):
@@ -200,12 +210,30 @@ def test_a_balancer_needs_a_block_mask_and_a_length_without_padding():
 # -- binding
 
 
-@pytest.mark.parametrize("home", torchtitan.HOMES["CPInnerAttention"])
-def test_the_seam_is_found_in_its_old_and_its_new_home(home: str):
-    with titan.installed(cp_home=f"torchtitan.{home}"):
+@pytest.mark.parametrize(
+    ("seam", "home"),
+    [
+        pytest.param(seam, home, marks=JOINS_SLOTS if seam == "CPInnerAttention" else ())
+        for seam in torchtitan.SEAMS
+        for home in torchtitan.HOMES[seam]
+    ],
+)
+def test_the_seam_is_found_under_both_names_in_all_homes(seam: str, home: str):
+    with titan.installed(seam, cp_home=f"torchtitan.{home}"):
         found = torchtitan.inner_attention_map()
+        titan.ContextParallelTransform(inner_attention_map=found).transform(KINDS["sliding"])
     assert set(found) == {titan.FlexInnerAttention, titan.SlidingWindowFlexInnerAttention}
     assert [x.__name__ for x in found.values()] == ["CpflexFlexInnerAttention", "CpflexSlidingWindowFlexInnerAttention"]
+
+
+@JOINS_SLOTS
+def test_where_both_names_are_the_attentions_are_both():
+    class Derived(titan.CPAttention):
+        pass
+
+    with titan.installed(CPInnerAttention=Derived):
+        for found in torchtitan.inner_attention_map().values():
+            assert issubclass(found, Derived)
 
 
 def test_classes_are_made_once():
@@ -215,7 +243,20 @@ def test_classes_are_made_once():
 
 
 def test_another_torchtitan_is_refused_with_the_versions_that_fit():
-    with titan.installed(cp_home="torchtitan.elsewhere"), pytest.raises(ImportError, match=r"CPInnerAttention.*2026"):
+    says = r"no CPAttention and no CPInnerAttention; .* September 2026, under either name, .*no release up to 0\.3\.0"
+    with titan.installed(cp_home="torchtitan.elsewhere"), pytest.raises(ImportError, match=says):
+        torchtitan.inner_attention_map()
+
+
+def test_a_seam_that_wants_what_is_not_known_is_refused():
+    says = r"CPBatchAttention is to have \['prepare_cp_batch_metadata'\]"
+    with titan.installed(cp_attention=titan.CPBatchAttention), pytest.raises(ImportError, match=says):
+        torchtitan.inner_attention_map()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="joins slots")
+def test_the_older_seam_is_refused_where_slots_cannot_be_joined():
+    with titan.installed("CPInnerAttention"), pytest.raises(ImportError, match=r"use Python 3\.11"):
         torchtitan.inner_attention_map()
 
 

@@ -1,4 +1,5 @@
-"""A stand-in for torchtitan: the part of its main branch (September 2026) that the plug-in touches, by name and signature.
+"""A stand-in for torchtitan: the part of its main branch that the plug-in touches, by name and signature, as of September
+2026 (`CPInnerAttention`) and as of the newest sources (`CPAttention`).
 
 Written from the interface, not copied: configurations that build their owner, inner attentions and the abstract
 context-parallel one, the transform that swaps them, the load balancer, the current mesh, and the order in which a
@@ -84,6 +85,8 @@ class SlidingWindowFlexInnerAttention(FlexInnerAttention):
 
 
 class CPInnerAttention(InnerAttention, ABC, Generic[G, L]):
+    """The older seam: an attention itself."""
+
     @dataclass(kw_only=True, slots=True)
     class Config(InnerAttention.Config):
         pass
@@ -91,6 +94,29 @@ class CPInnerAttention(InnerAttention, ABC, Generic[G, L]):
     @staticmethod
     @abstractmethod
     def prepare_cp_metadata(attention_metadata: G, *, permutation: Tensor | None) -> L: ...
+
+
+class CPAttention(ABC, Generic[G, L]):
+    """The newer seam: something that an attention can be besides, no module and no `Configurable`."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config:
+        pass
+
+    @staticmethod
+    @abstractmethod
+    def prepare_cp_metadata(attention_metadata: G, *, permutation: Tensor | None) -> L: ...
+
+
+class CPBatchAttention(CPAttention):
+    """A seam that wants more than cpflex knows of."""
+
+    @classmethod
+    @abstractmethod
+    def prepare_cp_batch_metadata(cls, input_dict: dict[str, Any], *, permutation: Tensor | None) -> dict: ...
+
+
+SEAMS: dict[str, type] = {"CPAttention": CPAttention, "CPInnerAttention": CPInnerAttention}
 
 
 class ContextParallelLoadBalancer(Configurable, ABC):
@@ -133,15 +159,20 @@ class ContextParallelTransform:
     def __init__(self, *, inner_attention_map: Mapping[type, type]) -> None:
         for local, over_ranks in inner_attention_map.items():
             assert issubclass(local, InnerAttention)
-            assert issubclass(over_ranks, CPInnerAttention)
+            assert issubclass(over_ranks, InnerAttention)
+            assert issubclass(over_ranks, _installed[-1])
         self.inner_attention_map = inner_attention_map
 
     def transform(self, config: InnerAttention.Config) -> InnerAttention.Config:
         assert config._owner is not None
         target = self.inner_attention_map[config._owner].Config
-        return target(**{f.name: getattr(config, f.name) for f in fields(config)})
+        assert issubclass(target, type(config))
+        made = target(**{f.name: getattr(config, f.name) for f in fields(config)})
+        assert isinstance(made, _installed[-1].Config), "what is not found by this gets no metadata"
+        return made
 
 
+_installed: list[Any] = []
 _meshes: list[DeviceMesh] = []
 
 
@@ -165,16 +196,21 @@ def block_mask(mask_mod: Any, seq_len: int, num_heads: int | None = None) -> Blo
     return create_block_mask(mask_mod, 1, num_heads, seq_len, seq_len, device="cpu")
 
 
-TYPES = {"attention": (FlexInnerAttention, SlidingWindowFlexInnerAttention), "cp": (CPInnerAttention,)}
+HOME = "torchtitan.models.common.attention.cp_attention"
 
 
 @contextmanager
-def installed(cp_home: str = "torchtitan.models.common.attention.cp_attention") -> Iterator[list[tuple[Any, ...]]]:
+def installed(
+    seam: str = "CPAttention", cp_home: str = HOME, cp_attention: type | None = None, **beside: type
+) -> Iterator[list[tuple[Any, ...]]]:
     """torchtitan and spmd_types as importable modules; yields what was asserted about types."""
+    cp_attention = cp_attention or SEAMS[seam]
     asserted: list[tuple[Any, ...]] = []
     contents: dict[str, dict[str, Any]] = {
-        "torchtitan.models.common.attention": {x.__name__: x for x in TYPES["attention"]},
-        cp_home: {"CPInnerAttention": CPInnerAttention},
+        "torchtitan.models.common.attention": {
+            x.__name__: x for x in (FlexInnerAttention, SlidingWindowFlexInnerAttention)
+        },
+        cp_home: {seam: cp_attention} | beside,
         "torchtitan.distributed.context_parallel": {"ContextParallelLoadBalancer": ContextParallelLoadBalancer},
         "torchtitan.distributed.spmd_types": {"spmd_mesh_group": spmd_mesh_group},
         "spmd_types": {
@@ -194,9 +230,11 @@ def installed(cp_home: str = "torchtitan.models.common.attention.cp_attention") 
         vars(modules[path]).update(names)
     before = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)
+    _installed.append(cp_attention)
     try:
         yield asserted
     finally:
+        _installed.pop()
         for name, module in before.items():
             if module is None:
                 del sys.modules[name]
