@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
 import runpy
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ STARTED = ["huggingface_trainer", "inspect_plan"]
 """Those that are always started as their docstrings say: what they load wants a process of its own."""
 
 SAYS = {
+    "accelerate_plain": r"(?s)(2|4) rows: loss.*rows: loss",
     "custom_mods": r"all-gather would bring",
     "fsdp2": r"step 4: loss",
     "huggingface_trainer": r"first step: loss",
@@ -43,8 +46,24 @@ def assert_says(name: str, text: str) -> None:
     assert all(abs(difference) < 1e-5 for difference in differences), text
 
 
+@contextmanager
+def launched(group: dist.ProcessGroup) -> Iterator[None]:
+    """The environment that torchrun makes, and none of accelerate's state left behind."""
+    before, (rank, world_size) = dict(os.environ), (str(group.rank()), str(group.size()))
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        if state := sys.modules.get("accelerate.state"):
+            state.AcceleratorState._reset_state(reset_partial_state=True)
+            state.GradientState._reset_state()
+
+
 def said_by(group: dist.ProcessGroup, name: str) -> str:
-    with redirect_stdout(io.StringIO()) as said:
+    with launched(group), redirect_stdout(io.StringIO()) as said:
         runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](group)
     return said.getvalue()
 
@@ -52,6 +71,8 @@ def said_by(group: dist.ProcessGroup, name: str) -> str:
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STARTED])
 def test_ranks_compute_what_one_would(name: str, processes: RankProcesses):
+    if name.startswith("accelerate"):
+        pytest.importorskip("accelerate")
     texts = processes.run(said_by, name)
     assert_says(name, texts[0])
 
@@ -71,7 +92,7 @@ def command_of(name: str) -> str:
     "name", [name if name in STARTED else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
 def test_it_runs_as_its_docstring_says(name: str):
-    if name.startswith("huggingface"):
+    if name.startswith(("huggingface", "accelerate")):
         pytest.importorskip("accelerate")
     program, *arguments = command_of(name).split()
     if program == "torchrun":

@@ -14,11 +14,15 @@ causally to everything before. `attach` takes it out, and refuses what would fal
 ...     local["num_items_in_batch"] = num_labels(local["shift_labels"], shares.mean)
 ...     accelerator.backward(model(**local).loss * shares.averaged_over)
 
+A streamed set needs ``Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))``: otherwise
+accelerate reads it on rank 0 and deals its rows out to all ranks, those of one sequence too.
+
 The Trainer of transformers is in `cpflex.integrations.trainer`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import accelerate
@@ -27,6 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import DataLoader, IterableDataset
 
 SEAMS = ("_prepare_cp", "maybe_context_parallel")
 """Methods of the accelerator that are replaced: of accelerate 1.15, where they are tested."""
@@ -51,7 +56,8 @@ def attach(accelerator: Accelerator) -> Shares:
     """Make an accelerator leave attention masks and sharding to cpflex. Call it before `Accelerator.prepare`.
 
     Raises:
-        ValueError: a model is prepared already, or, when it is prepared, attends by another implementation.
+        ValueError: a model is prepared already, or, when it is prepared, attends by another implementation; a loader
+            that gives ranks of one sequence unlike rows.
         NotImplementedError: DeepSpeed, Megatron-LM, or sequence parallelism beside context parallelism.
         ImportError: an accelerate that works in another way.
     """
@@ -66,7 +72,7 @@ def attach(accelerator: Accelerator) -> Shares:
     sizes = accelerator.parallelism_config
     if sizes is not None and sizes.sp_enabled:
         raise NotImplementedError(f"sp_size must be 1; got {sizes.sp_size} - cpflex shards the sequence over cp_size")
-    for name, replacement in zip(SEAMS, (_check_models, _refuse), strict=True):
+    for name, replacement in zip(SEAMS, (partial(_check, accelerator), _refuse), strict=True):
         setattr(accelerator, name, replacement)
     averaged_over = accelerator.num_processes // (sizes.tp_size if sizes is not None else 1)
     mesh = accelerator.torch_device_mesh
@@ -77,16 +83,34 @@ def attach(accelerator: Accelerator) -> Shares:
     return Shares(mesh["cp"] if sizes.cp_enabled else None, mean, averaged_over)
 
 
-def _check_models(*prepared: Any) -> tuple[Any, ...]:
+def _check(accelerator: Accelerator, *prepared: Any) -> tuple[Any, ...]:
     """In the place of the hooks that remove attention masks."""
-    for model in prepared:
-        found = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        if isinstance(model, nn.Module) and found not in (None, "cpflex"):
-            raise ValueError(
-                f"{type(model).__name__} attends by {found!r}, to this rank's tokens only; "
-                'load it with attn_implementation="cpflex"'
-            )
+    for one in prepared:
+        if isinstance(one, nn.Module):
+            _check_model(one)
+        elif isinstance(one, DataLoader):
+            _check_loader(one, accelerator.dispatch_batches)
     return prepared
+
+
+def _check_model(model: nn.Module) -> None:
+    found = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if found not in (None, "cpflex"):
+        raise ValueError(
+            f"{type(model).__name__} attends by {found!r}, to this rank's tokens only; "
+            'load it with attn_implementation="cpflex"'
+        )
+
+
+def _check_loader(loader: DataLoader[Any], dispatch_batches: bool | None) -> None:
+    is_streamed = isinstance(loader.dataset, IterableDataset)
+    if dispatch_batches or (dispatch_batches is None and is_streamed):
+        raise ValueError(
+            "the ranks of a sequence must read the same rows; got dispatch_batches="
+            f"{dispatch_batches}{' and an IterableDataset' if is_streamed else ''}, which deals other rows out to each "
+            "rank - pass dataloader_config=DataLoaderConfiguration(dispatch_batches=False) to the Accelerator, or "
+            'accelerator_config={"dispatch_batches": False} to TrainingArguments'
+        )
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

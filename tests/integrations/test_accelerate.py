@@ -27,7 +27,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from hf_models import ARCHITECTURES, VOCAB
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers import Trainer as StockTrainer
 
@@ -225,6 +225,11 @@ def test_evaluation_gives_the_loss_of_one_process(processes: RankProcesses, tmp_
 # -- refusals
 
 
+class Rows(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from rows()
+
+
 def refusal(group: dist.ProcessGroup, what: str, folder: str) -> str:
     with launched(group):
         model = ARCHITECTURES["mistral"].model("sdpa" if what == "another attention" else "cpflex")
@@ -240,6 +245,12 @@ def refusal(group: dist.ProcessGroup, what: str, folder: str) -> str:
                     bridge.attach(accelerator) if what == "after prepare" else accelerator.prepare(model, optimizer)
                     with accelerator.maybe_context_parallel(buffers=[torch.zeros(1, 8)], buffer_seq_dims=[1]):
                         pass
+                case "a streamed set" | "rows dealt out":
+                    accelerator = accelerator_of(1, group.size())
+                    accelerator.dataloader_config.dispatch_batches = True if what == "rows dealt out" else None
+                    bridge.attach(accelerator)
+                    streamed = what == "a streamed set"
+                    accelerator.prepare(DataLoader(Rows() if streamed else rows(), batch_size=1))
                 case "label smoothing":
                     options = over_ranks(folder, 1, group.size(), label_smoothing_factor=0.1)
                     Trainer(model=model, args=options, train_dataset=rows())
@@ -258,6 +269,8 @@ def refusal(group: dist.ProcessGroup, what: str, folder: str) -> str:
         ("another attention", "attends by 'sdpa', to this rank's tokens only"),
         ("after prepare", "must come before"),
         ("the stock context", "drops attention masks"),
+        ("a streamed set", "dispatch_batches=None and an IterableDataset, which deals other rows out to each rank"),
+        ("rows dealt out", "dispatch_batches=True, which deals other rows out to each rank"),
         ("label smoothing", "label_smoothing_factor"),
         ("logits", "prediction_loss_only=True"),
     ],
