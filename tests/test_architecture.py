@@ -23,7 +23,7 @@ FLOORS = (
     {"integrations", "__main__"},
     {"__init__"},
     {"seeing"},
-    {"attention", "testing"},
+    {"attention", "recurrent", "testing"},
     {"planning"},
     {"ring"},
     {"kernels", "sharding", "loss"},

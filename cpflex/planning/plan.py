@@ -96,6 +96,16 @@ class Plan:
         return torch.from_numpy(self.layout.positions(self.rank))
 
     @property
+    def fragments(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Of each rank, its runs of consecutive tokens, (start, stop) in global positions, rising; pads are left out.
+        A rank's local tokens are its fragments one after the other, then pads.
+
+        >>> cpflex.make_plan(cpflex.causal(), 60, rank=0, world_size=2, layout=cpflex.zigzag).fragments
+        (((0, 16), (48, 60)), ((16, 48),))
+        """
+        return self.layout.fragments
+
+    @property
     def steps(self) -> tuple[Step, ...]:
         """The steps of the one mask kind."""
         return self._kind.steps
@@ -206,6 +216,14 @@ class Plan:
         for plan in self._one_kind.values() or [self]:
             handles.resolve(plan.handle).tables_on(torch.device(device), with_work=True)
         return self
+
+    def agree(self, facts: Mapping[str, Any], device: torch.device) -> None:
+        """Compare, by a number, what all ranks are about to exchange on ``device``: for layers other than attention.
+
+        Raises:
+            RankMismatch: on every rank, naming which of the ``facts`` differ.
+        """
+        self._any_bound.agree(dict(facts), device)
 
     def refuse(self, error: Exception) -> None:
         """Make the other ranks' next attention on this plan raise too, before this one raises ``error``."""

@@ -64,6 +64,22 @@ class Layout:
         return (starts[:, None] + np.arange(self.chunk_len)).reshape(-1)
 
     @cached_property
+    def fragments(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Of each rank, its runs of consecutive positions, (start, stop), rising; pads are left out."""
+        return tuple(self._runs(held) for held in self.chunks)
+
+    def _runs(self, held: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        runs: list[tuple[int, int]] = []
+        for chunk in held:
+            start, stop = chunk * self.chunk_len, min((chunk + 1) * self.chunk_len, self.seq_len)
+            if start >= self.seq_len:
+                break
+            if runs and runs[-1][1] == start:
+                start = runs.pop()[0]
+            runs.append((start, stop))
+        return tuple(runs)
+
+    @cached_property
     def key(self) -> str:
         return hashlib.sha256(f"{self.seq_len}|{self.chunk_len}|{self.chunks}".encode()).hexdigest()[:16]
 

@@ -1,0 +1,108 @@
+"""What the ranks of a recurrence send one another: summaries of fragments to all, tokens before fragments to whom they
+concern; backward the other way, summed in rank order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from cpflex.links.protocol import Message
+from cpflex.planning.plan import Plan
+from cpflex.recurrent.chain import Chain
+
+# B batch, F fragments of the sequence, F_local of this rank, X numbers of a summary
+
+Facts = dict[str, Any]
+"""A call in words: what all ranks must have in common."""
+
+
+def agree(layer: str, chain: Chain, tensors: Mapping[str, Tensor | None], check: Callable[[], None]) -> Facts:
+    """Compare a call with the other ranks', before anything is exchanged. What ``check`` raises, all ranks raise."""
+    named = {name: x for name, x in tensors.items() if x is not None}
+    try:
+        if not isinstance(chain, Chain):
+            raise TypeError(f"chain must be made by cpflex.recurrent.make_chain; got {type(chain).__name__}")
+        _check_tensors(named)
+        check()
+        if chain.plan.world_size > 1 and chain.plan._links is None:
+            raise RuntimeError("the plan of this chain has no group; make the chain of plan.bind(group)")
+    except (ValueError, TypeError, RuntimeError) as error:
+        if isinstance(chain, Chain):
+            chain.plan.refuse(error)
+        raise
+    wanted = [name for name, x in named.items() if x.requires_grad] if torch.is_grad_enabled() else []
+    kinds = {name: f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for name, x in named.items()}
+    device = next(iter(named.values())).device
+    facts = {
+        "direction": "forward",
+        "layer": layer,
+        **chain.facts,
+        **kinds,
+        "device": device.type,
+        "gradients": ", ".join(wanted),
+    }
+    chain.plan.agree(facts, device)
+    return facts
+
+
+def _check_tensors(named: Mapping[str, Tensor]) -> None:
+    for name, x in named.items():
+        if not isinstance(x, Tensor) or isinstance(x, DTensor):
+            raise TypeError(f"{name} must be a local Tensor; got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating; got {x.dtype}")
+    if len(devices := {x.device for x in named.values()}) > 1:
+        raise ValueError(f"the tensors must lie on one device; got {sorted(map(str, devices))}")
+
+
+def gather(
+    mine: Tensor,  # [B, F_local, X]
+    chain: Chain,
+    facts: Facts,
+) -> Tensor:  # [B, F, X], rank by rank
+    """All ranks' summaries. Backward brings each rank the sum of what all ranks ask of its own."""
+    return _Gather.apply(mine, chain, facts)  # type: ignore[return-value]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mine: Tensor, chain: Chain, facts: Facts) -> Tensor:
+        ctx.chain, ctx.facts = chain, facts
+        plan, counts = chain.plan, _counts(chain)
+        mine = mine.contiguous()
+        parts = [mine.new_empty(len(mine), count, mine.shape[2]) for count in counts]
+        parts[plan.rank] = mine
+        swap([mine] * plan.world_size, parts, plan)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        chain, plan = ctx.chain, ctx.chain.plan
+        plan.agree({**ctx.facts, "direction": "backward"}, grad.device)
+        asked = [part.contiguous() for part in grad.split(_counts(chain), dim=1)]
+        parts = [torch.empty_like(asked[plan.rank]) for _ in asked]
+        parts[plan.rank] = asked[plan.rank]
+        swap(asked, parts, plan)
+        return torch.stack(parts).sum(dim=0), None, None
+
+
+def _counts(chain: Chain) -> list[int]:
+    return [len(held) for held in chain.plan.fragments]
+
+
+def swap(sent: Sequence[Tensor], received: Sequence[Tensor], plan: Plan) -> None:
+    """Send ``sent[r]`` to each other rank r, receive ``received[r]`` from it; contiguous, empty ones left out."""
+    if plan.world_size == 1:
+        return
+
+    def messages(tensors: Sequence[Tensor]) -> list[Message]:
+        return [(peer, x.view(-1)) for peer, x in enumerate(tensors) if peer != plan.rank and x.numel()]
+
+    links = plan._links
+    assert links is not None, "a call is refused before, if the plan has no group"
+    links.exchange(messages(sent), messages(received)).wait()

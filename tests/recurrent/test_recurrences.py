@@ -1,0 +1,77 @@
+"""Recurrent layers on 1 to 4 ranks: output and all gradients against the recurrence token by token in float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from problems import DOCUMENTS, LAYOUTS, RECURRENCES, Problem, assemble, run_on_rank
+
+from cases import pairwise, whole_product
+from cpflex.testing import run_ranks
+from processes import RankProcesses
+
+LENGTHS = (203, 1, 37, 330)
+FACTORS = {
+    "recurrence": list(RECURRENCES),
+    "documents": list(DOCUMENTS),
+    "layout": list(LAYOUTS),
+    "world_size": [1, 2, 3, 4],
+    "seq_len": LENGTHS,
+}
+SAMPLE = [Problem(**row) for row in pairwise(FACTORS)]
+WHOLE = [Problem(**row) for row in whole_product(FACTORS, {})]
+
+
+def check(problem: Problem) -> None:
+    made = assemble(run_ranks(partial(run_on_rank, problem=problem), problem.world_size, timeout=60), problem)
+    for name, expected in problem.by_token().items():
+        bound = 1e-10 * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(
+            made[name], expected, atol=bound, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("problem", SAMPLE, ids=str)
+def test_ranks_compute_what_one_recurrence_does(problem: Problem):
+    check(problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", WHOLE, ids=str)
+def test_every_recurrence_in_every_layout_with_all_documents(problem: Problem):
+    check(problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+def test_as_exact_as_the_recurrence_in_fp32(recurrence: str, dtype: torch.dtype):
+    """16-bit inputs are computed in fp32 too, and rounded once; the budget is that of cutting sums at other places."""
+    problem = Problem(recurrence, "rows", "balanced", 3, 330, dtype)
+    made = assemble(run_ranks(partial(run_on_rank, problem=problem), 3, timeout=60), problem)
+    truth, same = problem.by_token(), problem.by_token(torch.float32)
+    for name, expected in truth.items():
+        assert made[name].dtype == dtype
+        scale = expected.abs().max()
+        ours, theirs = ((x.double() - expected).abs().max() / scale for x in (made[name], same[name]))
+        assert ours <= 4 * theirs + torch.finfo(dtype).eps, f"{name}: {ours} against {theirs}"
+
+
+GLOO = [
+    Problem("gated_delta_rule", "rows", "balanced", seq_len=330),
+    Problem("decay_by_channel", "padded", "striped", seq_len=330),
+    Problem("ssd", "packed", "zigzag", seq_len=203, dtype=torch.float32),
+    Problem("causal_conv1d", "rows", "crumbs", seq_len=37),
+    Problem("causal_conv1d", "padded", "zigzag", seq_len=330, dtype=torch.bfloat16),
+    Problem("gated_delta_rule", "one", "contiguous", seq_len=1),
+]
+
+
+@pytest.mark.parametrize("processes", [2, 4], indirect=True)
+@pytest.mark.parametrize("problem", GLOO, ids=str)
+def test_processes_compute_what_threads_do(problem: Problem, processes: RankProcesses):
+    world_size = processes.world_size
+    made = assemble(processes.run(run_on_rank, problem), problem)
+    expected = assemble(run_ranks(partial(run_on_rank, problem=problem), world_size, timeout=60), problem)
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
