@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 ALONE = ["inspect_plan"]
 """Those that need no ranks."""
-STARTED = ["huggingface_trainer", "inspect_plan"]
+STARTED = ["huggingface_trainer", "inspect_plan", "lightning_module"]
 """Those that are always started as their docstrings say: what they load wants a process of its own."""
 
 SAYS = {
@@ -32,6 +33,7 @@ SAYS = {
     "fsdp2": r"step 4: loss",
     "huggingface_trainer": r"first step: loss",
     "inspect_plan": r"layout +work.*\ncontiguous.*\nzigzag.*\nstriped.*\nbalanced",
+    "lightning_module": r"(?s)loss .*\nloss .*\nloss ",
     "packed_documents": r"share of the loss",
     "sinks": r"gradient of the sinks",
     "two_microbatches": r"(?s)microbatch 0.*: True\n.*microbatch 1.*: True\n",
@@ -88,12 +90,16 @@ def command_of(name: str) -> str:
     return f"python examples/{name}.py" if name in ALONE else f"torchrun --nproc-per-node 2 examples/{name}.py"
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in STARTED else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+MARKS = {name: () if name in STARTED else pytest.mark.slow for name in NAMES}
+MARKS["lightning_module"] = pytest.mark.by_day(3)  # it loads for ten seconds
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in NAMES])
 def test_it_runs_as_its_docstring_says(name: str):
     if name.startswith(("huggingface", "accelerate")):
         pytest.importorskip("accelerate")
+    if name.startswith("lightning") and find_spec("lightning") is None:
+        pytest.skip("lightning is not installed")
     program, *arguments = command_of(name).split()
     if program == "torchrun":
         # a free port: others may be running on this machine
