@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from cpflex.integrations.transformers import plan_for, shard_batch
 from cpflex.loss import num_labels
 
-VOCAB, SEQ_LEN, CP, CLIP = 64, 300, 2, 0.5
+VOCAB, SEQ_LEN, CP, CLIP = 64, 300, 2, 2.0
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "sliding_window": 50, "initializer_range": 0.3}
 ROWS = torch.randint(VOCAB, (6, SEQ_LEN), generator=torch.Generator().manual_seed(0))
