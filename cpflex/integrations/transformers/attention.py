@@ -207,6 +207,11 @@ def _check_arguments(dropout: float, kwargs: Mapping[str, Any]) -> None:
         raise NotImplementedError("is_causal=False: the plan's masks are causal; or_mask_function can add to them")
     if kwargs.get("use_cache"):
         raise NotImplementedError("a KV cache is not supported; pass use_cache=False")
+    if "logits_to_keep" in kwargs:
+        raise NotImplementedError(
+            "a batch for a language model was given to a model with another head, or none: its labels are not the next "
+            "tokens, and what it pools may be on another rank; pass the model, shard_batch(batch, plan, model)"
+        )
     for name, value in kwargs.items():
         if name not in HONOURED | NOT_OF_ATTENTION | {"is_causal"} and value is not None and value is not False:
             raise NotImplementedError(f"the attention argument {name}= is not supported with cpflex")

@@ -8,14 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpflex.integrations.transformers.heads import (
+    LANGUAGE_MODELS,
+    POOLING,
+    WHOLE,
+    head_of,
+    see_whole_sequence,
+    takes_logits_to_keep,
+)
 from cpflex.integrations.transformers.masks import documents_of
 from cpflex.integrations.transformers.planning import ModelPlan
 from cpflex.loss import IGNORE_INDEX, shift_labels
 
 # B batch, S tokens of the whole sequence, E hidden size
 
+NEXT_TOKEN = ("labels", "shift_labels")
+LABELS: dict[str | None, tuple[str, ...]] = {**dict.fromkeys(LANGUAGE_MODELS, NEXT_TOKEN), **WHOLE}
+"""What heads take besides the tokens."""
 
-def shard_batch(batch: Mapping[str, Any], plan: ModelPlan) -> dict[str, Any]:
+
+def shard_batch(batch: Mapping[str, Any], plan: ModelPlan, model: Any = None) -> dict[str, Any]:
     """This rank's part of a batch that every rank holds whole: ``model(**shard_batch(batch, plan))``.
 
     ``labels`` are shifted before they are sharded; the last token of each document predicts nothing, nor does padding
@@ -25,27 +37,39 @@ def shard_batch(batch: Mapping[str, Any], plan: ModelPlan) -> dict[str, Any]:
     ranks: multiply the loss by their number. With data parallelism or gradient accumulation, give
     ``num_items_in_batch``, the labels of all batches that are summed.
 
+    That is for a language model, which shifts labels; any other refuses the result. Give the model, and what its head
+    needs is done: those for classes of tokens or sequences, rewards and answers see the whole sequence, from scores
+    that are gathered in order (`cpflex.integrations.transformers.heads`). Their loss is a share as well, and their
+    logits are those of one process, on every rank.
+
     Args:
         batch: ``input_ids`` [B, S] or ``inputs_embeds`` [B, S, E]; optionally ``labels`` [B, S] not shifted, or
-            ``shift_labels``; ``position_ids``; ``num_items_in_batch``; ``attention_mask``, that of the plan.
+            ``shift_labels``; ``position_ids``; ``num_items_in_batch``; ``attention_mask``, that of the plan. For other
+            heads what they take.
+        model: that will be called, wrapped or not; it gets hooks if its head sees the whole sequence. None is a
+            language model.
 
     Raises:
+        NotImplementedError: the model has another head.
         ValueError: what does not fit the plan, or nothing knows how to shard; on every rank.
         RankMismatch: the ranks of the sequence hold different tokens or labels (`Plan.require_same`).
     """
     try:
-        local = _sharded(batch, plan)
+        local = _sharded(batch, plan, model)
     except Exception as error:
         plan.plan.refuse(error)
         raise
-    compared = ("input_ids", "labels", "shift_labels")
+    compared = ("input_ids", "labels", "shift_labels", "start_positions", "end_positions")
     plan.plan.require_same(**{name: batch[name] for name in compared if batch.get(name) is not None})
     return local
 
 
-def _sharded(batch: Mapping[str, Any], plan: ModelPlan) -> dict[str, Any]:
-    known = {"input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", "num_items_in_batch"}
+def _sharded(batch: Mapping[str, Any], plan: ModelPlan, model: Any) -> dict[str, Any]:
+    head = "ForCausalLM" if model is None else head_of(model)
+    known = {"input_ids", "inputs_embeds", "position_ids", "num_items_in_batch", *LABELS.get(head, ())}
     if unknown := sorted(set(batch) - known - {"attention_mask"}):
+        if "logits_to_keep" in unknown:
+            raise NotImplementedError("logits_to_keep would keep the last tokens of each rank; leave it out")
         raise ValueError(f"shard_batch knows {sorted(known)}; got {unknown}: shard them with plan.plan.shard(x, dim)")
     _check_padding(batch.get("attention_mask"), plan)
     tokens = {name: batch[name] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None}
@@ -60,18 +84,37 @@ def _sharded(batch: Mapping[str, Any], plan: ModelPlan) -> dict[str, Any]:
         "attention_mask": plan.attention_mask,
         "use_cache": False,
     }
+    if model is not None and head in WHOLE:
+        _check_one_result(head, plan)
+        see_whole_sequence(model)
+        return local | {key: x for key, x in batch.items() if key in {name, "num_items_in_batch", *LABELS[head]}}
+    if head is not None and (model is None or takes_logits_to_keep(model)):
+        local["logits_to_keep"] = 0  # all. Heads of other models pass it on to the attention, which tells that by it
+    return local | _local_labels(batch, plan)
+
+
+def _check_one_result(head: str, plan: ModelPlan) -> None:
+    if head in POOLING and documents_of(plan.position_ids).any():
+        raise NotImplementedError(
+            f"a model {head} has one result for each row of the batch, also where several documents are packed in it; "
+            "give each document a row of its own, with padding"
+        )
+
+
+def _local_labels(batch: Mapping[str, Any], plan: ModelPlan) -> dict[str, Any]:
+    """This rank's labels of next tokens, and how many there are on all ranks."""
     labels = batch.get("shift_labels")
     if labels is None and batch.get("labels") is not None:
         labels = shifted(batch["labels"], plan.position_ids, plan.padding_mask)
-    if labels is not None:
-        count = batch.get("num_items_in_batch")
-        local_labels = plan.plan.shard(labels, dim=1, pad_value=IGNORE_INDEX)
-        local |= {
-            "labels": local_labels,
-            "shift_labels": local_labels,
-            "num_items_in_batch": (labels != IGNORE_INDEX).sum().clamp(min=1) if count is None else count,
-        }
-    return local
+    if labels is None:
+        return {}
+    count = batch.get("num_items_in_batch")
+    local_labels = plan.plan.shard(labels, dim=1, pad_value=IGNORE_INDEX)
+    return {
+        "labels": local_labels,
+        "shift_labels": local_labels,
+        "num_items_in_batch": (labels != IGNORE_INDEX).sum().clamp(min=1) if count is None else count,
+    }
 
 
 def shifted(
@@ -80,6 +123,11 @@ def shifted(
     padding_mask: Tensor | None,  # [B, S], 0 at padding
 ) -> Tensor:  # [B, S]
     """Labels of a whole batch, one to the left. Nothing is predicted across documents, by padding or of padding."""
+    if labels.ndim != 2:
+        raise ValueError(
+            f"labels of a language model must be [B, S]; got shape {tuple(labels.shape)} - for another head pass the "
+            "model: shard_batch(batch, plan, model)"
+        )
     documents = None
     if position_ids is not None:
         documents = documents_of(position_ids).to(labels.device).expand(labels.shape)
