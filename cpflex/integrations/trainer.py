@@ -24,6 +24,7 @@ from torch import nn
 from cpflex.integrations.accelerate import Shares, attach
 from cpflex.integrations.transformers import ModelPlan, PlanMask, plan_for, shard_batch
 from cpflex.integrations.transformers.batch import shifted
+from cpflex.integrations.transformers.flash import without_flash_keywords
 
 SEAMS = ("create_accelerator_and_postprocess", "_prepare_context_parallel_inputs", "_get_num_items_in_batch")
 """Methods of the Trainer that are extended here, in all versions from 4.57 on."""
@@ -71,6 +72,7 @@ class SharedSequences(Base):
 
     def plan(self, batch: dict[str, Any]) -> ModelPlan:
         """The plan of a batch that every rank of its sequence holds whole. Override it for masks of your own."""
+        batch = without_flash_keywords(batch)
         config, group = self.accelerator.unwrap_model(self.model).config, self.shares.cp
         if batch.get("position_ids") is not None:
             return plan_for(config, group, position_ids=batch["position_ids"].cpu())
@@ -90,8 +92,9 @@ class SharedSequences(Base):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         counted = []
         for batch in batch_samples:  # counted as they will be used: not across documents
+            told = without_flash_keywords(batch)
             if "shift_labels" not in batch and batch.get("labels") is not None:
-                batch["shift_labels"] = shifted(batch["labels"], batch.get("position_ids"), batch.get("attention_mask"))
+                batch["shift_labels"] = shifted(batch["labels"], told.get("position_ids"), told.get("attention_mask"))
             # the Trainer of 4.57 counts labels, whatever else is there
             counted.append({**batch, "labels": batch["shift_labels"]} if "shift_labels" in batch else batch)
         return super()._get_num_items_in_batch(counted, device)

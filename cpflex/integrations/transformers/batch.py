@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpflex.integrations.transformers.flash import without_flash_keywords
 from cpflex.integrations.transformers.heads import (
     LANGUAGE_MODELS,
     POOLING,
@@ -44,8 +45,9 @@ def shard_batch(batch: Mapping[str, Any], plan: ModelPlan, model: Any = None) ->
 
     Args:
         batch: ``input_ids`` [B, S] or ``inputs_embeds`` [B, S, E]; optionally ``labels`` [B, S] not shifted, or
-            ``shift_labels``; ``position_ids``; ``num_items_in_batch``; ``attention_mask``, that of the plan. For other
-            heads what they take.
+            ``shift_labels``; ``position_ids``; ``num_items_in_batch``; ``attention_mask``, that of the plan. Keywords
+            of flash attention that tell of packed documents, ``cu_seq_lens_q`` and its like, must tell of the plan's.
+            For other heads what they take.
         model: that will be called, wrapped or not; it gets hooks if its head sees the whole sequence. None is a
             language model.
 
@@ -65,6 +67,7 @@ def shard_batch(batch: Mapping[str, Any], plan: ModelPlan, model: Any = None) ->
 
 
 def _sharded(batch: Mapping[str, Any], plan: ModelPlan, model: Any) -> dict[str, Any]:
+    batch = without_flash_keywords(batch)
     head = "ForCausalLM" if model is None else head_of(model)
     known = {"input_ids", "inputs_embeds", "position_ids", "num_items_in_batch", *LABELS.get(head, ())}
     if unknown := sorted(set(batch) - known - {"attention_mask"}):

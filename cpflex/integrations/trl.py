@@ -1,0 +1,216 @@
+"""TRL's trainers on sharded sequences: packing, completions, adapters, preferences.
+
+>>> from cpflex.integrations.trl import SFTTrainer                               # instead of trl's
+>>> arguments = SFTConfig(parallelism_config=ParallelismConfig(cp_size=4), fsdp=True, packing=True, ...)
+>>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="cpflex")
+>>> SFTTrainer(model=model, args=arguments, train_dataset=dataset).train()
+
+Every rank of a sequence gets the same batch. When the trainer calls the model, or the reference model, each rank
+computes its own tokens; what comes out for each token, its log-probability, its entropy or its score, is gathered in
+order, a few numbers a token. What TRL makes of them is TRL's own code, on every rank of the sequence alike, so that
+losses and metrics are those of one process, or of data parallelism with one rank for each sequence.
+
+The loss is therefore whole on each rank. The gradient of what was gathered is summed over the ranks of the sequence,
+and FSDP and DDP average gradients over them: the two cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+import trl
+from accelerate.utils.operations import recursively_apply
+from torch import Tensor, nn
+
+from cpflex import Plan
+from cpflex.integrations.accelerate import Shares, attach
+from cpflex.integrations.trainer import SharedSequences
+from cpflex.integrations.transformers import ModelPlan, PlanMask, shard_batch
+from cpflex.loss import shift_labels
+
+try:
+    from trl.trainer.dpo_trainer import DPOTrainer as StockDPOTrainer
+    from trl.trainer.sft_trainer import SFTTrainer as StockSFTTrainer
+    from trl.trainer.utils import FusedCausalLMOutput
+except ImportError as error:
+    raise ImportError(
+        f"trl {trl.__version__} has no fused LM head, on which this module builds; install 1.16"
+    ) from error
+
+# B batch, S tokens of the whole sequence, S_local of this rank, V vocabulary
+
+SEAMS = ("create_accelerator_and_postprocess", "_prepare_context_parallel_inputs")
+"""Methods of the Trainer that are extended here."""
+OF_TOKENS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+"""What TRL's fused LM head gives for each token."""
+
+if TYPE_CHECKING:  # what stands behind `WholeOutputs` in each trainer
+    Base = transformers.Trainer
+else:
+    Base = object
+
+
+class WholeOutputs(Base):
+    """What makes a trainer of TRL work on sharded sequences: to be named before it.
+
+    Attributes:
+        shares: the ranks of one sequence, and those of one mean (`cpflex.integrations.accelerate.Shares`).
+
+    Raises:
+        NotImplementedError: what `refused` says.
+        ImportError: a transformers whose Trainer works in another way.
+    """
+
+    shares: Shares
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        above = super()
+        if missing := [name for name in SEAMS if not hasattr(above, name)]:
+            raise ImportError(f"the Trainer of transformers {transformers.__version__} has no {missing}")
+        super().__init__(*args, **kwargs)
+        self.share_models()
+
+    def refused(self) -> dict[str, bool]:
+        """What is not supported, by name, and whether it is asked for."""
+        return {
+            "label_smoothing_factor": self.args.label_smoothing_factor != 0,
+            "neftune_noise_alpha": self.args.neftune_noise_alpha is not None,
+            "use_liger_kernel": self.args.use_liger_kernel,
+            "compute_loss_func": self.compute_loss_func is not None,
+            "eval_use_gather_object": self.args.eval_use_gather_object,
+        }
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.shares = attach(self.accelerator)
+        gather = gather_once(self.accelerator)
+        self.accelerator.gather_for_metrics = self.gather_function = gather
+
+    plan = SharedSequences.plan
+
+    def share_models(self) -> None:
+        """Let the models that are there by now compute this rank's tokens of what they are called with."""
+        if found := [name for name, is_asked in self.refused().items() if is_asked]:
+            raise NotImplementedError(f"{found}: not supported with context parallelism by {type(self).__name__}")
+        models: list[Any] = [self.model, getattr(self, "ref_model", None)]
+        for model in models:
+            if model is not None and not getattr(model, "_has_whole_outputs", False):
+                share_calls(model, self.plan)
+                model._has_whole_outputs = True
+
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return nullcontext, inputs
+
+
+# -- a model that is called with whole batches, and returns what it computes for the whole batch
+
+
+def share_calls(model: nn.Module, plan_of: Callable[[dict[str, Any]], ModelPlan]) -> None:
+    """Shard what ``model`` is called with, and gather what comes out for each token."""
+
+    def shard(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if module.config._attn_implementation != "cpflex":  # while completions are generated
+            return None
+        return (), sharded(kwargs, plan_of)
+
+    def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        mask = next(iter(mask.values())) if isinstance(mask, dict) else mask
+        return gathered(outputs, mask.plan) if isinstance(mask, PlanMask) else None
+
+    model.register_forward_pre_hook(shard, with_kwargs=True)
+    model.register_forward_hook(gather, with_kwargs=True)
+
+
+def sharded(call: dict[str, Any], plan_of: Callable[[dict[str, Any]], ModelPlan]) -> dict[str, Any]:
+    """The arguments for this rank's tokens, of those for the whole batch."""
+    batch = {
+        name: x for name, x in call.items() if name not in ("fused_lm_head", "labels", "use_cache") and x is not None
+    }
+    labels: Tensor | None = call.get("labels")
+    is_fused = call.get("fused_lm_head", False)
+    plan = plan_of(batch)
+    if is_fused:
+        batch["shift_labels"] = shift_labels(labels)
+    elif labels is not None:
+        raise NotImplementedError("the model's own loss would be that of one rank's tokens")
+    local = shard_batch(batch, plan)
+    named = {name: x for name, x in local.items() if name not in ("labels", "num_items_in_batch")}
+    return named | {"fused_lm_head": True} if is_fused else named
+
+
+def gathered(outputs: Any, plan: Plan) -> Any:
+    """The outputs with what they hold for each token, of all tokens in their order. Differentiable."""
+    if not isinstance(outputs, FusedCausalLMOutput):
+        return replace(outputs, logits=plan.unshard(outputs.logits, dim=1))
+    local = {name: x for name in OF_TOKENS if (x := getattr(outputs, name)) is not None}
+    numbers = torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in local.values()])
+    whole = plan.unshard(numbers, dim=2)[..., :-1]  # the last token of a row predicts nothing, and has no place in it
+    fields = {name: x.to(local[name].dtype) for name, x in zip(local, whole, strict=True)}
+    return FusedCausalLMOutput(**fields)
+
+
+# -- metrics: of one rank of each sequence
+
+
+def gather_once(accelerator: Any) -> Callable[..., Any]:
+    """`Accelerator.gather_for_metrics` as if each sequence had one rank."""
+    sizes = accelerator.parallelism_config
+    tp, cp = (sizes.tp_size, sizes.cp_size) if sizes is not None else (1, 1)
+
+    def gather_for_metrics(input_data: Any, use_gather_object: bool = False) -> Any:
+        if use_gather_object:
+            raise NotImplementedError("use_gather_object is not supported; gather tensors")
+        state = accelerator.gradient_state
+        stop = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+
+        def once(x: Tensor) -> Tensor:  # ranks are numbered [dp, cp, tp]
+            return x.unflatten(0, (-1, cp, tp, len(x) // accelerator.num_processes))[:, 0].flatten(0, 2)[:stop]
+
+        return recursively_apply(once, accelerator.gather(input_data))
+
+    return gather_for_metrics
+
+
+# -- the trainers
+
+
+class SFTTrainer(WholeOutputs, StockSFTTrainer):
+    """`trl.SFTTrainer` for a model with ``attn_implementation="cpflex"``; all arguments are the same."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        finally:  # see below
+            if hasattr(self, "_packing"):
+                vars(self.args).update(self._packing)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # TRL goes on to refuse packing under context parallelism, because accelerate's drops masks
+        said: Any = self.args
+        self._packing = {"packing": said.packing, "eval_packing": said.eval_packing}
+        said.packing = said.eval_packing = False
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        computed = super().compute_loss(model, inputs, *args, **kwargs)
+        is_share = self.args.average_tokens_across_devices and kwargs.get("num_items_in_batch") is not None
+        if not is_share or self.shares.cp is None:
+            return computed
+        # a sum over labels, multiplied by the number of ranks: those of one sequence have the same labels
+        loss, *outputs = computed if isinstance(computed, tuple) else (computed,)
+        loss = loss / self.shares.cp.size()
+        return (loss, *outputs) if outputs else loss
+
+
+class DPOTrainer(WholeOutputs, StockDPOTrainer):
+    """`trl.DPOTrainer` for models with ``attn_implementation="cpflex"``; all arguments are the same."""
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        self.share_models()
+        return super()._precompute_ref_logps(*args, **kwargs)
