@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
-EXTRAS := .[dev,train,viz,hf]
+EXTRAS := .[dev,train,viz,hf,trl]
 OF_VERSIONS := (not slow or hf) and not gpu and not multi_gpu
 
 .PHONY: train test test-all test-hf test-latest test-oldest test-gpu check format verify fuzz mutants bench-planner bench-cpu bench-kernels clean

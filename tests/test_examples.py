@@ -24,8 +24,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 ALONE = ["inspect_plan"]
 """Those that need no ranks."""
-STARTED = ["huggingface_trainer", "inspect_plan", "lightning_module"]
+STARTED = ["huggingface_trainer", "inspect_plan", "lightning_module", "trl_dpo", "trl_sft"]
 """Those that are always started as their docstrings say: what they load wants a process of its own."""
+
+HF = ["transformers", "accelerate"]
+NEEDS = {"accelerate": HF, "huggingface": HF, "lightning": [*HF, "lightning"], "trl": [*HF, "trl", "peft"]}
+"""Packages, by how names of examples begin."""
 
 SAYS = {
     "accelerate_plain": r"(?s)(2|4) rows: loss.*rows: loss",
@@ -36,6 +40,8 @@ SAYS = {
     "lightning_module": r"(?s)loss .*\nloss .*\nloss ",
     "packed_documents": r"share of the loss",
     "sinks": r"gradient of the sinks",
+    "trl_dpo": r"first step: loss",
+    "trl_sft": r"first step: loss",
     "two_microbatches": r"(?s)microbatch 0.*: True\n.*microbatch 1.*: True\n",
     "wrap_attention": r"gradient of qkv.weight",
 }
@@ -73,8 +79,7 @@ def said_by(group: dist.ProcessGroup, name: str) -> str:
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in STARTED])
 def test_ranks_compute_what_one_would(name: str, processes: RankProcesses):
-    if name.startswith("accelerate"):
-        pytest.importorskip("accelerate")
+    skip_without_packages(name)
     texts = processes.run(said_by, name)
     assert_says(name, texts[0])
 
@@ -86,20 +91,22 @@ def test_the_commands_are_those_that_the_examples_state():
         assert command_of(name) in docstring
 
 
+def skip_without_packages(name: str) -> None:
+    if missing := [package for package in NEEDS.get(name.split("_")[0], ()) if find_spec(package) is None]:
+        pytest.skip(f"{missing} are not installed")
+
+
 def command_of(name: str) -> str:
     return f"python examples/{name}.py" if name in ALONE else f"torchrun --nproc-per-node 2 examples/{name}.py"
 
 
 MARKS = {name: () if name in STARTED else pytest.mark.slow for name in NAMES}
-MARKS["lightning_module"] = pytest.mark.by_day(3)  # it loads for ten seconds
+MARKS |= dict.fromkeys(["lightning_module", "trl_dpo", "trl_sft"], pytest.mark.by_day(3))  # they load for ten seconds
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in NAMES])
 def test_it_runs_as_its_docstring_says(name: str):
-    if name.startswith(("huggingface", "accelerate")):
-        pytest.importorskip("accelerate")
-    if name.startswith("lightning") and find_spec("lightning") is None:
-        pytest.skip("lightning is not installed")
+    skip_without_packages(name)
     program, *arguments = command_of(name).split()
     if program == "torchrun":
         # a free port: others may be running on this machine

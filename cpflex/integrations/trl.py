@@ -83,6 +83,7 @@ class WholeOutputs(Base):
             "use_liger_kernel": self.args.use_liger_kernel,
             "compute_loss_func": self.compute_loss_func is not None,
             "eval_use_gather_object": self.args.eval_use_gather_object,
+            "average_tokens_across_devices=False": not self.args.average_tokens_across_devices,
         }
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -151,7 +152,7 @@ def gathered(outputs: Any, plan: Plan) -> Any:
     local = {name: x for name in OF_TOKENS if (x := getattr(outputs, name)) is not None}
     numbers = torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in local.values()])
     whole = plan.unshard(numbers, dim=2)[..., :-1]  # the last token of a row predicts nothing, and has no place in it
-    fields = {name: x.to(local[name].dtype) for name, x in zip(local, whole, strict=True)}
+    fields = {name: x.clone().to(local[name].dtype) for name, x in zip(local, whole, strict=True)}
     return FusedCausalLMOutput(**fields)
 
 
@@ -199,8 +200,7 @@ class SFTTrainer(WholeOutputs, StockSFTTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         computed = super().compute_loss(model, inputs, *args, **kwargs)
-        is_share = self.args.average_tokens_across_devices and kwargs.get("num_items_in_batch") is not None
-        if not is_share or self.shares.cp is None:
+        if kwargs.get("num_items_in_batch") is None or self.shares.cp is None:
             return computed
         # a sum over labels, multiplied by the number of ranks: those of one sequence have the same labels
         loss, *outputs = computed if isinstance(computed, tuple) else (computed,)

@@ -1,0 +1,79 @@
+"""Preferences with TRL: DPO of an adapter (LoRA), with long chosen and rejected answers over the ranks of a sequence.
+
+    torchrun --nproc-per-node 2 examples/trl_dpo.py      a batch of pairs over both ranks
+    torchrun --nproc-per-node 4 examples/trl_dpo.py      two batches, two ranks each
+
+Prints the loss of the first step, and how far it is from that of transformers' own attention on one rank.
+"""
+
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from trl import DPOConfig
+
+from cpflex.integrations.trl import DPOTrainer  # instead of trl's
+
+VOCAB, CP, OPTIONS = 64, 2, {"logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False}
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8, "initializer_range": 0.3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB}
+LENGTHS = ((20, 90, 150), (70, 30, 40), (5, 180, 60), (33, 77, 120))  # prompts, chosen and rejected answers
+
+
+def model_with(attention: str) -> torch.nn.Module:
+    """With an adapter that changes what the model says from the start."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**SHAPE, **HEADS), attn_implementation=attention)
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+def text(length: int) -> str:
+    return "".join(f" w{2 + (i * i + length) % (VOCAB - 2)}" for i in range(length))
+
+
+def log_prob(model: torch.nn.Module, prompt: str, answer: str) -> torch.Tensor:
+    tokens = torch.tensor([int(word[1:]) for word in (prompt + answer).split()] + [1])  # TRL ends answers
+    log_probs = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])
+    return log_probs[len(prompt.split()) - 1 :].sum()
+
+
+@torch.no_grad()
+def loss_on_one_rank(pairs: list[dict[str, str]]) -> float:
+    model, gained = model_with("sdpa"), torch.zeros(len(pairs))
+    for index, (prompt, chosen, rejected) in enumerate(pair.values() for pair in pairs):
+        gained[index] = log_prob(model, prompt, chosen) - log_prob(model, prompt, rejected)
+        with model.disable_adapter():
+            gained[index] -= log_prob(model, prompt, chosen) - log_prob(model, prompt, rejected)
+    return -F.logsigmoid(0.1 * gained).mean().item()
+
+
+def main() -> None:
+    pairs = [{"prompt": text(a), "chosen": text(b), "rejected": text(c)} for a, b, c in LENGTHS]
+    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    mesh = ParallelismConfig(cp_size=CP, dp_shard_size=dist.get_world_size() // CP)
+    with tempfile.TemporaryDirectory() as folder:
+        batch = {"per_device_train_batch_size": 4 // mesh.dp_shard_size, "max_steps": 3}  # all pairs
+        arguments = DPOConfig(output_dir=folder, parallelism_config=mesh, fsdp=True, **batch, **OPTIONS)
+        if arguments.device.type == "cpu":  # accelerate shards parameters on accelerators only: the CPU passes for one
+            PartialState().distributed_type = DistributedType.MULTI_GPU
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+        data = {"train_dataset": Dataset.from_list(pairs), "processing_class": tokenizer}
+        (trainer := DPOTrainer(model=model_with("cpflex"), args=arguments, **data)).train()
+    first = trainer.state.log_history[0]["loss"]
+    if dist.get_rank() == 0:
+        print(f"first step: loss {first:.6f}, difference to one rank {first - loss_on_one_rank(pairs):.1e}")
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    main()
+    dist.destroy_process_group()

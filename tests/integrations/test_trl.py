@@ -1,0 +1,96 @@
+"""Trainers of TRL over the ranks of a sequence log what they log in one process: losses, gradient norms, metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+
+from trl_runs import (
+    Run,
+    completions,
+    conversations,
+    documents,
+    preferences,
+    trained_alone,
+    trained_on_rank,
+)
+
+from processes import RankProcesses
+
+pytestmark = pytest.mark.hf
+
+SFT = {
+    "packed": Run("SFT", documents, {"packing": True}),
+    "packed, adapters": Run("SFT", documents, {"packing": True}, lora=True),
+    "cut into packs": Run("SFT", documents, {"packing": True, "packing_strategy": "bfd_split", "max_length": 37}),
+    "wrapped": Run("SFT", documents, {"packing": True, "packing_strategy": "wrapped"}),
+    "padding-free": Run("SFT", documents, {"padding_free": True, "max_length": None}),
+    "padded": Run("SFT", documents, {"pad_to_multiple_of": 7}),
+    "completions": Run("SFT", completions, {"max_length": 70}),
+    "completions, packed": Run("SFT", completions, {"packing": True, "completion_only_loss": True}),
+    "answers, packed": Run("SFT", conversations, {"packing": True, "assistant_only_loss": True}),
+    "accumulated": Run("SFT", documents, {"gradient_accumulation_steps": 2}),
+    "no checkpointing": Run("SFT", documents, {"packing": True, "gradient_checkpointing": False}),
+    "by its own probability": Run("SFT", completions, {"loss_type": "dft"}),
+    "evaluated unpacked": Run("SFT", documents, {"packing": True, "eval_packing": False}),
+}
+DPO = {
+    "adapters": Run("DPO", preferences, lora=True),
+    "a reference model": Run("DPO", preferences, reference=True),
+    "precomputed": Run("DPO", preferences, {"precompute_ref_log_probs": True}, reference=True),
+    "precomputed, adapters": Run("DPO", preferences, {"precompute_ref_log_probs": True}, lora=True),
+    "accumulated": Run("DPO", preferences, {"gradient_accumulation_steps": 2}, reference=True),
+    "two losses": Run("DPO", preferences, {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.3]}, reference=True),
+    "lengths and weights": Run("DPO", preferences, {"ld_alpha": 0.4, "use_weighting": True}, reference=True),
+    "another divergence": Run("DPO", preferences, {"f_divergence_type": "js_divergence"}, reference=True),
+}
+QUICK = ("SFT packed", "DPO adapters")
+RUNS = {f"{kind} {name}": run for kind, runs in (("SFT", SFT), ("DPO", DPO)) for name, run in runs.items()}
+
+
+def assert_same_history(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    """To 1e-5, every number that is logged; rewards are small differences of log-probabilities."""
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+        for name in {"loss", "grad_norm", "eval_loss"} & set(theirs):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    assert sum("grad_norm" in line for line in expected) == 2
+    assert all(line.get("grad_norm", 1.0) > 0 for line in expected)
+    assert "eval_loss" in expected[-1]
+
+
+def compare(processes: RankProcesses, run: Run, folder: Path) -> None:
+    alone, *_ = processes.run(trained_alone, run, run.save(folder / "alone"), timeout=120.0)
+    for found in processes.run(trained_on_rank, run, "cpflex", run.save(folder / "ranks"), 1, timeout=120.0):
+        assert_same_history(found, alone)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
+def test_ranks_log_what_one_process_logs(name: str, two_processes: RankProcesses, tmp_path: Path):
+    compare(two_processes, RUNS[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_four_ranks_log_what_one_process_logs(name: str, four_processes: RankProcesses, tmp_path: Path):
+    compare(four_processes, RUNS[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*QUICK, "SFT accumulated", "SFT completions", "DPO precomputed"])
+def test_beside_data_parallelism_they_log_what_it_logs_alone(
+    name: str, two_processes: RankProcesses, four_processes: RankProcesses, tmp_path: Path
+):
+    """Two rows of data: on one rank each with TRL's own trainer, and on two ranks each."""
+    run = RUNS[name]
+    expected, *_ = two_processes.run(trained_on_rank, run, "eager", run.save(tmp_path / "dp"), 2, timeout=120.0)
+    for found in four_processes.run(trained_on_rank, run, "cpflex", run.save(tmp_path / "both"), 2, timeout=120.0):
+        assert_same_history(found, expected)
