@@ -133,12 +133,11 @@ def sharded(call: dict[str, Any], plan_of: Callable[[dict[str, Any]], ModelPlan]
     batch = {
         name: x for name, x in call.items() if name not in ("fused_lm_head", "labels", "use_cache") and x is not None
     }
-    labels: Tensor | None = call.get("labels")
     is_fused = call.get("fused_lm_head", False)
     plan = plan_of(batch)
     if is_fused:
-        batch["shift_labels"] = shift_labels(labels)
-    elif labels is not None:
+        batch["shift_labels"] = shift_labels(call["labels"])
+    elif call.get("labels") is not None:
         raise NotImplementedError("the model's own loss would be that of one rank's tokens")
     local = shard_batch(batch, plan)
     named = {name: x for name, x in local.items() if name not in ("labels", "num_items_in_batch")}
