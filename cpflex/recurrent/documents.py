@@ -18,18 +18,13 @@ def ages(
     """
     if doc_ids is not None and position_ids is not None:
         raise ValueError("pass doc_ids or position_ids, not both")
-    real = torch.ones(1, seq_len, dtype=torch.bool)
-    if padding_mask is not None:
-        real = _rows(padding_mask, "padding_mask", seq_len) != 0
-    starts = torch.zeros(1, seq_len, dtype=torch.bool)
-    if doc_ids is not None:
-        ids = _rows(doc_ids, "doc_ids", seq_len)
-        rows = max(len(ids), len(real))
-        starts = _changes(ids.expand(rows, -1), real.expand(rows, -1))
-    if position_ids is not None:
-        ids = _rows(position_ids, "position_ids", seq_len)
-        starts = torch.cat([starts[:, :1].expand(len(ids), 1), ids[:, 1:] != ids[:, :-1] + 1], dim=1)
-    starts, real = torch.broadcast_tensors(starts, real)
+    name, given = ("doc_ids", doc_ids) if position_ids is None else ("position_ids", position_ids)
+    ids = torch.zeros(1, seq_len) if given is None else _rows(given, name, seq_len)
+    real = torch.ones(1, seq_len) if padding_mask is None else _rows(padding_mask, "padding_mask", seq_len)
+    if len(ids) != len(real) and 1 not in (len(ids), len(real)):
+        raise ValueError(f"{name} has {len(ids)} rows and padding_mask {len(real)}; they must be of one batch")
+    ids, real = torch.broadcast_tensors(ids, real != 0)
+    starts = _jumps(ids) if position_ids is not None else _changes(ids, real)
     after_padding = torch.cat([torch.ones_like(real[:, :1]), ~real[:, :-1]], dim=1) & real
     seen = real.cumsum(dim=1) - real.long()
     if (torn := after_padding & (seen > 0) & ~starts).any():
@@ -49,6 +44,13 @@ def _rows(x: Tensor, name: str, seq_len: int) -> Tensor:
         came = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be integers [S] or [B, S] of seq_len={seq_len} tokens, not sharded; got {came}")
     return x.detach().cpu().long().view(-1, seq_len)
+
+
+def _jumps(position_ids: Tensor) -> Tensor:
+    """Where positions do not rise by one, bool [B, S]."""
+    starts = torch.zeros_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return starts
 
 
 def _changes(ids: Tensor, real: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ host computes the same table.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,32 +47,43 @@ MAX_PARTNERS = 24
 """Ranks with which the worst one may swap."""
 
 
-def balanced(seq_len: int, world_size: int, work: ChunkWork | None = None) -> Layout:
+def balanced(seq_len: int, world_size: int, work: ChunkWork | None = None, *, fragment_cost: float = 0.0) -> Layout:
     """Equal work per rank for every mask kind, then as little K/V traffic as that allows.
 
     Deals up to 16 chunks to each rank: the cheapest of contiguous, zigzag, and what refining these and a longest-first
     deal gives, where a deal costs the sum over kinds of weight x max over ranks of max(compute, receive), compute above
     the mean by more than the slack counting first. Never worse than zigzag by that measure.
+
+    Args:
+        fragment_cost: for a model with recurrent layers, where every run of consecutive tokens costs a summary: how
+            many K/V rows, of one attention layer, take as long to receive as one summary of each of those layers.
+            Chunks that follow one another are then kept on one rank where the work stays as equal as without.
+
+    >>> layout = functools.partial(cpflex.balanced, fragment_cost=2048)
     """
+    if not 0 <= fragment_cost < float("inf"):
+        raise ValueError(f"fragment_cost must be a number of K/V rows, at least 0; got {fragment_cost}")
     if work is None:
         return zigzag(seq_len, world_size)
     if world_size == 1:
         return contiguous(seq_len, world_size)
-    problem, needs = _problem(seq_len, world_size, _chunks_per_rank(seq_len, world_size), work)
+    problem, needs = _problem(seq_len, world_size, _chunks_per_rank(seq_len, world_size), work, fragment_cost)
     if (problem.work.max(axis=1) > problem.limit).any() and _fits(seq_len, world_size, MAX_CHUNKS_PER_RANK):
         # one chunk alone is more than a rank's share: cut finer
-        problem, needs = _problem(seq_len, world_size, MAX_CHUNKS_PER_RANK, work)
+        problem, needs = _problem(seq_len, world_size, MAX_CHUNKS_PER_RANK, work, fragment_cost)
     num_chunks = world_size * problem.per_rank
     chunk_len = aligned_chunk_len(seq_len, num_chunks)
     plain = [_contiguous_deal(problem), _zigzag_deal(problem)]
     # the contiguous start is seldom the best one, and large problems have no time to spare
     starts = plain if num_chunks < MAX_GROUPS else plain[1:]
-    refined = [_refine(problem, start) for start in (*starts, _longest_first(problem))]
+    # fragments count, if at all, beside a search in which they do not: the work is never less equal for them
+    problems = [problem, replace(problem, fragment_burden=0.0)] if fragment_cost else [problem]
+    refined = [_refine(one, start) for one in problems for start in (*starts, _longest_first(problem))]
     layouts = [
         Layout(seq_len, chunk_len, tuple(tuple(sorted(held)) for held in deal.tolist()), "balanced")
         for deal in (*plain, *refined)
     ]
-    return min(layouts, key=lambda layout: _cost(layout, needs, work.weights))
+    return min(layouts, key=lambda layout: _cost(layout, needs, work.weights, fragment_cost))
 
 
 def work_per_rank(layout: Layout, needs: ChunkNeeds) -> np.ndarray:
@@ -80,9 +91,13 @@ def work_per_rank(layout: Layout, needs: ChunkNeeds) -> np.ndarray:
     return np.array([needs.work[list(held)].sum() for held in layout.chunks])
 
 
-def _cost(layout: Layout, needs: Mapping[str, ChunkNeeds], weights: Mapping[str, float]) -> tuple[float, float, float]:
+def _cost(
+    layout: Layout, needs: Mapping[str, ChunkNeeds], weights: Mapping[str, float], fragment_cost: float
+) -> tuple[float, float, float]:
     """What to minimise, first things first: overload, the slowest rank, its traffic; summed over kinds."""
-    overload = slowest = traffic = 0.0
+    overload = 0.0
+    traffic = fragment_cost * sum(map(len, layout.fragments)) if fragment_cost else 0.0  # all go to every rank
+    slowest = PAIRS_PER_TOKEN * traffic
     for kind in sorted(needs):
         load, tokens = work_per_rank(layout, needs[kind]), _received(layout, needs[kind])
         balanced_load = float(load.sum()) * (1000 + SLACK_PERMILLE) / (1000 * layout.world_size)
@@ -102,11 +117,11 @@ def _received(layout: Layout, needs: ChunkNeeds) -> np.ndarray:
 
 
 def _problem(
-    seq_len: int, world_size: int, chunks_per_rank: int, work: ChunkWork
+    seq_len: int, world_size: int, chunks_per_rank: int, work: ChunkWork, fragment_cost: float
 ) -> tuple[_Problem, Mapping[str, ChunkNeeds]]:
     num_chunks = world_size * chunks_per_rank
     needs = work(aligned_chunk_len(seq_len, num_chunks), num_chunks)
-    return _Problem.of(needs, work.weights, world_size), needs
+    return _Problem.of(needs, work.weights, world_size, fragment_cost), needs
 
 
 def _chunks_per_rank(seq_len: int, world_size: int) -> int:
@@ -141,9 +156,12 @@ class _Problem:
     weights: np.ndarray  # float64 [kinds]: traffic of one group of blocks
     sees: np.ndarray  # uint64 [kinds, chunks, words]: groups of blocks that the chunk's queries see
     holds: np.ndarray  # uint64 [chunks, words]: groups that the chunk consists of
+    fragment_burden: float  # that of one fragment more, in weighted groups of blocks
 
     @classmethod
-    def of(cls, needs: Mapping[str, ChunkNeeds], weights: Mapping[str, float], world_size: int) -> _Problem:
+    def of(
+        cls, needs: Mapping[str, ChunkNeeds], weights: Mapping[str, float], world_size: int, fragment_cost: float
+    ) -> _Problem:
         kinds = sorted(needs)
         any_kind = needs[kinds[0]]
         num_chunks = len(any_kind.work)
@@ -159,7 +177,9 @@ class _Problem:
         work = np.stack([needs[kind].work for kind in kinds])
         limit = work.sum(axis=1) * (1000 + SLACK_PERMILLE) // (1000 * world_size)
         scale = np.array([weights[kind] for kind in kinds])
-        return cls(world_size, num_chunks // world_size, work, limit, scale, _packed(seen), _packed(held))
+        fragments_per_group = num_chunks * groups / int(any_kind.block_len.sum())
+        burden = float(_burden(np.float64(0), np.float64(fragment_cost * fragments_per_group)))
+        return cls(world_size, num_chunks // world_size, work, limit, scale, _packed(seen), _packed(held), burden)
 
     def foreign(self, sees: np.ndarray, holds: np.ndarray) -> np.ndarray:
         """Weighted groups that are seen [kinds, ..., words] and not held [..., words]."""
@@ -247,6 +267,20 @@ class _Deal:
         chosen = candidates[first_seen]
         return chosen[chosen != rank][:MAX_PARTNERS]
 
+    def _joined(self, rank: int, mine: np.ndarray, other: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        """How many fragments fewer there are after each swap of chunk ``mine`` with ``theirs`` of an ``other`` rank."""
+        owner = np.full(self.chunks.size + 2, -1)
+        owner[self.chunks + 1] = np.arange(len(self.chunks))[:, None]
+
+        def beside(rank: int | np.ndarray, chunk: np.ndarray, gone: np.ndarray | int = -2) -> np.ndarray:
+            """Neighbours of a chunk that the rank holds, but for one that is gone."""
+            before = (owner[chunk] == rank) & (chunk - 1 != gone)
+            after = (owner[chunk + 2] == rank) & (chunk + 1 != gone)
+            return before.astype(np.int64) + after
+
+        gained = beside(rank, theirs, gone=mine) + beside(other, mine, gone=theirs)
+        return gained - beside(rank, mine) - beside(other, theirs)
+
     def best_swap(self, rank: int) -> tuple[int, int, int] | None:
         """(place in the rank, other rank, place there) of the swap that helps the two ranks most, or None.
 
@@ -278,6 +312,8 @@ class _Deal:
             self.rest_holds[other, there] | problem.holds[mine[place]],
         )
         gain = _burden(self.traffic[rank], self.traffic[other]) - _burden(after_mine, after_theirs)
+        if problem.fragment_burden:
+            gain = gain + problem.fragment_burden * self._joined(rank, mine[place], other, arriving)
         best = int(np.argmax(gain))
         if gain[best] <= 1e-9 and relief[place[best], partner[best], there[best]] <= 0:
             return None

@@ -116,7 +116,7 @@ class Problem:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Inputs of the whole sequence, and the gradient of the output."""
+        """Inputs of the whole sequence, and the gradient of the output; parameters are not in 16 bits."""
         random = self.random()
 
         def normal(*sizes: int) -> Tensor:
@@ -139,7 +139,8 @@ class Problem:
             # from hardly any to all but complete
             made["g"] = -(10 ** (4 * uniform(*heads, DIM) - 2)) if by_channel else -(10 ** (4 * uniform(*heads) - 2))
             made |= {"beta": uniform(*heads), "grad": normal(*heads, V_DIM)}
-        return {name: x.to(self.dtype) for name, x in made.items()}
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return {name: x.to(wide if name in self.parts.parameters else self.dtype) for name, x in made.items()}
 
     def chain(self, plan: cpflex.Plan) -> Chain:
         return recurrent.make_chain(plan, doc_ids=self.ids, padding_mask=self.ids >= 0)

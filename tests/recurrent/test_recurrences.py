@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from problems import DOCUMENTS, LAYOUTS, RECURRENCES, Problem, assemble, run_on_rank
 
+import cpflex
 from cases import pairwise, whole_product
 from cpflex.testing import run_ranks
 from processes import RankProcesses
@@ -48,23 +50,57 @@ def test_every_recurrence_in_every_layout_with_all_documents(problem: Problem):
 @pytest.mark.parametrize("recurrence", RECURRENCES)
 def test_as_exact_as_the_recurrence_in_fp32(recurrence: str, dtype: torch.dtype):
     """16-bit inputs are computed in fp32 too, and rounded once; the budget is that of cutting sums at other places."""
-    problem = Problem(recurrence, "rows", "balanced", 3, 330, dtype)
+    problem = Problem(recurrence, "rows", "balanced", 3, 203, dtype)
     made = assemble(run_ranks(partial(run_on_rank, problem=problem), 3, timeout=60), problem)
     truth, same = problem.by_token(), problem.by_token(torch.float32)
     for name, expected in truth.items():
-        assert made[name].dtype == dtype
+        assert made[name].dtype == problem.tensors.get(name, problem.tensors["grad"]).dtype
         scale = expected.abs().max()
         ours, theirs = ((x.double() - expected).abs().max() / scale for x in (made[name], same[name]))
         assert ours <= 4 * theirs + torch.finfo(dtype).eps, f"{name}: {ours} against {theirs}"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_any_layout_gives_the_same(seed: int, monkeypatch: pytest.MonkeyPatch):
+    """Chunks of any length, dealt out at random."""
+    random = torch.Generator().manual_seed(seed)
+    chunk_len, world_size = (1, 3, 16, 50)[seed], int(torch.randint(2, 5, (), generator=random))
+
+    def dealt(seq_len: int, world_size: int, work: Any = None) -> cpflex.Layout:
+        per_rank = -(-seq_len // (chunk_len * world_size))
+        order = torch.randperm(per_rank * world_size, generator=torch.Generator().manual_seed(seed))
+        chunks = order.view(world_size, per_rank).sort().values.tolist()
+        return cpflex.Layout(seq_len, chunk_len, tuple(map(tuple, chunks)), "dealt")
+
+    monkeypatch.setitem(LAYOUTS, "dealt", dealt)
+    for recurrence in RECURRENCES:
+        check(Problem(recurrence, "rows", "dealt", world_size, 203))
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+def test_what_is_in_one_document_moves_nothing_in_another(recurrence: str):
+    """Bit by bit, forward and backward."""
+    before, after = (Problem(recurrence, "packed", "zigzag", 2, 203) for _ in range(2))
+    dim, ids = before.parts.dim, before.ids[0]
+    changed = (ids == ids[101]).nonzero().squeeze(1)
+    others = (ids != ids[101]).nonzero().squeeze(1)
+    for name in after.tensors.keys() - {*before.parts.parameters, "g"}:
+        after.tensors[name].index_fill_(dim, changed, 1e6)
+    first, second = (
+        assemble(run_ranks(partial(run_on_rank, problem=problem), 2, timeout=60), problem)
+        for problem in (before, after)
+    )
+    assert not torch.equal(first["out"], second["out"])
+    for name in first.keys() - {*before.parts.parameters}:
+        assert torch.equal(first[name].index_select(dim, others), second[name].index_select(dim, others)), name
+
+
 GLOO = [
     Problem("gated_delta_rule", "rows", "balanced", seq_len=330),
-    Problem("decay_by_channel", "padded", "striped", seq_len=330),
-    Problem("ssd", "packed", "zigzag", seq_len=203, dtype=torch.float32),
+    Problem("ssd", "padded", "striped", seq_len=330, dtype=torch.float32),
     Problem("causal_conv1d", "rows", "crumbs", seq_len=37),
-    Problem("causal_conv1d", "padded", "zigzag", seq_len=330, dtype=torch.bfloat16),
-    Problem("gated_delta_rule", "one", "contiguous", seq_len=1),
+    Problem("causal_conv1d", "padded", "zigzag", seq_len=203, dtype=torch.bfloat16),
+    Problem("decay_by_channel", "one", "contiguous", seq_len=1),
 ]
 
 

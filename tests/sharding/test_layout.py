@@ -30,6 +30,21 @@ def test_every_token_is_held_once_and_every_rank_holds_equally_many(name: str, s
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("seq_len", "world_size"), [*itertools.product(LENGTHS, WORLDS)])
+def test_fragments_are_the_runs_of_tokens_in_the_order_in_which_a_rank_holds_them(
+    name: str, seq_len: int, world_size: int
+):
+    layout = LAYOUTS[name](seq_len, world_size)
+    assert len(layout.fragments) == world_size
+    for rank, fragments in enumerate(layout.fragments):
+        tokens = [position for start, stop in fragments for position in range(start, stop)]
+        assert tokens == [position for position in layout.positions(rank).tolist() if position < seq_len]
+        assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(fragments)), "runs that touch are one"
+    every = sorted(fragment for fragments in layout.fragments for fragment in fragments)
+    assert [0, *(stop for _, stop in every)] == [*(start for start, _ in every), seq_len], "each token once"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("seq_len", "world_size"), [*itertools.product(LENGTHS, WORLDS)])
 def test_chunks_are_aligned_and_little_is_padded(name: str, seq_len: int, world_size: int):
     layout = LAYOUTS[name](seq_len, world_size)
     assert layout.chunk_len % ALIGNMENT == 0
