@@ -42,7 +42,7 @@ def causal_conv1d(
     """
     tensors = {"x": x, "weight": weight, "bias": bias}
     facts = agree("causal_conv1d", chain, tensors, lambda: _check(x, weight, bias, activation, chain))
-    return ACTIVATIONS[activation](_Convolution.apply(x, weight, bias, chain, facts))
+    return ACTIVATIONS[activation](_convolve(x, weight, bias, chain, facts))
 
 
 class _Convolution(torch.autograd.Function):
@@ -83,6 +83,11 @@ class _Convolution(torch.autograd.Function):
             ctx.chain.plan.agree({**ctx.facts, "direction": "backward"}, grad.device)
             grad_x = _to_owners(grad_known, grad.shape[2], halo, ctx.chain).to(x_dtype)
         return grad_x, grad_weight.to(weight_dtype), grad_bias, None, None
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _convolve(*args: Any) -> Tensor:
+    return _Convolution.apply(*args)  # type: ignore[return-value]
 
 
 def _tap(weight: Tensor, tap: int, dtype: torch.dtype) -> Tensor:

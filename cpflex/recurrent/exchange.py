@@ -21,6 +21,7 @@ Facts = dict[str, Any]
 """A call in words: what all ranks must have in common."""
 
 
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def agree(layer: str, chain: Chain, tensors: Mapping[str, Tensor | None], check: Callable[[], None]) -> Facts:
     """Compare a call with the other ranks', before anything is exchanged. What ``check`` raises, all ranks raise."""
     named = {name: x for name, x in tensors.items() if x is not None}
@@ -60,6 +61,7 @@ def _check_tensors(named: Mapping[str, Tensor]) -> None:
         raise ValueError(f"the tensors must lie on one device; got {sorted(map(str, devices))}")
 
 
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def gather(
     mine: Tensor,  # [B, F_local, X]
     chain: Chain,

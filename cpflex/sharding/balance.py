@@ -178,7 +178,7 @@ class _Problem:
         limit = work.sum(axis=1) * (1000 + SLACK_PERMILLE) // (1000 * world_size)
         scale = np.array([weights[kind] for kind in kinds])
         fragments_per_group = num_chunks * groups / int(any_kind.block_len.sum())
-        burden = float(_burden(np.float64(0), np.float64(fragment_cost * fragments_per_group)))
+        burden = 3 * fragment_cost * fragments_per_group  # `_burden` of what the slowest rank receives, as all do
         return cls(world_size, num_chunks // world_size, work, limit, scale, _packed(seen), _packed(held), burden)
 
     def foreign(self, sees: np.ndarray, holds: np.ndarray) -> np.ndarray:

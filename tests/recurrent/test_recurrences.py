@@ -111,3 +111,23 @@ def test_processes_compute_what_threads_do(problem: Problem, processes: RankProc
     made = assemble(processes.run(run_on_rank, problem), problem)
     expected = assemble(run_ranks(partial(run_on_rank, problem=problem), world_size, timeout=60), problem)
     assert all(torch.equal(made[name], expected[name]) for name in expected)
+
+
+def run_compiled(group: Any, problem: Problem) -> dict[str, torch.Tensor]:
+    """`torch.compile` leaves the exchanges out, whatever it makes of the rest."""
+    ours = torch.compile(problem.parts.ours, backend="aot_eager")
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setitem(RECURRENCES, problem.recurrence, problem.parts._replace(ours=ours))
+            return run_on_rank(group, problem)
+    finally:
+        torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+def test_in_a_compiled_model_it_is_the_same(recurrence: str, two_processes: RankProcesses):
+    problem = Problem(recurrence, dtype=torch.float32)
+    made, expected = (assemble(two_processes.run(run, problem), problem) for run in (run_compiled, run_on_rank))
+    for name in expected:
+        torch.testing.assert_close(made[name], expected[name], rtol=1e-5, atol=1e-4)
