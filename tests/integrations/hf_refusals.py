@@ -119,7 +119,16 @@ REFUSALS = {
         NotImplementedError,
         "linear_attention",
     ),
-    "images": (lambda: plan_for(multimodal_config(), seq_len=9), NotImplementedError, "more than text"),
+    "images without the model that encodes them": (
+        lambda: shard_batch(TOKENS["one document"].batch() | {"pixel_values": torch.zeros(1)}, small_plan()),
+        ValueError,
+        r"shard_batch\(batch, plan, model\)",
+    ),
+    "models of images that nobody compared": (
+        lambda: plan_for(transformers.Blip2Config(), seq_len=9),
+        NotImplementedError,
+        "more than text",
+    ),
     "models nobody compared": (lambda: plan_for(other_config(), seq_len=9), NotImplementedError, "verified_only=False"),
     "several descriptions": (
         lambda: plan_for(ARCHITECTURES["llama"].config(), seq_len=9, lengths=[9]),
@@ -155,10 +164,6 @@ REFUSALS = {
         "83 tokens",
     ),
 }
-
-
-def multimodal_config() -> Any:
-    return transformers.Gemma3Config(text_config=ARCHITECTURES["gemma3_text"].config())
 
 
 def other_config() -> Any:

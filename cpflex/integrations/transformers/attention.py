@@ -149,10 +149,13 @@ def _softcap(cap: float) -> ScoreMod:
 # -- refusals
 
 
+TOWERS = 'Vision towers keep their own attention: from_pretrained(name, attn_implementation={"text_config": "cpflex"})'
+
+
 def refuse_to_make_a_mask(*_: Any, **__: Any) -> NoReturn:
     raise ValueError(
         'attn_implementation="cpflex" cannot make a mask from the tokens of one rank; pass the plan as attention_mask: '
-        "model(**shard_batch(batch, plan)) with plan = plan_for(model.config, group, ...)"
+        "model(**shard_batch(batch, plan)) with plan = plan_for(model.config, group, ...). " + TOWERS
     )
 
 
@@ -163,7 +166,7 @@ def _plan_mask(attention_mask: object) -> PlanMask:
         return attention_mask
     if attention_mask is None:
         refuse_to_make_a_mask()
-    raise TypeError(f"attention_mask must be the plan, see shard_batch; got {type(attention_mask).__name__}")
+    raise TypeError(f"attention_mask must be the plan, see shard_batch; got {type(attention_mask).__name__}. {TOWERS}")
 
 
 def _check_layer(module: nn.Module, mask: PlanMask, kwargs: Mapping[str, Any]) -> None:

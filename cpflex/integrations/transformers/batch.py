@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpflex.integrations.transformers import multimodal
 from cpflex.integrations.transformers.flash import without_flash_keywords
 from cpflex.integrations.transformers.heads import (
     LANGUAGE_MODELS,
@@ -17,7 +18,7 @@ from cpflex.integrations.transformers.heads import (
     see_whole_sequence,
     takes_logits_to_keep,
 )
-from cpflex.integrations.transformers.masks import documents_of
+from cpflex.integrations.transformers.masks import documents_of, text_positions
 from cpflex.integrations.transformers.planning import ModelPlan
 from cpflex.loss import IGNORE_INDEX, shift_labels
 
@@ -45,11 +46,12 @@ def shard_batch(batch: Mapping[str, Any], plan: ModelPlan, model: Any = None) ->
 
     Args:
         batch: ``input_ids`` [B, S] or ``inputs_embeds`` [B, S, E]; optionally ``labels`` [B, S] not shifted, or
-            ``shift_labels``; ``position_ids``; ``num_items_in_batch``; ``attention_mask``, that of the plan. Keywords
-            of flash attention that tell of packed documents, ``cu_seq_lens_q`` and its like, must tell of the plan's.
-            For other heads what they take.
-        model: that will be called, wrapped or not; it gets hooks if its head sees the whole sequence. None is a
-            language model.
+            ``shift_labels``; ``position_ids``, also [3 or 4, B, S]; ``num_items_in_batch``; ``attention_mask``, that of
+            the plan; what the processor made of images and videos, for all of them. Keywords of flash attention that
+            tell of packed documents, ``cu_seq_lens_q`` and its like, must tell of the plan's. For other heads what they
+            take.
+        model: that will be called, wrapped or not. It gets hooks if its head sees the whole sequence, and encodes
+            images and videos here; with FSDP, together with the other ranks. None is a language model without images.
 
     Raises:
         NotImplementedError: the model has another head.
@@ -61,15 +63,17 @@ def shard_batch(batch: Mapping[str, Any], plan: ModelPlan, model: Any = None) ->
     except Exception as error:
         plan.plan.refuse(error)
         raise
-    compared = ("input_ids", "labels", "shift_labels", "start_positions", "end_positions")
+    compared = ("input_ids", "labels", "shift_labels", "start_positions", "end_positions", *multimodal.PIXELS.values())
     plan.plan.require_same(**{name: batch[name] for name in compared if batch.get(name) is not None})
-    return local
+    return local | (multimodal.encoded(batch, plan.plan, model) if multimodal.has_pixels(batch) else {})
 
 
 def _sharded(batch: Mapping[str, Any], plan: ModelPlan, model: Any) -> dict[str, Any]:
     batch = without_flash_keywords(batch)
     head = "ForCausalLM" if model is None else head_of(model)
     known = {"input_ids", "inputs_embeds", "position_ids", "num_items_in_batch", *LABELS.get(head, ())}
+    multimodal.check_batch(batch, plan.token_types, model)
+    known |= multimodal.inputs_of(batch, plan.token_types, model)
     if unknown := sorted(set(batch) - known - {"attention_mask"}):
         if "logits_to_keep" in unknown:
             raise NotImplementedError("logits_to_keep would keep the last tokens of each rank; leave it out")
@@ -79,11 +83,14 @@ def _sharded(batch: Mapping[str, Any], plan: ModelPlan, model: Any) -> dict[str,
     if len(tokens) != 1:
         raise ValueError(f"batch must hold exactly one of input_ids and inputs_embeds; got {sorted(batch)}")
     ((name, whole),) = tokens.items()
-    positions = _checked_positions(batch.get("position_ids"), plan).to(whole.device)
+    positions = batch.get("position_ids")
+    if positions is None and multimodal.has_pixels(batch):
+        positions = multimodal.positions_of(batch, model, plan.position_ids, plan.padding_mask)
+    positions = _checked_positions(positions, plan).to(whole.device)
     _check_rope(positions, plan)
     local: dict[str, Any] = {
         name: plan.plan.shard(whole, dim=1, pad_value=0),
-        "position_ids": plan.plan.shard(positions, dim=1, pad_value=0),
+        "position_ids": plan.plan.shard(positions, dim=-1, pad_value=0),
         "attention_mask": plan.attention_mask,
         "use_cache": False,
     }
@@ -142,9 +149,13 @@ def shifted(
 
 
 def _checked_positions(position_ids: Tensor | None, plan: ModelPlan) -> Tensor:
-    """The positions that the model shall see, [1 or B, S]."""
+    """The positions that the model shall see, [1 or B, S], or [3 or 4, 1 or B, S]."""
     if position_ids is None:
         return plan.position_ids
+    if position_ids.ndim == 3 and position_ids.shape[-1] == plan.plan.seq_len:
+        if len(position_ids) != 3:
+            _checked_positions(text_positions(position_ids), plan)
+        return position_ids
     rows = position_ids if position_ids.ndim == 2 else position_ids[None]
     planned = documents_of(plan.position_ids)
     if rows.ndim != 2 or rows.shape[1] != plan.plan.seq_len:
@@ -162,7 +173,7 @@ def _check_rope(position_ids: Tensor, plan: ModelPlan) -> None:
         for rank in range(layout.world_size):
             held = torch.from_numpy(layout.positions(rank))
             held = held[held < layout.seq_len].to(position_ids.device)
-            longest.append(int(position_ids[:, held].max()) + 1 if len(held) else 1)
+            longest.append(int(position_ids[..., held].max()) + 1 if len(held) else 1)
         seen = {length > limit if rope_type == "longrope" else max(length, limit) for length in longest}
         if len(seen) > 1:
             raise NotImplementedError(

@@ -55,11 +55,23 @@ def compose(
     one_row: bool,
 ) -> MaskFn:
     """The mask of a layer type as transformers composes it for the whole sequence."""
+    mask = called(MAKERS[layer_type], for_whole_sequence(config, position_ids, padding_mask) | dict(functions))
+    if len(position_ids) > 1 or not one_row:
+        return mask
+    first = torch.zeros((), dtype=torch.int64)  # what one row holds is meant for every row
+    return lambda b, h, q_idx, kv_idx: mask(first, h, q_idx, kv_idx)
+
+
+def for_whole_sequence(
+    config: PretrainedConfig,
+    position_ids: Tensor,  # [1 or B, S]
+    padding_mask: Tensor | None,  # bool [B, S]
+) -> dict[str, Any]:
+    """What transformers' makers of masks take, in any version."""
     config = copy.deepcopy(config)
     config._attn_implementation = COMPOSE
-    maker = MAKERS[layer_type]
     sizes = torch.empty(*position_ids.shape, 0)
-    arguments = {
+    return {
         "config": config,
         "inputs_embeds": sizes,
         "input_embeds": sizes,
@@ -68,20 +80,20 @@ def compose(
         "past_key_values": None,  # before transformers 5.24
         "cache": None,
         "position_ids": position_ids,
-        **functions,
     }
+
+
+def called(maker: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """What a maker of masks gives, of the arguments that it takes."""
     taken = inspect.signature(maker).parameters
     required = {name for name, parameter in taken.items() if parameter.default is parameter.empty}
+    required -= {name for name, parameter in taken.items() if parameter.kind is parameter.VAR_KEYWORD}
     if unknown := sorted(required - set(arguments)):
         raise NotImplementedError(
             f"{maker.__name__} of transformers {transformers.__version__} needs {unknown}, which cpflex does not know; "
             "install a release of the support matrix"
         )
-    mask = maker(**{name: value for name, value in arguments.items() if name in taken})
-    if len(position_ids) > 1 or not one_row:
-        return mask
-    first = torch.zeros((), dtype=torch.int64)  # what one row holds is meant for every row
-    return lambda b, h, q_idx, kv_idx: mask(first, h, q_idx, kv_idx)
+    return maker(**{name: value for name, value in arguments.items() if name in taken})
 
 
 def composed(mask_function: MaskFn, attention_mask: Tensor | None = None, **_: Any) -> MaskFn:
@@ -112,6 +124,8 @@ def positions_and_padding(described: Mapping[str, Any]) -> tuple[Tensor, Tensor 
                 f"{name} must be {'numbers of tokens' if name == 'lengths' else 'sums from 0'}; got {value}"
             )
         return torch.cat([torch.arange(int(size)) for size in sizes])[None], None
+    if name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:
+        value = text_positions(value)
     if not isinstance(value, Tensor) or value.ndim not in (1, 2):
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise NotImplementedError(
@@ -129,6 +143,18 @@ def positions_and_padding(described: Mapping[str, Any]) -> tuple[Tensor, Tensor 
     starts[:, 1:] = rows[:, 1:] != rows[:, :-1]
     index = torch.arange(rows.shape[1]).expand(rows.shape)
     return index - torch.where(starts, index, 0).cummax(dim=1).values, None
+
+
+def text_positions(
+    position_ids: Tensor,  # [4, B, S]
+) -> Tensor:  # [B, S]
+    """Where documents begin is in the first of four rows: those of time, height and width do not tell."""
+    if len(position_ids) != 4:
+        raise ValueError(
+            "position_ids of time, height and width, [3, B, S], do not tell documents apart; put the text's before "
+            f"them, [4, B, S], or describe documents otherwise, as lengths=; got shape {tuple(position_ids.shape)}"
+        )
+    return position_ids[0]
 
 
 def documents_of(position_ids: Tensor) -> Tensor:  # [1 or B, S] -> [1 or B, S]

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from cpflex import Plan, make_plan
+from cpflex.integrations.transformers import multimodal
 from cpflex.integrations.transformers.attention import PlanMask
 from cpflex.integrations.transformers.masks import MAKERS, compose, layer_types, positions_and_padding
 from cpflex.links.processes import Group
@@ -43,6 +44,8 @@ class ModelPlan:
     """RoPE that depends on the longest position: its type, and the length up to which it does not."""
     softcap: float | None = None
     """Of the scores of all layers."""
+    token_types: Tensor | None = None
+    """Of a model that sees the tokens of an image in both directions: what its masks were made of, [1 or B, S]."""
 
     def __getitem__(self, layer_type: str) -> PlanMask:
         return PlanMask(self.plan[layer_type], layer_type, self.windows[layer_type], self.softcap)
@@ -67,10 +70,11 @@ def plan_for(
     lengths: Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,  # integers [num_docs + 1]
     doc_ids: Tensor | None = None,  # integers [S] or [B, S]
-    position_ids: Tensor | None = None,  # integers [S] or [B, S]
+    position_ids: Tensor | None = None,  # integers [S], [B, S] or [4, B, S]
     attention_mask: Tensor | None = None,  # [B, S] of 0 and 1
     and_mask_function: MaskFn | None = None,
     or_mask_function: MaskFn | None = None,
+    token_type_ids: Tensor | None = None,  # integers [B, S]
     batch_size: int = 1,
     verified_only: bool = True,
     **options: Any,
@@ -88,9 +92,12 @@ def plan_for(
         cu_seqlens: the same as running sums, from 0.
         doc_ids: packed documents that may differ from row to row, each a run of equal numbers; padding is a document.
         position_ids: packed documents, each where positions begin anew, as ``DataCollatorWithFlattening`` makes them.
+            With rows for time, height and width, those of the text come first.
         attention_mask: 1 at tokens and 0 at padding, left or right.
         and_mask_function, or_mask_function: ``(batch_idx, head_idx, q_idx, kv_idx) -> bool Tensor``, joined to the
             model's masks as transformers' ``create_causal_mask`` joins them; pointwise.
+        token_type_ids: ``token_type_ids`` or ``mm_token_type_ids`` of the processor, for models that see the tokens of
+            an image in both directions; others ignore it.
         batch_size: rows of the batch, for these functions.
         verified_only: refuse model types that are not in `VERIFIED`. Other models may mix tokens outside of attention,
             or count the local tokens, and be silently wrong: compare losses with one process before trusting them.
@@ -117,10 +124,15 @@ def plan_for(
     if has_functions:
         positions = positions.expand(batch_size, -1)
     kinds = Counter(layer_types(text_config))
-    masks = {
-        kind: compose(text_config, kind, positions, padding_mask, functions, one_row=not has_functions)
-        for kind in sorted(kinds)
-    }
+    token_types = multimodal.token_types_for_masks(config, token_type_ids, positions.shape[1])
+    if token_types is not None and token_type_ids is not None:
+        positions = multimodal.rows_for_masks(positions, token_types, has_functions)
+        masks = multimodal.span_masks(config, token_types, positions, padding_mask, sorted(kinds))
+    else:
+        masks = {
+            kind: compose(text_config, kind, positions, padding_mask, functions, one_row=not has_functions)
+            for kind in sorted(kinds)
+        }
     plan = make_plan(masks, positions.shape[1], group, weights=kinds, batch_size=len(positions), **options)
     return ModelPlan(
         plan,
@@ -130,6 +142,7 @@ def plan_for(
         per_layer_type=getattr(text_config, "layer_types", None) is not None,
         rope_limits=tuple(_rope_limits(text_config)),
         softcap=getattr(text_config, "attn_logit_softcapping", None),
+        token_types=token_types,
     )
 
 
@@ -140,19 +153,25 @@ def _supported(config: PretrainedConfig, verified_only: bool) -> PretrainedConfi
         NotImplementedError: the first thing in it that cannot be honoured.
     """
     text_config = config.get_text_config()
-    refused = {
-        "a model of more than text": text_config is not config,
-        "bidirectional attention": getattr(config, "use_bidirectional_attention", False)
-        or not getattr(config, "is_causal", True),
-        "the load balancing loss of experts (output_router_logits)": getattr(config, "output_router_logits", False),
+    refused = dict.fromkeys(multimodal.refused(config, verified_only), True)
+    refused |= {
+        "bidirectional attention": any(
+            getattr(part, "use_bidirectional_attention", False) not in (None, False, "vision")
+            or not getattr(part, "is_causal", True)
+            for part in (config, text_config)
+        ),
+        "the load balancing loss of experts (output_router_logits)": any(
+            getattr(part, "output_router_logits", False) for part in (config, text_config)
+        ),
     }
     for layer_type in layer_types(text_config):
         refused[f"layers of type {layer_type!r}"] = layer_type not in MAKERS
     if found := [name for name, is_found in refused.items() if is_found]:
         raise NotImplementedError(f"{config.model_type}: not supported with context parallelism: {', '.join(found)}")
-    if verified_only and text_config.model_type not in VERIFIED:
+    verified = VERIFIED | multimodal.VERIFIED.get(config.model_type, frozenset())
+    if verified_only and text_config.model_type not in verified:
         raise NotImplementedError(
-            f"model type {text_config.model_type!r} is not among the verified ones, {sorted(VERIFIED)}; compare its "
+            f"model type {text_config.model_type!r} is not among the verified ones, {sorted(verified)}; compare its "
             "loss and gradients with one process, then pass verified_only=False"
         )
     return text_config
