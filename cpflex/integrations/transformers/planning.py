@@ -168,7 +168,7 @@ def _supported(config: PretrainedConfig, verified_only: bool) -> PretrainedConfi
         refused[f"layers of type {layer_type!r}"] = layer_type not in MAKERS
     if found := [name for name, is_found in refused.items() if is_found]:
         raise NotImplementedError(f"{config.model_type}: not supported with context parallelism: {', '.join(found)}")
-    verified = VERIFIED | multimodal.VERIFIED.get(config.model_type, frozenset())
+    verified = VERIFIED if text_config is config else VERIFIED | multimodal.VERIFIED_TEXT
     if verified_only and text_config.model_type not in verified:
         raise NotImplementedError(
             f"model type {text_config.model_type!r} is not among the verified ones, {sorted(verified)}; compare its "
