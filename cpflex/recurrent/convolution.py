@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cpflex.recurrent.chain import Chain, Halo
-from cpflex.recurrent.exchange import Facts, agree, swap
+from cpflex.recurrent.exchange import Facts, again, agree, swap
 
 # B batch, C channels, S_local tokens, K taps; tap 0 weighs the token itself, the last column of the weights
 
@@ -65,6 +66,7 @@ class _Convolution(torch.autograd.Function):
         return out.masked_fill_(~halo.reach[0], 0.0).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         known, weight = ctx.saved_tensors
         halo, (x_dtype, weight_dtype, bias_dtype) = ctx.halo, ctx.kinds
@@ -80,7 +82,7 @@ class _Convolution(torch.autograd.Function):
             grad_bias = grad.masked_fill(~halo.reach[0], 0.0).sum(dim=(0, 2)).to(bias_dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            ctx.chain.plan.agree({**ctx.facts, "direction": "backward"}, grad.device)
+            again(ctx.facts, ctx.chain, grad.device)
             grad_x = _to_owners(grad_known, grad.shape[2], halo, ctx.chain).to(x_dtype)
         return grad_x, grad_weight.to(weight_dtype), grad_bias, None, None
 

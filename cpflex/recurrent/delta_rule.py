@@ -17,13 +17,16 @@ w S_entry. So a block, and a fragment, maps the state linearly.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from cpflex.recurrent.chain import Blocks, Chain
 from cpflex.recurrent.exchange import agree
 from cpflex.recurrent.places import from_blocks, to_blocks
-from cpflex.recurrent.scan import decays, entering_states, pair_decays, sum_of_later
+from cpflex.recurrent.recurrence import Parts, recur
+from cpflex.recurrent.scan import decays, pair_decays, sum_of_later
 
 # B batch, S_local tokens, H heads of values, Hk of keys, N blocks, C places of a block
 
@@ -59,27 +62,33 @@ def gated_delta_rule(
     """
     tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
     facts = agree("gated_delta_rule", chain, tensors, lambda: _check(q, k, v, g, beta, chain))
-    blocks = chain.blocks(v.device)
-    with torch.autocast(v.device.type, enabled=False):
-        groups = v.shape[2] // k.shape[2]
-        keys, queries = (to_blocks(x, blocks) for x in (k, q))
-        if use_qk_l2norm:
-            keys, queries = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (keys, queries))
-        queries = queries * (k.shape[-1] ** -0.5 if scale is None else scale)
-        if groups > 1:
-            keys, queries = (x.repeat_interleave(groups, dim=2) for x in (keys, queries))
-        log_decay = to_blocks(g if g.ndim == 4 else g[..., None], blocks).masked_fill(blocks.starts[..., None], 0.0)
-        values, rate = to_blocks(v, blocks), to_blocks(beta[..., None], blocks)
-        reach, leave, through = decays(log_decay, blocks)
-        recalled, seen = _products(keys * rate, queries, keys, log_decay, blocks)
-        right = torch.cat([values * rate, keys * rate * reach], dim=-1)
-        solved = torch.linalg.solve_triangular(recalled.tril(-1), right, upper=False, unitriangular=True)
-        u0, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-        leaving = (keys * leave).transpose(-1, -2)
-        through = through.transpose(-1, -2) * torch.eye(k.shape[-1], dtype=w.dtype, device=w.device)
-        states = entering_states(through - leaving @ w, leaving @ u0, chain, facts)
-        out = (queries * reach) @ states + seen @ (u0 - w @ states)
-        return from_blocks(out, blocks, v.dtype)
+    options = {"scale": k.shape[-1] ** -0.5 if scale is None else scale, "use_qk_l2norm": use_qk_l2norm}
+    parts = partial(_parts, blocks=chain.blocks(v.device), **options)
+    return recur(parts, (q, k, v, g, beta), chain, facts)
+
+
+def _parts(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, blocks: Blocks, scale: float, use_qk_l2norm: bool
+) -> Parts:
+    keys, queries = (to_blocks(x, blocks) for x in (k, q))
+    if use_qk_l2norm:
+        keys, queries = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (keys, queries))
+    groups = v.shape[2] // k.shape[2]
+    keys, queries = (x.repeat_interleave(groups, dim=2) for x in (keys, queries * scale))
+    log_decay = to_blocks(g if g.ndim == 4 else g[..., None], blocks).masked_fill(blocks.starts[..., None], 0.0)
+    values, rate = to_blocks(v, blocks), to_blocks(beta[..., None], blocks)
+    reach, leave, through = decays(log_decay, blocks)
+    recalled, seen = _products(keys * rate, queries, keys, log_decay, blocks)
+    right = torch.cat([values * rate, keys * rate * reach], dim=-1)
+    solved = torch.linalg.solve_triangular(recalled.tril(-1), right, upper=False, unitriangular=True)
+    u0, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    leaving = (keys * leave).transpose(-1, -2)
+    kept = through.transpose(-1, -2) * torch.eye(k.shape[-1], dtype=w.dtype, device=w.device)
+
+    def finish(states: Tensor) -> Tensor:
+        return from_blocks((queries * reach) @ states + seen @ (u0 - w @ states), blocks, v.dtype)
+
+    return kept - leaving @ w, leaving @ u0, finish
 
 
 def _products(a: Tensor, b: Tensor, k: Tensor, log_decay: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:

@@ -61,36 +61,35 @@ def _check_tensors(named: Mapping[str, Tensor]) -> None:
         raise ValueError(f"the tensors must lie on one device; got {sorted(map(str, devices))}")
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]
+def again(facts: Facts, chain: Chain, device: torch.device) -> None:
+    """Compare the backward of a call that was agreed on."""
+    chain.plan.agree({**facts, "direction": "backward"}, device)
+
+
 def gather(
     mine: Tensor,  # [B, F_local, X]
     chain: Chain,
-    facts: Facts,
 ) -> Tensor:  # [B, F, X], rank by rank
-    """All ranks' summaries. Backward brings each rank the sum of what all ranks ask of its own."""
-    return _Gather.apply(mine, chain, facts)  # type: ignore[return-value]
+    """All ranks' summaries."""
+    plan = chain.plan
+    mine = mine.contiguous()
+    parts = [mine.new_empty(len(mine), count, mine.shape[2]) for count in _counts(chain)]
+    parts[plan.rank] = mine
+    swap([mine] * plan.world_size, parts, plan)
+    return torch.cat(parts, dim=1)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mine: Tensor, chain: Chain, facts: Facts) -> Tensor:
-        ctx.chain, ctx.facts = chain, facts
-        plan, counts = chain.plan, _counts(chain)
-        mine = mine.contiguous()
-        parts = [mine.new_empty(len(mine), count, mine.shape[2]) for count in counts]
-        parts[plan.rank] = mine
-        swap([mine] * plan.world_size, parts, plan)
-        return torch.cat(parts, dim=1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        chain, plan = ctx.chain, ctx.chain.plan
-        plan.agree({**ctx.facts, "direction": "backward"}, grad.device)
-        asked = [part.contiguous() for part in grad.split(_counts(chain), dim=1)]
-        parts = [torch.empty_like(asked[plan.rank]) for _ in asked]
-        parts[plan.rank] = asked[plan.rank]
-        swap(asked, parts, plan)
-        return torch.stack(parts).sum(dim=0), None, None
+def sum_of_asked(
+    grad: Tensor,  # [B, F, X], rank by rank
+    chain: Chain,
+) -> Tensor:  # [B, F_local, X]
+    """The adjoint of `gather`: what all ranks ask of this rank's summaries, added in rank order."""
+    plan = chain.plan
+    asked = [part.contiguous() for part in grad.split(_counts(chain), dim=1)]
+    parts = [torch.empty_like(asked[plan.rank]) for _ in asked]
+    parts[plan.rank] = asked[plan.rank]
+    swap(asked, parts, plan)
+    return torch.stack(parts).sum(dim=0)
 
 
 def _counts(chain: Chain) -> list[int]:

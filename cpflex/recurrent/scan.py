@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpflex.recurrent.chain import Blocks, Chain
-from cpflex.recurrent.exchange import Facts, gather
+from cpflex.recurrent.chain import Blocks
 
-# B batch, N blocks of this rank, F fragments of the sequence, H heads, K rows of the state, V columns;
+# B batch, N blocks or fragments, H heads, C places of a block, K rows of the state, V columns;
 # T is K x K, or 1 x 1 where the state is only multiplied by a number
 
 
@@ -45,37 +44,6 @@ def _woven(transitions: Tensor, h: Tensor, odd: Tensor) -> Tensor:
     even = torch.cat([h[:, :1], apply(transitions[:, 2::2], known) + h[:, 2::2]], dim=1)
     pairs = torch.stack([even[:, : num // 2], odd], dim=2).flatten(1, 2)
     return pairs if num % 2 == 0 else torch.cat([pairs, even[:, -1:]], dim=1)
-
-
-def entering_states(
-    transitions: Tensor,  # [B, N, H, T], of this rank's blocks
-    written: Tensor,  # [B, N, H, K, V]: the state that leaves the block if 0 enters it
-    chain: Chain,
-    facts: Facts,
-) -> Tensor:  # [B, N, H, K, V]
-    """The state that enters each block, whoever computed what lies before it. One exchange."""
-    blocks = chain.blocks(written.device)
-    first = blocks.first[:, None, None, None]
-    # a scan that begins anew in each fragment: there, the transition becomes one more thing to be carried
-    inside = transitions.masked_fill(first, 0.0)
-    left, passed = scan(inside, written, transitions.masked_fill(~first, 0.0))
-    before = _before_fragments(passed[:, blocks.last], left[:, blocks.last], chain, facts)[:, blocks.entry]
-    after = apply(passed, before) + left
-    return torch.where(first, before, after.roll(1, dims=1))
-
-
-def _before_fragments(transitions: Tensor, written: Tensor, chain: Chain, facts: Facts) -> Tensor:
-    """The state before each fragment of the sequence in order, and after the last, [B, F + 1, H, K, V], from this
-    rank's fragments.
-    """
-    order = chain.blocks(written.device).order
-    shapes = transitions.shape[2:], written.shape[2:]
-    sizes = [shape.numel() for shape in shapes]
-    mine = torch.cat([x.flatten(2) for x in (transitions, written)], dim=2)
-    everyones = gather(mine, chain, facts)[:, order].split(sizes, dim=2)
-    transitions, written = (x.unflatten(2, shape) for x, shape in zip(everyones, shapes, strict=True))
-    (after,) = scan(transitions, written)
-    return torch.cat([torch.zeros_like(after[:, :1]), after], dim=1)
 
 
 def decays(log_decay: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:

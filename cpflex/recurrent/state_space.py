@@ -10,13 +10,16 @@ so a block, and a fragment, multiplies the state by one number.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from cpflex.recurrent.chain import Chain
+from cpflex.recurrent.chain import Blocks, Chain
 from cpflex.recurrent.exchange import agree
 from cpflex.recurrent.places import from_blocks, to_blocks
-from cpflex.recurrent.scan import decays, entering_states, pair_decays
+from cpflex.recurrent.recurrence import Parts, recur
+from cpflex.recurrent.scan import decays, pair_decays
 
 # B batch, S_local tokens, H heads, P channels of a head, G groups, N numbers of a state for each channel;
 # in einsum: g groups, r heads of a group, n blocks, i and j places of a block, s numbers of a state, p channels
@@ -49,25 +52,29 @@ def ssd(
     """
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D}
     facts = agree("ssd", chain, tensors, lambda: _check(x, dt, A, B, C, D, chain))
-    blocks, groups = chain.blocks(x.device), B.shape[2]
-    with torch.autocast(x.device.type, enabled=False):
-        inputs, steps = to_blocks(x, blocks), to_blocks(dt[..., None], blocks)
-        keys, queries = (to_blocks(y, blocks) for y in (B, C))
-        log_decay = (steps * A.to(steps.dtype)[:, None, None]).masked_fill(blocks.starts[..., None], 0.0)
-        reach, leave, through = decays(log_decay, blocks)
+    return recur(partial(_parts, blocks=chain.blocks(x.device)), (x, dt, A, B, C, D), chain, facts)
 
-        def by_group(y: Tensor) -> Tensor:
-            return y.unflatten(2, (groups, -1))
 
-        u = inputs * steps
-        written = torch.einsum("bngjs,bngrjp->bngrsp", keys, by_group(u * leave)).flatten(2, 3)
-        states = entering_states(through, written, chain, facts)
+def _parts(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, blocks: Blocks) -> Parts:
+    inputs, steps = to_blocks(x, blocks), to_blocks(dt[..., None], blocks)
+    keys, queries = (to_blocks(y, blocks) for y in (B, C))
+    log_decay = (steps * A.to(steps.dtype)[:, None, None]).masked_fill(blocks.starts[..., None], 0.0)
+    reach, leave, through = decays(log_decay, blocks)
+    u = inputs * steps
+
+    def by_group(y: Tensor) -> Tensor:
+        return y.unflatten(2, (B.shape[2], -1))
+
+    def finish(states: Tensor) -> Tensor:
         near = by_group(pair_decays(log_decay, blocks)) * (queries @ keys.transpose(-1, -2))[:, :, :, None]
         far = torch.einsum("bngis,bngrsp->bngrip", queries, by_group(states)).flatten(2, 3)
         y = near.flatten(2, 3) @ u + far * reach
         if D is not None:
             y = y + inputs * D.to(inputs.dtype).view(D.shape[0], 1, -1)
         return from_blocks(y, blocks, x.dtype)
+
+    written = torch.einsum("bngjs,bngrjp->bngrsp", keys, by_group(u * leave)).flatten(2, 3)
+    return through, written, finish
 
 
 def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chain: Chain) -> None:
