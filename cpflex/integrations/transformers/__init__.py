@@ -19,8 +19,16 @@ from cpflex.integrations.transformers.attention import PlanMask, attention_forwa
 from cpflex.integrations.transformers.batch import shard_batch
 from cpflex.integrations.transformers.masks import COMPOSE, composed
 from cpflex.integrations.transformers.planning import VERIFIED, ModelPlan, plan_for
+from cpflex.integrations.transformers.recurrent import (
+    HYBRIDS,
+    RecurrentMask,
+    attach_recurrent,
+    detach_recurrent,
+    gathered,
+)
 
-__all__ = ["VERIFIED", "ModelPlan", "PlanMask", "attention_forward", "plan_for", "shard_batch"]
+__all__ = ["HYBRIDS", "VERIFIED", "ModelPlan", "PlanMask", "RecurrentMask", "attach_recurrent", "attention_forward"]
+__all__ += ["detach_recurrent", "gathered", "plan_for", "shard_batch"]
 
 NAME = "cpflex"
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from cpflex import Plan, flex_attention, score_mod
 from cpflex.attention import ScoreMod
-from cpflex.integrations.transformers.masks import layer_types
+from cpflex.integrations.transformers.masks import HYBRID, layer_types
 
 # B batch, S_local tokens of this rank, H query heads, G heads of keys, D head dim
 
@@ -194,7 +194,7 @@ def _layer_type(config: PretrainedConfig, layer_idx: int) -> str:
     """Layers after the last, such as heads that predict several tokens, are of the type of all, if there is one."""
     known = layer_types(config)
     if layer_idx < len(known):
-        return known[layer_idx]
+        return HYBRID.get(known[layer_idx], known[layer_idx])
     if len(set(known)) > 1:
         raise ValueError(
             f"layer_idx={layer_idx} is beyond the {len(known)} layers of the config, which are of several types; pass "

@@ -35,6 +35,16 @@ MAKERS: dict[str, Callable[..., Any]] = {
 """Layer types, and what transformers makes their masks with."""
 
 
+HYBRID = {"hybrid": "full_attention"}
+"""Layer types that attend and also mix tokens in another way, and the layer type whose mask their attention takes."""
+
+RECURRENT = {"linear_attention": "linear_attention", "conv": "conv", "hybrid": "linear_attention"}
+"""Layer types that mix tokens outside of attention, and the name under which they are told of padding."""
+
+MIX_NOTHING = frozenset(("mlp", "moe"))
+"""Layer types in which each token is by itself."""
+
+
 def layer_types(config: PretrainedConfig) -> list[str]:
     """Of each layer, by the rule by which transformers chooses masks."""
     if (layer_types := getattr(config, "layer_types", None)) is not None:
@@ -44,6 +54,17 @@ def layer_types(config: PretrainedConfig) -> list[str]:
     if getattr(config, "attention_chunk_size", None) is not None:
         return ["chunked_attention"] * config.num_hidden_layers
     return ["full_attention"] * config.num_hidden_layers
+
+
+def attention_types(config: PretrainedConfig) -> list[str]:
+    """Of each layer that attends, the layer type whose mask it takes."""
+    others = MIX_NOTHING | set(RECURRENT) - set(HYBRID)
+    return [HYBRID.get(layer_type, layer_type) for layer_type in layer_types(config) if layer_type not in others]
+
+
+def recurrent_types(config: PretrainedConfig) -> list[str]:
+    """Of each layer that mixes tokens outside of attention, the name under which it is told of padding."""
+    return [RECURRENT[layer_type] for layer_type in layer_types(config) if layer_type in RECURRENT]
 
 
 def compose(

@@ -8,13 +8,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from cpflex import Plan, make_plan
 from cpflex.integrations.transformers import multimodal
 from cpflex.integrations.transformers.attention import PlanMask
-from cpflex.integrations.transformers.masks import MAKERS, compose, layer_types, positions_and_padding
+from cpflex.integrations.transformers.masks import (
+    MAKERS,
+    attention_types,
+    compose,
+    positions_and_padding,
+    recurrent_types,
+)
+from cpflex.integrations.transformers.recurrent import HYBRIDS, RecurrentMask, hands_out_masks
 from cpflex.links.processes import Group
 from cpflex.masks import MaskFn
 
@@ -46,15 +54,31 @@ class ModelPlan:
     """Of the scores of all layers."""
     token_types: Tensor | None = None
     """Of a model that sees the tokens of an image in both directions: what its masks were made of, [1 or B, S]."""
+    recurrent: tuple[str, ...] = ()
+    """Layer types that mix tokens outside of attention."""
 
     def __getitem__(self, layer_type: str) -> PlanMask:
         return PlanMask(self.plan[layer_type], layer_type, self.windows[layer_type], self.softcap)
 
     @property
-    def attention_mask(self) -> PlanMask | dict[str, PlanMask]:
+    def attention_mask(self) -> PlanMask | dict[str, PlanMask | RecurrentMask]:
         """What the model takes as its ``attention_mask``."""
-        masks = {layer_type: self[layer_type] for layer_type in self.windows}
+        masks: dict[str, Any] = {layer_type: self[layer_type] for layer_type in self.windows}
+        if self.recurrent:
+            masks |= dict.fromkeys(self.recurrent, self.recurrent_mask)
         return masks if self.per_layer_type else next(iter(masks.values()))
+
+    @property
+    def recurrent_mask(self) -> RecurrentMask:
+        """Of the layers that mix tokens outside of attention."""
+        return RecurrentMask(self.plan, self.position_ids, self.padding_mask)
+
+    def explain(self) -> str:
+        """The plan in words, and what layers that mix tokens outside of attention cost beside it."""
+        if not self.recurrent:
+            return self.plan.explain()
+        title = f"{', '.join(self.recurrent)}: outside of attention, as chosen with attach_recurrent"
+        return "\n".join([self.plan.explain(), "", title, self.recurrent_mask.explain()])
 
     def bind(self, group: Group | None) -> ModelPlan:
         """This plan on a group, where it was made with ``rank=`` and ``world_size=``."""
@@ -123,7 +147,7 @@ def plan_for(
         raise ValueError(f"batch_size must be the {len(positions)} rows of the batch; got {batch_size}")
     if has_functions:
         positions = positions.expand(batch_size, -1)
-    kinds = Counter(layer_types(text_config))
+    kinds = Counter(attention_types(text_config))
     token_types = multimodal.token_types_for_masks(config, token_type_ids, positions.shape[1])
     if token_types is not None and token_type_ids is not None:
         positions = multimodal.rows_for_masks(positions, token_types, has_functions)
@@ -143,6 +167,7 @@ def plan_for(
         rope_limits=tuple(_rope_limits(text_config)),
         softcap=getattr(text_config, "attn_logit_softcapping", None),
         token_types=token_types,
+        recurrent=tuple(sorted(set(recurrent_types(text_config)))),
     )
 
 
@@ -164,11 +189,16 @@ def _supported(config: PretrainedConfig, verified_only: bool) -> PretrainedConfi
             getattr(part, "output_router_logits", False) for part in (config, text_config)
         ),
     }
-    for layer_type in layer_types(text_config):
-        refused[f"layers of type {layer_type!r}"] = layer_type not in MAKERS
+    refused |= {f"layers of type {kind!r}": kind not in MAKERS for kind in attention_types(text_config)}
+    if text_config.model_type in HYBRIDS or recurrent_types(text_config):
+        older = f"layers that mix tokens outside of attention, before transformers 5 ({transformers.__version__})"
+        refused[older] = not hands_out_masks()
+        refused["a model without attention"] = not attention_types(text_config)
+        if text_config.model_type in VERIFIED - HYBRIDS:
+            refused |= {f"layers of type {kind!r}": True for kind in recurrent_types(text_config)}
     if found := [name for name, is_found in refused.items() if is_found]:
         raise NotImplementedError(f"{config.model_type}: not supported with context parallelism: {', '.join(found)}")
-    verified = VERIFIED if text_config is config else VERIFIED | multimodal.VERIFIED_TEXT
+    verified = VERIFIED | HYBRIDS | (frozenset() if text_config is config else multimodal.VERIFIED_TEXT)
     if verified_only and text_config.model_type not in verified:
         raise NotImplementedError(
             f"model type {text_config.model_type!r} is not among the verified ones, {sorted(verified)}; compare its "

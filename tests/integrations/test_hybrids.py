@@ -1,0 +1,179 @@
+"""Models with recurrent or convolutional layers: N ranks compute what one process computes on each document alone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from hf_hybrids import (
+    HYBRIDS,
+    assert_equal_to_documents_alone,
+    hybrid_model,
+    hybrid_on_rank,
+    wrapped_hybrid_on_rank,
+)
+from hf_runs import TOKENS, Case
+
+import cpflex
+from cpflex.integrations import transformers as integration
+from cpflex.integrations.transformers import (
+    RecurrentMask,
+    attach_recurrent,
+    detach_recurrent,
+    gathered,
+    plan_for,
+    recurrent,
+    shard_batch,
+)
+from processes import RankProcesses
+
+pytestmark = [
+    pytest.mark.hf,
+    pytest.mark.skipif(not recurrent.hands_out_masks(), reason="this transformers gives such layers no mask of theirs"),
+]
+LAYOUT_NAMES = ("balanced", "zigzag", "striped", "contiguous")
+DESCRIBED = ("one document", "packed", "rows packed differently", "padded left", "padded right")
+PACKED = Case("qwen3_next", "packed")
+
+
+def matrix() -> list:
+    """Every architecture with every kind of batch on 2 and on 4 ranks, the layouts in turn."""
+    params = []
+    for (i, name), (j, tokens), (k, world_size) in itertools.product(*map(enumerate, (HYBRIDS, DESCRIBED, (2, 4)))):
+        case = Case(name, tokens, world_size, LAYOUT_NAMES[(i + j + 2 * k) % 4])
+        params.append(pytest.param(case, world_size, id=str(case)))
+    return params
+
+
+@pytest.mark.by_day(16)
+@pytest.mark.parametrize(("case", "processes"), matrix(), indirect=["processes"])
+def test_gathered_layers_give_the_loss_and_gradients_of_documents_alone(case: Case, processes: RankProcesses):
+    assert_equal_to_documents_alone(processes.run(hybrid_on_rank, case, gathered), case)
+
+
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP2"])
+def test_layers_stay_attached_under_what_averages_gradients_and_recomputes(wrap: str, two_processes: RankProcesses):
+    for result in two_processes.run(wrapped_hybrid_on_rank, PACKED, wrap, gathered):
+        assert_equal_to_documents_alone([result], PACKED)
+
+
+def test_what_is_called_a_verified_hybrid_is_what_is_tested():
+    assert set(HYBRIDS) == integration.HYBRIDS
+    assert {HYBRIDS[name].config().model_type for name in HYBRIDS} == integration.HYBRIDS
+
+
+# -- attaching
+
+
+def loss_of(model: Any, case: Case = PACKED) -> torch.Tensor:
+    return model(**shard_batch(TOKENS[case.tokens].batch(), case.plan(model.config))).loss
+
+
+def test_attaching_twice_is_attaching_once_and_detaching_leaves_the_model_as_it_was():
+    model = hybrid_model(PACKED, "cpflex")
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    names = attach_recurrent(model, gathered)
+    assert names == ["model.layers.0.linear_attn", "model.layers.2.linear_attn"]
+    expected = loss_of(model)
+    assert attach_recurrent(model, gathered) == names
+    assert torch.equal(loss_of(model), expected)
+    detach_recurrent(model)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_is_attached_to_its_own_layers(copied: Any):
+    model = hybrid_model(PACKED, "cpflex", gathered)
+    expected = loss_of(model)
+    twin = copied(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(loss_of(twin), expected)
+
+
+def test_a_plan_of_a_hybrid_pickles_and_moves_to_devices():
+    plan = pickle.loads(pickle.dumps(plan_for(HYBRIDS["falcon_h1"].config(), **TOKENS["packed"].planned)))
+    assert set(plan.attention_mask) == {"full_attention", "linear_attention"}
+    mask = pickle.loads(pickle.dumps(plan.attention_mask))["linear_attention"]
+    assert isinstance(mask, RecurrentMask)
+    assert mask.to("cpu", non_blocking=True) is mask
+
+
+def test_layers_without_attention_weigh_nothing_in_the_plan():
+    """Blocks of experts and of mixing alone; hybrid ones are attention blocks as well."""
+    for name in HYBRIDS:
+        config = HYBRIDS[name].config()
+        plan = plan_for(config, rank=0, world_size=2, **TOKENS["packed"].planned)
+        assert list(plan.windows) == ["full_attention"]
+
+
+def test_a_plan_says_what_such_layers_cost():
+    config = HYBRIDS["qwen3_next"].config()
+    plan = plan_for(config, rank=1, world_size=2, layout=cpflex.contiguous, **TOKENS["packed"].planned)
+    assert "linear_attention: outside of attention" in plan.explain()
+    assert "48 tokens received in each such layer, 83 held; 51 computed, of which 35 belong to rank 1" in plan.explain()
+    assert (
+        "outside of attention"
+        not in plan_for(HYBRIDS["lfm2"].config(layer_types=["full_attention"] * 3), seq_len=9).explain()
+    )
+
+
+def test_a_rank_without_tokens_has_gradients_of_every_parameter():
+    model = hybrid_model(PACKED, "cpflex", gathered)
+    plan = plan_for(model.config, seq_len=3, rank=3, world_size=4, layout=cpflex.contiguous)
+    assert sum(run.is_heard for run in plan.recurrent_mask.runs[0]) == 1
+
+
+# -- refusals
+
+
+def test_a_hybrid_is_refused_until_a_way_is_chosen():
+    for name in HYBRIDS:
+        model = hybrid_model(Case(name), "cpflex")
+        with pytest.raises(NotImplementedError, match=r"choose how they come with attach_recurrent\(model, gathered\)"):
+            loss_of(model, Case(name))
+
+
+@pytest.mark.parametrize("mask", ["none", "a tensor", "another plan"])
+def test_an_attached_layer_takes_nothing_but_the_plan(mask: str):
+    model = hybrid_model(PACKED, "cpflex", gathered)
+    batch = shard_batch(TOKENS["packed"].batch(), PACKED.plan(model.config))
+    others = {"none": None, "a tensor": torch.ones(1, 83), "another plan": batch["attention_mask"]["full_attention"]}
+    batch["attention_mask"] = batch["attention_mask"] | {"linear_attention": others[mask]}
+    with pytest.raises(ValueError, match=r"must get the plan as attention_mask.*detach_recurrent\(model\)"):
+        model(**batch)
+
+
+def test_models_that_cannot_be_attached_are_refused():
+    with pytest.raises(NotImplementedError, match="a model without attention"):
+        plan_for(HYBRIDS["bamba"].config(attn_layer_indices=[]), seq_len=9)
+    with pytest.raises(ValueError, match="lfm2 has no layers that mix tokens outside of attention: nothing to attach"):
+        attach_recurrent(HYBRIDS["lfm2"].model("cpflex", layer_types=["full_attention"] * 3), gathered)
+    model = hybrid_model(PACKED, "cpflex")
+    model.model.layers[2].linear_attn = torch.nn.Identity()
+    with pytest.raises(NotImplementedError, match=r"has 2 layers that mix.*finds 1: \['model.layers.0.linear_attn'\]"):
+        attach_recurrent(model, gathered)
+
+
+def test_a_release_without_masks_for_such_layers_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr("transformers.masking_utils.create_recurrent_attention_mask")
+    for name in HYBRIDS:
+        with pytest.raises(NotImplementedError, match="mix tokens outside of attention, before transformers 5"):
+            plan_for(HYBRIDS[name].config(), seq_len=9)
+
+
+def test_a_cache_is_refused():
+    from transformers import DynamicCache
+
+    model = hybrid_model(PACKED, "cpflex", gathered)
+    batch = shard_batch(TOKENS["packed"].batch(), PACKED.plan(model.config))
+    with pytest.raises(NotImplementedError, match="a cache is not supported; pass use_cache=False"):
+        model(**batch, cache=DynamicCache(config=model.config))
