@@ -27,6 +27,7 @@ from cpflex.integrations.transformers import (
     RecurrentMask,
     attach_recurrent,
     detach_recurrent,
+    exchanged,
     gathered,
     plan_for,
     recurrent,
@@ -40,27 +41,32 @@ pytestmark = [
 ]
 LAYOUT_NAMES = ("balanced", "zigzag", "striped", "contiguous")
 DESCRIBED = ("one document", "packed", "rows packed differently", "padded left", "padded right")
+EXCHANGED = tuple(name for name in HYBRIDS if name not in ("jamba", "minimax", "zamba"))
 PACKED = Case("qwen3_next", "packed")
 
 
 def matrix() -> list:
-    """Every architecture with every kind of batch on 2 and on 4 ranks, the layouts in turn."""
+    """Every architecture with every kind of batch on 2 and on 4 ranks, in both ways, the layouts in turn."""
     params = []
-    for (i, name), (j, tokens), (k, world_size) in itertools.product(*map(enumerate, (HYBRIDS, DESCRIBED, (2, 4)))):
-        case = Case(name, tokens, world_size, LAYOUT_NAMES[(i + j + 2 * k) % 4])
-        params.append(pytest.param(case, world_size, id=str(case)))
+    for how, names in ((gathered, tuple(HYBRIDS)), (exchanged, EXCHANGED)):
+        for (i, name), (j, tokens), (k, world_size) in itertools.product(*map(enumerate, (names, DESCRIBED, (2, 4)))):
+            case = Case(name, tokens, world_size, LAYOUT_NAMES[(i + j + 2 * k) % 4])
+            params.append(pytest.param(how, case, world_size, id=f"{how.__name__}-{case}"))
     return params
 
 
-@pytest.mark.by_day(16)
-@pytest.mark.parametrize(("case", "processes"), matrix(), indirect=["processes"])
-def test_gathered_layers_give_the_loss_and_gradients_of_documents_alone(case: Case, processes: RankProcesses):
-    assert_equal_to_documents_alone(processes.run(hybrid_on_rank, case, gathered), case)
+@pytest.mark.by_day(27)
+@pytest.mark.parametrize(("how", "case", "processes"), matrix(), indirect=["processes"])
+def test_ranks_compute_the_loss_and_gradients_of_documents_alone(how: Any, case: Case, processes: RankProcesses):
+    assert_equal_to_documents_alone(processes.run(hybrid_on_rank, case, how), case)
 
 
+@pytest.mark.parametrize("how", [exchanged, gathered])
 @pytest.mark.parametrize("wrap", ["DDP", "FSDP2"])
-def test_layers_stay_attached_under_what_averages_gradients_and_recomputes(wrap: str, two_processes: RankProcesses):
-    for result in two_processes.run(wrapped_hybrid_on_rank, PACKED, wrap, gathered):
+def test_layers_stay_attached_under_what_averages_gradients_and_recomputes(
+    wrap: str, how: Any, two_processes: RankProcesses
+):
+    for result in two_processes.run(wrapped_hybrid_on_rank, PACKED, wrap, how):
         assert_equal_to_documents_alone([result], PACKED)
 
 
@@ -138,8 +144,49 @@ def test_a_rank_without_tokens_has_gradients_of_every_parameter():
 def test_a_hybrid_is_refused_until_a_way_is_chosen():
     for name in HYBRIDS:
         model = hybrid_model(Case(name), "cpflex")
-        with pytest.raises(NotImplementedError, match=r"choose how they come with attach_recurrent\(model, gathered\)"):
+        with pytest.raises(NotImplementedError, match=r"choose how with attach_recurrent\(model, exchanged\)"):
             loss_of(model, Case(name))
+
+
+def attached_on_one_rank(group: Any, how: Any) -> None:
+    model = hybrid_model(PACKED, "cpflex", how if group.rank() == 0 else None)
+    model(**shard_batch(TOKENS["packed"].batch(), PACKED.plan(model.config, group)))
+
+
+@pytest.mark.parametrize("how", [exchanged, gathered])
+def test_a_rank_that_chose_no_way_is_found_out_by_all(how: Any, two_processes: RankProcesses):
+    waiting, refused = two_processes.outcomes(attached_on_one_rank, how)
+    assert isinstance(refused.error, NotImplementedError), refused.traceback
+    assert isinstance(waiting.error, cpflex.RankMismatch), waiting.traceback
+    assert "this model has layers that mix tokens outside of attention" in str(waiting.error)
+
+
+def attached_in_two_ways(group: Any) -> None:
+    model = hybrid_model(PACKED, "cpflex", (exchanged, gathered)[group.rank()])
+    model(**shard_batch(TOKENS["packed"].batch(), PACKED.plan(model.config, group)))
+
+
+def test_ranks_that_chose_different_ways_are_found_out(two_processes: RankProcesses):
+    for outcome in two_processes.outcomes(attached_in_two_ways):
+        assert isinstance(outcome.error, cpflex.RankMismatch), outcome.traceback
+        assert "Qwen3NextGatedDeltaNet, gathered" in str(outcome.error)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("minimax", "for MiniMaxLightningAttention is not known: it mixes tokens in its own forward"),
+        ("jamba", "for JambaMambaMixer is not known: it calls mamba_selective_scan"),
+        ("zamba", "for ZambaMambaMixer is not known: it calls mamba_selective_scan"),
+    ],
+)
+def test_layers_whose_states_are_not_known_are_refused_by_name(name: str, said: str):
+    model = hybrid_model(Case(name), "cpflex")
+    with pytest.raises(
+        NotImplementedError, match=rf"{said}.*attach_recurrent\(model, gathered\) works for every layer"
+    ):
+        attach_recurrent(model, exchanged)
+    assert not any("forward" in vars(module) for module in model.modules()), "none is changed"
 
 
 @pytest.mark.parametrize("mask", ["none", "a tensor", "another plan"])

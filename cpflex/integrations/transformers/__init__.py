@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from cpflex.integrations.transformers.attention import PlanMask, attention_forward, refuse_to_make_a_mask
 from cpflex.integrations.transformers.batch import shard_batch
+from cpflex.integrations.transformers.exchanged import exchanged
 from cpflex.integrations.transformers.masks import COMPOSE, composed
 from cpflex.integrations.transformers.planning import VERIFIED, ModelPlan, plan_for
 from cpflex.integrations.transformers.recurrent import (
@@ -28,7 +29,7 @@ from cpflex.integrations.transformers.recurrent import (
 )
 
 __all__ = ["HYBRIDS", "VERIFIED", "ModelPlan", "PlanMask", "RecurrentMask", "attach_recurrent", "attention_forward"]
-__all__ += ["detach_recurrent", "gathered", "plan_for", "shard_batch"]
+__all__ += ["detach_recurrent", "exchanged", "gathered", "plan_for", "shard_batch"]
 
 NAME = "cpflex"
 

@@ -3,7 +3,7 @@
 Such a layer needs the tokens before its own, which other ranks may hold. How they get there is chosen once a model:
 
 >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="cpflex")
->>> attach_recurrent(model, gathered)
+>>> attach_recurrent(model, exchanged)                                                # or gathered
 
 The plan travels to these layers in the place of their padding mask, as it does to attention.
 """
@@ -22,6 +22,7 @@ from transformers import masking_utils
 
 from cpflex import Plan
 from cpflex.integrations.transformers.masks import documents_of, recurrent_types
+from cpflex.recurrent import Chain, make_chain
 
 # B batch, S tokens of the whole sequence, S_local of this rank, E hidden size
 
@@ -77,6 +78,11 @@ class RecurrentMask:
             rows[0][0] = rows[0][0]._replace(is_heard=True)
         return tuple(map(tuple, rows))
 
+    @cached_property
+    def chain(self) -> Chain:
+        """The order of the ranks' fragments, and where states are forgotten."""
+        return make_chain(self.plan, position_ids=self.position_ids, padding_mask=self.padding_mask)
+
     def explain(self) -> str:
         """In words, what the ways of `attach_recurrent` cost on this rank."""
         plan, rows = self.plan, len(self.runs)
@@ -84,7 +90,9 @@ class RecurrentMask:
         held = int((plan.positions < plan.seq_len).sum())
         return (
             f"  gathered   {plan.local_len * (plan.world_size - 1):,} tokens received in each such layer, "
-            f"{plan.seq_len:,} held; {computed / rows:,.0f} computed, of which {held:,} belong to rank {plan.rank}"
+            f"{plan.seq_len:,} held; {computed / rows:,.0f} computed, of which {held:,} belong to rank {plan.rank}\n"
+            f"  exchanged  {self.chain.num_fragments:,} states received in each such layer; nothing else is held, or "
+            "computed twice"
         )
 
     def to(self, *_: Any, **__: Any) -> RecurrentMask:  # what moves batches to devices calls it
@@ -92,8 +100,9 @@ class RecurrentMask:
 
     def __getitem__(self, _: Any) -> NoReturn:  # a layer that takes it for a tensor
         error = NotImplementedError(
-            "this model has layers that mix tokens outside of attention, which needs the tokens of other ranks; choose "
-            "how they come with attach_recurrent(model, gathered), of cpflex.integrations.transformers"
+            "this model has layers that mix tokens outside of attention, which needs those of other ranks; choose how "
+            "with attach_recurrent(model, exchanged), or attach_recurrent(model, gathered) if the layers exchange no "
+            "states, of cpflex.integrations.transformers"
         )
         self.plan.refuse(error)
         raise error
@@ -113,7 +122,7 @@ def attach_recurrent(model: nn.Module, how: Callable[[nn.Module], LayerForward])
     Args:
         model: unmodified, of transformers. Its layers keep their classes, parameters and names; calling it again, with
             another way, replaces the first.
-        how: `gathered`.
+        how: `exchanged`, where it is known for these layers, or `gathered`.
 
     Returns:
         The names of the layers.
@@ -165,7 +174,8 @@ def gathered(layer: nn.Module) -> LayerForward:
 
 @torch.compiler.disable
 def _gathered(layer: nn.Module, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
-    mask = _mask_of(layer, hidden_states, arguments, keywords)
+    mask = mask_of(layer, hidden_states, arguments, keywords)
+    _agree(mask, layer, hidden_states)
     whole = mask.plan.unshard(hidden_states, dim=1)
     rows = whole.split(1) if len(mask.runs) > 1 else (whole,)
     pieces = [row.split([run.num_tokens for run in runs], dim=1) for row, runs in zip(rows, mask.runs, strict=True)]
@@ -184,6 +194,13 @@ def _gathered(layer: nn.Module, hidden_states: Tensor, *arguments: Any, **keywor
     return (local, *others) if others else local
 
 
+def _agree(mask: RecurrentMask, layer: nn.Module, hidden_states: Tensor) -> None:
+    """With the other ranks, before tokens are sent."""
+    tokens = f"{str(hidden_states.dtype).removeprefix('torch.')} {tuple(hidden_states.shape)}"
+    facts = {"direction": "forward", "layer": f"{type(layer).__name__}, gathered", "tokens": tokens}
+    mask.plan.agree(facts, hidden_states.device)
+
+
 def _alone(layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, tuple[None, ...]]:
     """The layer's own forward on a document: the tokens, and None for whatever else it returns."""
     out = type(layer).forward(layer, hidden_states, **_nothing(type(layer)))
@@ -197,7 +214,7 @@ def _nothing(kind: type[nn.Module]) -> dict[str, None]:
     return {x.name: None for x in others if x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD}
 
 
-def _mask_of(
+def mask_of(
     layer: nn.Module, hidden_states: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> RecurrentMask:
     given = inspect.signature(type(layer).forward).bind_partial(layer, hidden_states, *arguments, **keywords).arguments
