@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -15,12 +16,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import cpflex
-from cpflex.integrations.transformers import ModelPlan, plan_for, shard_batch
+from cpflex.integrations.transformers import (
+    ModelPlan,
+    attach_recurrent,
+    exchanged,
+    gathered,
+    plan_for,
+    shard_batch,
+)
 from data import IGNORE, VOCAB_SIZE, Sample
 from trainee import Planner, Results, results_of
+
+Way = Callable[[nn.Module], Callable[..., Any]]
+"""`exchanged` or `gathered`."""
+
+REMARKS = {
+    None: "",
+    exchanged: "layers that mix tokens outside of attention exchange their states",
+    gathered: "layers that mix tokens outside of attention gather them: every rank holds the input of one such layer "
+    "for the whole sequence, and computes every document that it has tokens of",
+}
 
 
 def checked_config(name: str) -> PretrainedConfig:
@@ -58,7 +77,21 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> HuggingFace:
         model: nn.Module = AutoModelForCausalLM.from_config(config, **how)
     else:
         model = AutoModelForCausalLM.from_pretrained(name, **how)
-    return HuggingFace(nn.Module.to(model, device).train(), dtype)
+    return HuggingFace(nn.Module.to(model, device).train(), dtype, _attached(model))
+
+
+def _attached(model: nn.Module) -> Way | None:
+    """How ranks share its layers that mix tokens outside of attention, if it has any. By exchanging states, where it is
+    known what they are.
+    """
+    if not plan_for(_config(model), seq_len=1).recurrent:
+        return None
+    try:
+        attach_recurrent(model, exchanged)
+    except NotImplementedError:
+        attach_recurrent(model, gathered)
+        return gathered
+    return exchanged
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +100,15 @@ class HuggingFace:
 
     model: nn.Module
     dtype: torch.dtype
+    way: Way | None = None
 
     @property
     def config(self) -> PretrainedConfig:
-        config = self.model.config
-        assert isinstance(config, PretrainedConfig)
-        return config
+        return _config(self.model)
+
+    @property
+    def remark(self) -> str:
+        return REMARKS[self.way]
 
     @property
     def identity(self) -> str:
@@ -100,26 +136,43 @@ class HuggingFace:
     def for_proof(self, longest: int) -> HuggingFace:
         window = getattr(self.config, "sliding_window", None)
         changes = {} if window is None else {"sliding_window": min(window, max(1, longest // 4))}
-        return replace(self, model=_twin(self.model, "cpflex", **changes))
+        twin = _twin(self.model, "cpflex", **changes)
+        if self.way is not None:
+            attach_recurrent(twin, self.way)
+        return replace(self, model=twin)
 
     def dense_results(self, sample: Sample, *, in_fp64: bool) -> Results:
-        """By transformers' own eager attention, one document after the other: nothing is packed.
-
-        What models compute in fp32 whatever their dtype, softmax and RoPE for instance, stays so in fp64.
-        """
+        """By transformers' own eager attention, one document after the other: nothing is packed."""
         model, dtype = _twin(self.model, "eager"), self.dtype
         if in_fp64:
+            _config(model)._experts_implementation = "eager"  # grouped products have no fp64
             model, dtype = model.double(), torch.float64
         device = next(model.parameters()).device
         loss = torch.zeros((), device=device)
         for begin, end in pairwise(sample.cu_seqlens.tolist()):
             tokens, labels = (x[begin:end].to(device) for x in (sample.tokens, sample.labels))
-            logits = _call(model, dtype, {"input_ids": tokens[None], "use_cache": False}).logits[0]
+            with _AllInFp64() if in_fp64 else nullcontext():
+                logits = _call(model, dtype, {"input_ids": tokens[None], "use_cache": False}).logits[0]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             share = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / sample.num_labels
             share.backward()
             loss = loss + share.detach()
         return results_of(model, loss)
+
+
+class _AllInFp64(TorchFunctionMode):
+    """What models compute in fp32 whatever their dtype, softmax, norms and recurrences for instance, too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        args = [torch.float64 if x is torch.float32 else x for x in args]
+        return func(*args, **{k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()})
+
+
+def _config(model: nn.Module) -> PretrainedConfig:
+    config = model.config
+    assert isinstance(config, PretrainedConfig)
+    return config
 
 
 def _plan(config: PretrainedConfig, cu_seqlens: Tensor, **where: Any) -> cpflex.Plan:
@@ -134,8 +187,7 @@ def _call(model: nn.Module, dtype: torch.dtype, arguments: Mapping[str, Any]) ->
 
 def _twin(model: nn.Module, attention: str, **changes: Any) -> nn.Module:
     """Another instance of the model's class, with the same weights."""
-    config = copy.deepcopy(model.config)
-    assert isinstance(config, PretrainedConfig)
+    config = copy.deepcopy(_config(model))
     config.update(changes)
     twin = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     twin.load_state_dict(model.state_dict())

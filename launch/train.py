@@ -65,6 +65,8 @@ def train(options: argparse.Namespace, group: dist.ProcessGroup, device: torch.d
     optimizer = AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"ranks: {group.size()} on {device.type}; {num_parameters:,} parameters; {len(files):,} documents")
+    if trainee.remark:
+        say(trainee.remark)
 
     comparisons = prove(trainee, files, options.seq_len, layout, group, device)
     say(describe(comparisons, group.size()))

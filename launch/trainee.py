@@ -41,6 +41,11 @@ class Trainee(Protocol):
         ...
 
     @property
+    def remark(self) -> str:
+        """What a run says of it, or nothing."""
+        ...
+
+    @property
     def planner(self) -> Planner: ...
 
     def share_of_loss(self, sample: Sample, plan: cpflex.Plan, device: torch.device) -> Tensor:
@@ -74,6 +79,10 @@ class BuiltIn:
     @property
     def identity(self) -> str:
         return "built in"
+
+    @property
+    def remark(self) -> str:
+        return ""
 
     @property
     def planner(self) -> Planner:

@@ -17,9 +17,10 @@ pytest.importorskip("transformers")
 from torch import Tensor
 
 import hf
+from cpflex.integrations.transformers.recurrent import hands_out_masks
 from data import Corpus, text_files
 from patience import patience
-from proof import compare
+from proof import Comparison, compare
 from report import StepRecord, read_log
 from step import loss_and_gradients
 from train import parse_options
@@ -44,6 +45,29 @@ SMALL = {
     "layer_types": ["sliding_attention", "full_attention"],
     "initializer_range": 0.1,
 }
+
+DELTA = {
+    "model_type": "qwen3_next",
+    "layer_types": ["linear_attention", "full_attention"],
+    "sliding_window": None,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_experts": 0,
+}
+CONVOLUTION = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "sliding_window": None}
+LIGHTNING = {
+    "model_type": "minimax",
+    "layer_types": ["linear_attention", "full_attention"],
+    "sliding_window": None,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 2,
+    "block_size": 32,
+}
+needs_masks = pytest.mark.skipif(
+    not hands_out_masks(), reason="this transformers gives recurrent layers no mask of theirs"
+)
 
 
 @pytest.fixture
@@ -79,12 +103,29 @@ def test_a_hybrid_model_proves_itself_learns_and_resumes_bit_by_bit(tmp_path: Pa
     assert [(r.step, r.loss, r.grad_norm) for r in again] == [(r.step, r.loss, r.grad_norm) for r in log]
 
 
+@needs_masks
+@pytest.mark.by_day(3)
+def test_a_model_with_recurrent_layers_proves_itself_and_learns(tmp_path: Path, written):
+    said, log = trained(written(**DELTA), tmp_path / "run")
+    assert "layers that mix tokens outside of attention exchange their states" in said
+    assert "27 of 27 within budget: the loss and 26 gradients" in said
+    assert log[-1].loss < log[0].loss - 0.5
+
+
 # -- the proof, on one rank
 
 
 def results_of_one_rank(trainee: hf.HuggingFace, sample) -> dict[str, Tensor]:
     plan = trainee.planner(sample.cu_seqlens)
     return dict(results_of(trainee.model, loss_and_gradients(trainee, sample, plan, None, CPU)))
+
+
+def refused_by_the_proof(trainee: hf.HuggingFace) -> list[Comparison]:
+    sample = Corpus(text_files(LAUNCH), 250, seed=0, longest=80)[0]
+    found = results_of_one_rank(trainee, sample)
+    dense, exact = (trainee.dense_results(sample, in_fp64=in_fp64) for in_fp64 in (False, True))
+    assert found.keys() == exact.keys()
+    return [comparison for comparison in compare(found, found, dense, exact, trainee.dtype) if not comparison.passed]
 
 
 @pytest.mark.parametrize(
@@ -98,13 +139,19 @@ def results_of_one_rank(trainee: hf.HuggingFace, sample) -> dict[str, Tensor]:
     ids=["gemma3", "gemma3-bf16", "llama", "mistral"],
 )
 def test_the_proof_accepts_the_model(changes: dict[str, Any], dtype: torch.dtype, written):
-    trainee = hf.load(written(**changes), dtype, CPU).for_proof(longest=80)
-    sample = Corpus(text_files(LAUNCH), 250, seed=0, longest=80)[0]
-    found = results_of_one_rank(trainee, sample)
-    dense, exact = (trainee.dense_results(sample, in_fp64=in_fp64) for in_fp64 in (False, True))
-    assert found.keys() == exact.keys()
-    failed = [comparison for comparison in compare(found, found, dense, exact, dtype) if not comparison.passed]
-    assert not failed
+    assert not refused_by_the_proof(hf.load(written(**changes), dtype, CPU).for_proof(longest=80))
+
+
+@needs_masks
+@pytest.mark.parametrize(
+    ("changes", "remark"),
+    [(DELTA, "exchange their states"), (CONVOLUTION, "exchange their states"), (LIGHTNING, "gather them")],
+    ids=["qwen3_next", "lfm2", "minimax"],
+)
+def test_the_proof_accepts_layers_that_mix_tokens_outside_of_attention(changes: dict[str, Any], remark: str, written):
+    trainee = hf.load(written(**changes), torch.float32, CPU)
+    assert remark in trainee.remark
+    assert not refused_by_the_proof(trainee.for_proof(longest=80))
 
 
 @pytest.mark.parametrize("what", ["another window", "documents run together"])
