@@ -6,7 +6,7 @@ it removes the attention mask of every layer, packed documents, padding and slid
 causally to everything before. `attach` takes it out, and refuses what would fall back to it.
 
 >>> accelerator = Accelerator(parallelism_config=ParallelismConfig(cp_size=4, dp_shard_size=2), fsdp_plugin=plugin)
->>> shares = attach(accelerator)                                                  # before prepare
+>>> shares = attach(accelerator)                                                  # before prepare; with DDP see there
 >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 >>> for batch in loader:
 ...     plan = plan_for(model.config, shares.cp, position_ids=batch["position_ids"])
@@ -17,6 +17,8 @@ causally to everything before. `attach` takes it out, and refuses what would fal
 A streamed set needs ``Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))``: otherwise
 accelerate reads it on rank 0 and deals its rows out to all ranks, those of one sequence too.
 
+`gather_samples` is for evaluation, what ``accelerator.gather_for_metrics`` is without context parallelism.
+
 The Trainer of transformers is in `cpflex.integrations.trainer`.
 """
 
@@ -26,10 +28,12 @@ from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import accelerate
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from torch import nn
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType, recursively_apply
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -50,10 +54,17 @@ class Shares(NamedTuple):
     `Accelerator.backward` also divides by ``gradient_accumulation_steps``: multiply by these as well, if the labels of
     all microbatches of a step are counted together.
     """
+    dp: DeviceMesh | dist.ProcessGroup | None
+    """The ranks that hold the other sequences of a batch, at this rank's place in them; None if there are none."""
 
 
-def attach(accelerator: Accelerator) -> Shares:
+def attach(accelerator: Accelerator, cp_size: int = 1) -> Shares:
     """Make an accelerator leave attention masks and sharding to cpflex. Call it before `Accelerator.prepare`.
+
+    Args:
+        cp_size: ranks that share a sequence, of an accelerator without ``parallelism_config``: all ranks hold all
+            parameters, as with DDP, and with PEFT where only those of adapters are trained. accelerate allows
+            ``cp_size`` in its own ``parallelism_config`` with FSDP2 only.
 
     Raises:
         ValueError: a model is prepared already, or, when it is prepared, attends by another implementation; a loader
@@ -69,6 +80,8 @@ def attach(accelerator: Accelerator) -> Shares:
         raise ValueError("attach(accelerator) must come before accelerator.prepare(model, ...)")
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise NotImplementedError(f"{accelerator.distributed_type} is not supported; use FSDP2 or DDP")
+    if cp_size > 1:
+        _tell_of_sequences(accelerator, cp_size)
     sizes = accelerator.parallelism_config
     if sizes is not None and sizes.sp_enabled:
         raise NotImplementedError(f"sp_size must be 1; got {sizes.sp_size} - cpflex shards the sequence over cp_size")
@@ -77,10 +90,62 @@ def attach(accelerator: Accelerator) -> Shares:
     averaged_over = accelerator.num_processes // (sizes.tp_size if sizes is not None else 1)
     mesh = accelerator.torch_device_mesh
     if sizes is None or mesh is None:
-        return Shares(None, dist.group.WORLD if accelerator.use_distributed else None, averaged_over)
-    dims = sizes.dp_cp_dim_names
-    mean = (mesh[dims[0]] if len(dims) == 1 else mesh[tuple(dims)]._flatten("dp_cp")) if dims else None
-    return Shares(mesh["cp"] if sizes.cp_enabled else None, mean, averaged_over)
+        world = dist.group.WORLD if accelerator.use_distributed else None
+        return Shares(None, world, averaged_over, world)
+
+    def together(dims: list[str], name: str) -> DeviceMesh | None:
+        return (mesh[dims[0]] if len(dims) == 1 else mesh[tuple(dims)]._flatten(name)) if dims else None
+
+    mean, dp = together(sizes.dp_cp_dim_names, "dp_cp"), together(sizes.dp_dim_names, "dp")
+    return Shares(mesh["cp"] if sizes.cp_enabled else None, mean, averaged_over, dp)
+
+
+class _Replicated(ParallelismConfig):
+    """Of ranks that hold all parameters, which accelerate refuses for ``cp_size``."""
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        pass
+
+
+def _tell_of_sequences(accelerator: Accelerator, cp_size: int) -> None:
+    """Give an accelerator that shards no parameters the mesh by which its loaders deal out batches."""
+    found = accelerator.parallelism_config  # all accelerators of a process share it
+    if isinstance(found, _Replicated) and found.cp_size == cp_size:
+        return
+    if not isinstance(found, (_Replicated, type(None))) or accelerator.is_fsdp2:
+        raise ValueError("with FSDP2 pass cp_size to accelerate, ParallelismConfig(cp_size=...), and not to attach")
+    if accelerator.num_processes % cp_size:
+        raise ValueError(f"cp_size must divide the {accelerator.num_processes} processes; got {cp_size}")
+    sizes = _Replicated(cp_size=cp_size, dp_shard_size=accelerator.num_processes // cp_size)
+    state: Any = accelerator.state
+    state.parallelism_config = sizes
+    state.device_mesh = sizes.build_device_mesh(accelerator.device.type)
+
+
+def gather_samples(accelerator: Accelerator, shares: Shares, values: Any) -> Any:
+    """What the ranks hold for the samples of a batch, those that fill up the last batch dropped, on every rank.
+
+    ``accelerator.gather_for_metrics`` knows nothing of ranks that share a sequence: it would gather their samples
+    several times, and drop others in the place of the surplus.
+
+    Args:
+        values: tensors [B, ...] in tuples, lists and dicts, B alike on all ranks; those of a sequence hold the same,
+            for instance ``plan.plan.unshard(logits, dim=1)``.
+    """
+    if (group := shares.dp) is None:
+        whole = values
+    else:
+        group = group.get_group() if isinstance(group, DeviceMesh) else group
+
+        def gathered(x: Tensor) -> Tensor:
+            x = x[None] if x.ndim == 0 else x.contiguous()
+            dist.all_gather(parts := [torch.empty_like(x) for _ in range(group.size())], x, group=group)
+            return torch.cat(parts)
+
+        whole = recursively_apply(gathered, values)
+    state = accelerator.gradient_state
+    left = state.remainder if state.end_of_dataloader else 0  # samples of the last batch; 0 is all, -1 is not known
+    return recursively_apply(lambda x: x[:left], whole) if left > 0 else whole
 
 
 def _check(accelerator: Accelerator, *prepared: Any) -> tuple[Any, ...]:

@@ -94,7 +94,7 @@ def _sharded(batch: Mapping[str, Any], plan: ModelPlan, model: Any) -> dict[str,
         "attention_mask": plan.attention_mask,
         "use_cache": False,
     }
-    if model is not None and head in WHOLE:
+    if head in WHOLE:
         _check_one_result(head, plan)
         see_whole_sequence(model)
         return local | {key: x for key, x in batch.items() if key in {name, "num_items_in_batch", *LABELS[head]}}

@@ -33,7 +33,7 @@ SCORES = ("score", "classifier", "qa_outputs")
 """Names of the last linear layer of these heads."""
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The model of transformers inside DDP, `torch.compile` and PEFT."""
     if isinstance(model, DistributedDataParallel):
         return unwrapped(model.module)
@@ -44,7 +44,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def head_of(model: nn.Module) -> str | None:
+def head_of(model: Any) -> str | None:
     """How the name of the model's class ends: in one of `LANGUAGE_MODELS` or `WHOLE`. None of a body without a head.
 
     Raises:
@@ -64,7 +64,7 @@ def head_of(model: nn.Module) -> str | None:
     )
 
 
-def takes_logits_to_keep(model: nn.Module) -> bool:
+def takes_logits_to_keep(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
 
@@ -126,7 +126,7 @@ class WholeSequence:
         return output
 
 
-def see_whole_sequence(model: nn.Module) -> None:
+def see_whole_sequence(model: Any) -> None:
     """Give a model with a head of `WHOLE` its hooks, once."""
     model = unwrapped(model)
     named = [layer for name in SCORES if isinstance(layer := getattr(model, name, None), nn.Module)]
@@ -137,4 +137,4 @@ def see_whole_sequence(model: nn.Module) -> None:
         return
     if hooks is not None:  # PEFT has put its own layer in the place of the scores since
         hooks.remove()
-    model._cpflex_head = WholeSequence(model, named[0])  # type: ignore[assignment]
+    model._cpflex_head = WholeSequence(model, named[0])
