@@ -204,6 +204,10 @@ def _layer_type(config: PretrainedConfig, layer_idx: int) -> str:
 
 
 HONOURED = frozenset(("sliding_window", "softcap", "s_aux"))
+ALL_LOGITS = slice(None)
+"""What a batch for a language model has as ``logits_to_keep``, which such models take: where it comes down to the
+attention, the model is none. (Those that pass the argument on by themselves have 0 there.)
+"""
 NOT_OF_ATTENTION = frozenset(
     ("position_ids", "cache_position", "num_items_in_batch", "labels", "shift_labels")
     + ("output_hidden_states", "return_dict")
@@ -220,11 +224,13 @@ def _check_arguments(dropout: float, kwargs: Mapping[str, Any]) -> None:
         raise NotImplementedError("is_causal=False: the plan's masks are causal; or_mask_function can add to them")
     if kwargs.get("use_cache"):
         raise NotImplementedError("a KV cache is not supported; pass use_cache=False")
-    if "logits_to_keep" in kwargs:
+    keep = kwargs.get("logits_to_keep", 0)
+    if keep == ALL_LOGITS:
         raise NotImplementedError(
             "a batch for a language model was given to a model with another head, or none: its labels are not the next "
             "tokens, and what it pools may be on another rank; pass the model, shard_batch(batch, plan, model)"
         )
+    known = HONOURED | NOT_OF_ATTENTION | {"is_causal"} | ({"logits_to_keep"} if keep == 0 else set())
     for name, value in kwargs.items():
-        if name not in HONOURED | NOT_OF_ATTENTION | {"is_causal"} and value is not None and value is not False:
+        if name not in known and value is not None and value is not False:
             raise NotImplementedError(f"the attention argument {name}= is not supported with cpflex")

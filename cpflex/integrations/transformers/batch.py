@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cpflex.integrations.transformers import multimodal
+from cpflex.integrations.transformers.attention import ALL_LOGITS
 from cpflex.integrations.transformers.flash import without_flash_keywords
 from cpflex.integrations.transformers.heads import (
     LANGUAGE_MODELS,
@@ -16,7 +17,6 @@ from cpflex.integrations.transformers.heads import (
     WHOLE,
     head_of,
     see_whole_sequence,
-    takes_logits_to_keep,
 )
 from cpflex.integrations.transformers.masks import documents_of, text_positions
 from cpflex.integrations.transformers.planning import ModelPlan
@@ -98,8 +98,8 @@ def _sharded(batch: Mapping[str, Any], plan: ModelPlan, model: Any) -> dict[str,
         _check_one_result(head, plan)
         see_whole_sequence(model)
         return local | {key: x for key, x in batch.items() if key in {name, "num_items_in_batch", *LABELS[head]}}
-    if head is not None and (model is None or takes_logits_to_keep(model)):
-        local["logits_to_keep"] = 0  # all. Heads of other models pass it on to the attention, which tells that by it
+    if model is None and plan.may_have_other_head:
+        local["logits_to_keep"] = ALL_LOGITS
     return local | _local_labels(batch, plan)
 
 

@@ -8,7 +8,6 @@ the unmodified class sees what it sees in one process.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,10 +61,6 @@ def head_of(model: Any) -> str | None:
         f"{[*LANGUAGE_MODELS, *WHOLE]} - shard the batch for the body, model.base_model, and compute the rest from "
         "plan.plan.unshard(hidden_states, dim=1)"
     )
-
-
-def takes_logits_to_keep(model: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
 
 class WholeSequence:

@@ -59,6 +59,16 @@ def class_of(config: PretrainedConfig) -> Any:
     return transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
 
 
+def has_other_heads(config: PretrainedConfig) -> bool:
+    """Whether transformers has classes of the config that give no logits of next tokens."""
+    mappings = (
+        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+        transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    )
+    return any(type(config) in mapping for mapping in mappings)
+
+
 def refused(config: PretrainedConfig, verified_only: bool) -> list[str]:
     """What is wrong with a model of more than text, whatever the batch."""
     if config.get_text_config() is config:

@@ -56,6 +56,8 @@ class ModelPlan:
     """Of a model that sees the tokens of an image in both directions: what its masks were made of, [1 or B, S]."""
     recurrent: tuple[str, ...] = ()
     """Layer types that mix tokens outside of attention."""
+    may_have_other_head: bool = True
+    """Whether a model of this config may be another than a language model."""
 
     def __getitem__(self, layer_type: str) -> PlanMask:
         return PlanMask(self.plan[layer_type], layer_type, self.windows[layer_type], self.softcap)
@@ -168,6 +170,7 @@ def plan_for(
         softcap=getattr(text_config, "attn_logit_softcapping", None),
         token_types=token_types,
         recurrent=tuple(sorted(set(recurrent_types(text_config)))),
+        may_have_other_head=text_config is config or multimodal.has_other_heads(config),
     )
 
 
