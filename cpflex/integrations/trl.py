@@ -31,10 +31,12 @@ from cpflex import Plan
 from cpflex.integrations.accelerate import Shares, attach
 from cpflex.integrations.trainer import SharedSequences
 from cpflex.integrations.transformers import ModelPlan, PlanMask, shard_batch
+from cpflex.integrations.transformers.heads import WHOLE, head_of
 from cpflex.loss import shift_labels
 
 try:
     from trl.trainer.dpo_trainer import DPOTrainer as StockDPOTrainer
+    from trl.trainer.reward_trainer import RewardTrainer as StockRewardTrainer
     from trl.trainer.sft_trainer import SFTTrainer as StockSFTTrainer
     from trl.trainer.utils import FusedCausalLMOutput
 except ImportError as error:
@@ -117,31 +119,36 @@ def share_calls(model: nn.Module, plan_of: Callable[[dict[str, Any]], ModelPlan]
     def shard(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if module.config._attn_implementation != "cpflex":  # while completions are generated
             return None
-        return (), sharded(kwargs, plan_of)
+        return (), sharded(module, kwargs, plan_of)
 
     def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         mask = kwargs.get("attention_mask")
         mask = next(iter(mask.values())) if isinstance(mask, dict) else mask
-        return gathered(outputs, mask.plan) if isinstance(mask, PlanMask) else None
+        if not isinstance(mask, PlanMask) or head_of(module) in WHOLE:  # these gather scores by themselves
+            return None
+        return gathered(outputs, mask.plan)
 
     model.register_forward_pre_hook(shard, with_kwargs=True)
     model.register_forward_hook(gather, with_kwargs=True)
 
 
-def sharded(call: dict[str, Any], plan_of: Callable[[dict[str, Any]], ModelPlan]) -> dict[str, Any]:
+def sharded(model: nn.Module, call: dict[str, Any], plan_of: Callable[[dict[str, Any]], ModelPlan]) -> dict[str, Any]:
     """The arguments for this rank's tokens, of those for the whole batch."""
-    batch = {
-        name: x for name, x in call.items() if name not in ("fused_lm_head", "labels", "use_cache") and x is not None
-    }
+    labels: Tensor | None = call.get("labels")
     is_fused = call.get("fused_lm_head", False)
+    own = ("fused_lm_head", "labels", "use_cache")
+    batch = {name: x for name, x in call.items() if name not in own and x is not None}
     plan = plan_of(batch)
-    if is_fused:
-        batch["shift_labels"] = shift_labels(call["labels"])
-    elif call.get("labels") is not None:
+    if labels is not None and not is_fused:
         raise NotImplementedError("the model's own loss would be that of one rank's tokens")
-    local = shard_batch(batch, plan)
-    named = {name: x for name, x in local.items() if name not in ("labels", "num_items_in_batch")}
-    return named | {"fused_lm_head": True} if is_fused else named
+    if labels is not None:
+        batch["shift_labels"] = shift_labels(labels)
+    local = shard_batch(batch, plan, model)
+    if not is_fused:
+        return local
+    # the fused head counts no labels, and calls the body with what it does not know
+    unused = ("labels", "num_items_in_batch", "logits_to_keep")
+    return {name: x for name, x in local.items() if name not in unused} | {"fused_lm_head": True}
 
 
 def gathered(outputs: Any, plan: Plan) -> Any:
@@ -205,6 +212,10 @@ class SFTTrainer(WholeOutputs, StockSFTTrainer):
         loss, *outputs = computed if isinstance(computed, tuple) else (computed,)
         loss = loss / self.shares.cp.size()
         return (loss, *outputs) if outputs else loss
+
+
+class RewardTrainer(WholeOutputs, StockRewardTrainer):
+    """`trl.RewardTrainer` for a model with ``attn_implementation="cpflex"``; all arguments are the same."""
 
 
 class DPOTrainer(WholeOutputs, StockDPOTrainer):

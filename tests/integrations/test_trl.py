@@ -49,8 +49,17 @@ DPO = {
     "lengths and weights": Run("DPO", preferences, {"ld_alpha": 0.4, "use_weighting": True}, reference=True),
     "another divergence": Run("DPO", preferences, {"f_divergence_type": "js_divergence"}, reference=True),
 }
+REWARD = {
+    "padded": Run("Reward", preferences),
+    "adapters": Run("Reward", preferences, {"center_rewards_coefficient": 0.1}, lora=True),
+    "accumulated": Run("Reward", preferences, {"gradient_accumulation_steps": 2}),
+}
 QUICK = ("SFT packed", "DPO adapters")
-RUNS = {f"{kind} {name}": run for kind, runs in (("SFT", SFT), ("DPO", DPO)) for name, run in runs.items()}
+RUNS = {
+    f"{kind} {name}": run
+    for kind, runs in (("SFT", SFT), ("DPO", DPO), ("Reward", REWARD))
+    for name, run in runs.items()
+}
 
 
 def assert_same_history(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:

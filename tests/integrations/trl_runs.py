@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from hf_models import ARCHITECTURES, VOCAB
 from test_accelerate import launched
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import MistralForSequenceClassification, PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 CHAT_TEMPLATE = (
@@ -56,7 +56,7 @@ class Run:
             assert args.device.type == "cpu"
             PartialState().distributed_type = DistributedType.MULTI_GPU
         module = ours if attention == "cpflex" else trl
-        model = ARCHITECTURES["mistral"].model(attention)
+        model = ARCHITECTURES["mistral"].model(attention) if self.trainer != "Reward" else reward_model(attention)
         model.config.use_cache = False
         special: dict[str, Any] = (
             {"ref_model": ARCHITECTURES["mistral"].model(attention, seed=1)} if self.reference else {}
@@ -67,7 +67,7 @@ class Run:
             train_dataset=load_from_disk(f"{folder}/train"),
             eval_dataset=load_from_disk(f"{folder}/eval"),
             processing_class=tokenizer(),
-            peft_config=adapters() if self.lora else None,
+            peft_config=adapters(self.trainer) if self.lora else None,
             **special,
         )
         trainer.train()
@@ -103,11 +103,22 @@ class Run:
         return options | dict(self.options)
 
 
-def adapters() -> Any:
+def adapters(trainer: str) -> Any:
     """That change the model from the start."""
     from peft import LoraConfig
 
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if trainer == "Reward" else {}
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **task)
+
+
+def reward_model(attention: str) -> Any:
+    """With the body of the language model."""
+    body = ARCHITECTURES["mistral"].model(attention).model
+    torch.manual_seed(0)
+    body.config.num_labels = 1
+    model = MistralForSequenceClassification(body.config)
+    model.model = body
+    return model.train()
 
 
 def over(sizes: tuple[int, int] | None) -> dict[str, Any]:
