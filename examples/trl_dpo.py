@@ -1,4 +1,4 @@
-"""Preferences with TRL: DPO of an adapter (LoRA), with long chosen and rejected answers over the ranks of a sequence.
+"""Preferences with TRL: DPO with long answers, of the model and of its reference, over the ranks of a sequence.
 
     torchrun --nproc-per-node 2 examples/trl_dpo.py      a batch of pairs over both ranks
     torchrun --nproc-per-node 4 examples/trl_dpo.py      two batches, two ranks each
@@ -15,7 +15,6 @@ from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 from trl import DPOConfig
@@ -28,15 +27,13 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB
 LENGTHS = ((20, 90, 150), (70, 30, 40), (5, 180, 60), (33, 77, 120))  # prompts, chosen and rejected answers
 
 
-def model_with(attention: str) -> torch.nn.Module:
-    """With an adapter that changes what the model says from the start."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen3Config(**SHAPE, **HEADS), attn_implementation=attention)
-    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+def model_with(attention: str, seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(Qwen3Config(**SHAPE, **HEADS), attn_implementation=attention)
 
 
 def text(length: int) -> str:
-    return "".join(f" w{2 + (i * i + length) % (VOCAB - 2)}" for i in range(length))
+    return "".join(f"w{2 + (i * i + length) % (VOCAB - 2)} " for i in range(length))
 
 
 def log_prob(model: torch.nn.Module, prompt: str, answer: str) -> torch.Tensor:
@@ -47,12 +44,13 @@ def log_prob(model: torch.nn.Module, prompt: str, answer: str) -> torch.Tensor:
 
 @torch.no_grad()
 def loss_on_one_rank(pairs: list[dict[str, str]]) -> float:
-    model, gained = model_with("sdpa"), torch.zeros(len(pairs))
-    for index, (prompt, chosen, rejected) in enumerate(pair.values() for pair in pairs):
-        gained[index] = log_prob(model, prompt, chosen) - log_prob(model, prompt, rejected)
-        with model.disable_adapter():
-            gained[index] -= log_prob(model, prompt, chosen) - log_prob(model, prompt, rejected)
-    return -F.logsigmoid(0.1 * gained).mean().item()
+    """Pair by pair."""
+    model, reference, losses = model_with("sdpa", seed=0), model_with("sdpa", seed=1), []
+    for prompt, chosen, rejected in (pair.values() for pair in pairs):
+        gained = log_prob(model, prompt, chosen) - log_prob(model, prompt, rejected)
+        gained -= log_prob(reference, prompt, chosen) - log_prob(reference, prompt, rejected)
+        losses.append(-F.logsigmoid(0.1 * gained))
+    return torch.stack(losses).mean().item()
 
 
 def main() -> None:
@@ -67,7 +65,9 @@ def main() -> None:
             PartialState().distributed_type = DistributedType.MULTI_GPU
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
         data = {"train_dataset": Dataset.from_list(pairs), "processing_class": tokenizer}
-        (trainer := DPOTrainer(model=model_with("cpflex"), args=arguments, **data)).train()
+        both = {"model": model_with("cpflex", seed=0), "ref_model": model_with("cpflex", seed=1)}
+        trainer = DPOTrainer(**both, args=arguments, **data)
+        trainer.train()
     first = trainer.state.log_history[0]["loss"]
     if dist.get_rank() == 0:
         print(f"first step: loss {first:.6f}, difference to one rank {first - loss_on_one_rank(pairs):.1e}")

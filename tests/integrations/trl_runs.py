@@ -161,11 +161,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def text(index: int, length: int) -> str:
     random = torch.Generator().manual_seed(index)
-    return " ".join(f"w{token}" for token in torch.randint(len(SPECIAL), VOCAB, (length,), generator=random).tolist())
+    return "".join(f"w{token} " for token in torch.randint(len(SPECIAL), VOCAB, (length,), generator=random).tolist())
 
 
 def completions() -> list[dict[str, Any]]:
-    return [{"prompt": text(i, a), "completion": " " + text(i + 100, b)} for i, (a, b) in enumerate(LENGTHS)]
+    return [{"prompt": text(i, a), "completion": text(i + 100, b)} for i, (a, b) in enumerate(LENGTHS)]
 
 
 def documents() -> list[dict[str, Any]]:
@@ -187,6 +187,6 @@ def conversations() -> list[dict[str, Any]]:
 
 def preferences() -> list[dict[str, Any]]:
     return [
-        {"prompt": text(i, a), "chosen": " " + text(i + 100, b), "rejected": " " + text(i + 200, 1 + 2 * a)}
+        {"prompt": text(i, a), "chosen": text(i + 100, b), "rejected": text(i + 200, 1 + 2 * a)}
         for i, (a, b) in enumerate(LENGTHS[2:])
     ]
