@@ -44,7 +44,6 @@ def log_prob(model: torch.nn.Module, prompt: str, answer: str) -> torch.Tensor:
 
 @torch.no_grad()
 def loss_on_one_rank(pairs: list[dict[str, str]]) -> float:
-    """Pair by pair."""
     model, reference, losses = model_with("sdpa", seed=0), model_with("sdpa", seed=1), []
     for prompt, chosen, rejected in (pair.values() for pair in pairs):
         gained = log_prob(model, prompt, chosen) - log_prob(model, prompt, rejected)
@@ -55,7 +54,8 @@ def loss_on_one_rank(pairs: list[dict[str, str]]) -> float:
 
 def main() -> None:
     pairs = [{"prompt": text(a), "chosen": text(b), "rejected": text(c)} for a, b, c in LENGTHS]
-    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCAB)}, unk_token="w0"))
+    vocabulary = {"<pad>": 0, "<end>": 1} | {f"w{token}": token for token in range(2, VOCAB)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     mesh = ParallelismConfig(cp_size=CP, dp_shard_size=dist.get_world_size() // CP)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +63,7 @@ def main() -> None:
         arguments = DPOConfig(output_dir=folder, parallelism_config=mesh, fsdp=True, **batch, **OPTIONS)
         if arguments.device.type == "cpu":  # accelerate shards parameters on accelerators only: the CPU passes for one
             PartialState().distributed_type = DistributedType.MULTI_GPU
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
         data = {"train_dataset": Dataset.from_list(pairs), "processing_class": tokenizer}
         both = {"model": model_with("cpflex", seed=0), "ref_model": model_with("cpflex", seed=1)}
         trainer = DPOTrainer(**both, args=arguments, **data)
