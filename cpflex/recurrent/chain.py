@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpflex.links.processes import Group
 from cpflex.planning.plan import Plan
 from cpflex.recurrent.documents import ages
 
@@ -73,6 +74,10 @@ class Chain:
     def facts(self) -> Mapping[str, Any]:
         """What ranks must agree on besides the plan."""
         return {"documents of the recurrence": self.key}
+
+    def bind(self, group: Group | None) -> Chain:
+        """This chain on a group, as `Plan.bind`: for one that was made elsewhere, with ``rank`` and ``world_size``."""
+        return Chain(self.plan.bind(group), self.age, self.key)
 
     def check(self, batch_size: int, local_len: int) -> None:
         """Raises ValueError if tensors of this batch size and length are not what the chain was made for."""

@@ -31,7 +31,7 @@ def agree(layer: str, chain: Chain, tensors: Mapping[str, Tensor | None], check:
         _check_tensors(named)
         check()
         if chain.plan.world_size > 1 and chain.plan._links is None:
-            raise RuntimeError("the plan of this chain has no group; make the chain of plan.bind(group)")
+            raise RuntimeError("the plan of this chain has no group; call chain = chain.bind(group) first")
     except (ValueError, TypeError, RuntimeError) as error:
         if isinstance(chain, Chain):
             chain.plan.refuse(error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -86,6 +88,21 @@ def test_what_is_made_for_a_rank_needs_no_group(layout: str):
         assert chain.blocks(CPU).real.sum() == sum(stop - start for start, stop in chain.plan.fragments[rank])
 
 
+def test_a_chain_that_was_made_elsewhere_is_bound_to_a_group():
+    """In a worker that loads data, for instance, and pickled."""
+    ids = torch.arange(64).unsqueeze(0) // 40
+    elsewhere = [
+        pickle.dumps(recurrent.make_chain(plan_of(64, rank=rank, world_size=2), doc_ids=ids)) for rank in range(2)
+    ]
+
+    def outputs(group: Any, made: Callable[[Any], recurrent.Chain]) -> Tensor:
+        return recurrent.gated_delta_rule(**inputs(made(group)))
+
+    bound = run_ranks(partial(outputs, made=lambda group: pickle.loads(elsewhere[group.rank]).bind(group)), 2)
+    here = run_ranks(partial(outputs, made=lambda group: chain_of(group, ids)), 2)
+    assert all(torch.equal(one, other) for one, other in zip(bound, here, strict=True))
+
+
 # -- refused on every rank
 
 
@@ -159,7 +176,7 @@ def test_ranks_that_call_other_layers_are_told():
 
 def test_a_plan_without_a_group_is_refused():
     chain = recurrent.make_chain(plan_of(64, rank=1, world_size=2))
-    with pytest.raises(RuntimeError, match=r"no group; make the chain of plan.bind\(group\)"):
+    with pytest.raises(RuntimeError, match=r"no group; call chain = chain.bind\(group\) first"):
         recurrent.gated_delta_rule(**inputs(chain))
 
 
