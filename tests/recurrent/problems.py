@@ -162,8 +162,12 @@ def _by_token(
     return {"out": out.detach()} | dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), grad), strict=True))
 
 
-def run_on_rank(group: Any, problem: Problem) -> dict[str, Tensor]:
-    """Output and gradients of the local tokens; what the plan pads, and what is padding, holds NaN."""
+def run_on_rank(group: Any, problem: Problem, ours: Callable[..., Tensor] | None = None) -> dict[str, Tensor]:
+    """Output and gradients of the local tokens; what the plan pads, and what is padding, holds NaN.
+
+    Args:
+        ours: instead of the problem's recurrence.
+    """
     plan = cpflex.make_plan(cpflex.causal(), problem.seq_len, group, layout=LAYOUTS[problem.layout])
     dim = problem.parts.dim
 
@@ -177,7 +181,7 @@ def run_on_rank(group: Any, problem: Problem) -> dict[str, Tensor]:
 
     inputs = {name: local(name, x).requires_grad_(name != "grad") for name, x in problem.tensors.items()}
     grad = inputs.pop("grad")
-    out = problem.parts.ours(**inputs, chain=problem.chain(plan))
+    out = (ours or problem.parts.ours)(**inputs, chain=problem.chain(plan))
     grads = torch.autograd.grad(out, list(inputs.values()), grad)
     made = {"out": out.detach()} | dict(zip(inputs, grads, strict=True))
     return made | {"positions": plan.positions}

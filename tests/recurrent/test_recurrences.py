@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from problems import DOCUMENTS, LAYOUTS, RECURRENCES, Problem, assemble, run_on_rank
+from torch.utils.checkpoint import checkpoint
 
 import cpflex
 from cases import pairwise, whole_product
@@ -95,6 +97,27 @@ def test_what_is_in_one_document_moves_nothing_in_another(recurrence: str):
         assert torch.equal(first[name].index_select(dim, others), second[name].index_select(dim, others)), name
 
 
+def under_autocast(ours: Callable[..., torch.Tensor], **inputs: Any) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return ours(**inputs)
+
+
+AROUND = {
+    "autocast": under_autocast,
+    "checkpoint": partial(checkpoint, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+def test_whatever_is_around_it_changes_no_bit(recurrence: str, name: str):
+    problem = Problem(recurrence, "packed", "zigzag", 2, 37, torch.float32)
+    around = partial(AROUND[name], problem.parts.ours)
+    plain, wrapped = (run_ranks(partial(run_on_rank, problem=problem, ours=ours), 2) for ours in (None, around))
+    for one, other in zip(plain, wrapped, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 GLOO = [
     Problem("gated_delta_rule", "rows", "balanced", seq_len=330),
     Problem("ssd", "padded", "striped", seq_len=330, dtype=torch.float32),
@@ -115,11 +138,8 @@ def test_processes_compute_what_threads_do(problem: Problem, processes: RankProc
 
 def run_compiled(group: Any, problem: Problem) -> dict[str, torch.Tensor]:
     """`torch.compile` leaves the exchanges out, whatever it makes of the rest."""
-    ours = torch.compile(problem.parts.ours, backend="aot_eager")
     try:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setitem(RECURRENCES, problem.recurrence, problem.parts._replace(ours=ours))
-            return run_on_rank(group, problem)
+        return run_on_rank(group, problem, ours=torch.compile(problem.parts.ours, backend="aot_eager"))
     finally:
         torch.compiler.reset()
 
