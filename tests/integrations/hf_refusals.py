@@ -130,6 +130,41 @@ REFUSALS = {
         "more than text",
     ),
     "models nobody compared": (lambda: plan_for(other_config(), seq_len=9), NotImplementedError, "verified_only=False"),
+    "encoders": (
+        lambda: plan_for(transformers.BertConfig(), seq_len=9, verified_only=False),
+        NotImplementedError,
+        "is_decoder=True",
+    ),
+    "an encoder and a decoder": (
+        lambda: plan_for(transformers.T5Config(), seq_len=9, verified_only=False),
+        NotImplementedError,
+        "an encoder and a decoder",
+    ),
+    "recurrent models": (
+        lambda: plan_for(transformers.RwkvConfig(), seq_len=9, verified_only=False),
+        NotImplementedError,
+        "recurrent layers",
+    ),
+    "models whose attention cannot be replaced": (
+        lambda: plan_for(transformers.GPTNeoConfig(), seq_len=9, verified_only=False),
+        NotImplementedError,
+        "attention that its class computes by itself",
+    ),
+    "ALiBi models that were not prepared": (
+        lambda: plan_for(transformers.BloomConfig(), seq_len=9),
+        NotImplementedError,
+        "replace_attention",
+    ),
+    "positions that do not begin at 0": (
+        lambda: plan_for(transformers.RobertaConfig(is_decoder=True), seq_len=9, verified_only=False),
+        NotImplementedError,
+        "pad_token_id",
+    ),
+    "a loss of more than labels": (
+        lambda: small_plan(z_loss_coefficient=0.1),
+        NotImplementedError,
+        "z_loss_coefficient=0.1",
+    ),
     "several descriptions": (
         lambda: plan_for(ARCHITECTURES["llama"].config(), seq_len=9, lengths=[9]),
         ValueError,
@@ -167,4 +202,7 @@ REFUSALS = {
 
 
 def other_config() -> Any:
-    return transformers.StableLmConfig(vocab_size=VOCAB)
+    class OwnConfig(transformers.LlamaConfig):
+        model_type = "own"
+
+    return OwnConfig(vocab_size=VOCAB)

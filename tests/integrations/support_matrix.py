@@ -11,11 +11,16 @@ import datetime
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "support-matrix.md"
+FAMILIES = Path(__file__).parent / "families.json"
+"""What `families.py` found."""
+
 VERSIONS = Path(__file__).parent / "versions.json"
 """With which versions the tests passed, by `make` target: written after they have."""
 
@@ -24,10 +29,31 @@ HEAD = """\
 # Models of transformers
 
 Made by `python tests/integrations/support_matrix.py --write` from the tables of the tests; a test keeps it current.
+How to use it: `cpflex/integrations/transformers/`.
+
+## All families
+
+"""
+FAMILIES_HEAD = """\
+Every type for which transformers TRANSFORMERS has a causal language model, made small by one recipe with random weights in which
+each type of layer occurs, put through `python tests/integrations/families.py --write` with torch TORCH on DAY: loss and all
+parameter gradients on 2 and on 4 gloo processes, against transformers' own eager attention in one process, each document by
+itself. NUM_VERIFIED of NUM types are equal: they are `VERIFIED`, and the others are refused, unless `verified_only=False` for
+those that nobody could compare.
+
+The numbers are the largest error of the loss and of any gradient, against fp64, relative to its norm: 1e-5 at most. A gradient that is a
+small difference of large terms is not that exact in one process either: its bar is three times the error of eager attention in
+fp32, of that gradient or of the median one, and at most 1e-3. Those are named, with their errors and bars.
+
+"""
+WORDS = {"refused": "", "differs": "it differs: ", "fails": "it fails: ", "not built": "not made small: "}
+BY_HAND = """\
+
+## All kinds of batches
 
 Yes: the unmodified class, with small sizes and random weights, has the loss and all parameter gradients of one process
 with `attn_implementation="eager"`, to 1e-5 in fp32, on 2 and on 4 gloo processes, with `attn_implementation="cpflex"`
-(`make test-hf`). How to use it: `cpflex/integrations/transformers/`.
+(`make test-hf`).
 
 """
 NOTES = """
@@ -48,6 +74,8 @@ VERSIONS_TABLE
 | | |
 | --- | --- |
 | RoPE of type `dynamic` or `longrope` | yes where all ranks find the same longest position or none beyond the limit, else refused |
+| ALiBi: Bloom, MPT, Falcon | `replace_attention(model)` first: their classes compute attention by themselves. Falcon's ALiBi is that of its sdpa attention; eager attention of transformers 5.24 adds it twice |
+| BERT and its kind | as decoders, `is_decoder=True`; else refused |
 | other model types | refused; `verified_only=False` after comparing with one process |
 | mask functions of users (`and_mask_function`, `or_mask_function`) | yes, if pointwise |
 | activation checkpointing | yes |
@@ -70,7 +98,56 @@ def support_matrix() -> str:
     for name, architecture in ARCHITECTURES.items():
         lines.append(f"| `{name}` | {', '.join(architecture.features)} | {' | '.join(['yes'] * len(TOKENS))} |")
     refused = [f"| {what} | {error.__name__}: ... {message} ... |" for what, (_, error, message) in REFUSALS.items()]
-    return HEAD + "\n".join(lines) + "\n" + NOTES.replace("VERSIONS_TABLE", _versions()) + "\n".join(refused) + "\n"
+    return (
+        HEAD
+        + _families()
+        + BY_HAND
+        + "\n".join(lines)
+        + "\n"
+        + NOTES.replace("VERSIONS_TABLE", _versions())
+        + "\n".join(refused)
+        + "\n"
+    )
+
+
+def _families() -> str:
+    record = json.loads(FAMILIES.read_text())
+    families: dict[str, Any] = record["families"]
+    verified = {name: row for name, row in families.items() if row["outcome"] in ("exact", "derived")}
+    head = FAMILIES_HEAD
+    for word, value in {
+        "NUM_VERIFIED": len(verified),
+        "NUM": len(families),
+        "TRANSFORMERS": record["versions"]["transformers"],
+        "TORCH": record["versions"]["torch"],
+        "DAY": record["day"],
+    }.items():
+        head = head.replace(word, f"{value}")
+    kinds = list(next(iter(verified.values()))["worst"])
+    lines = [f"| model type | layers | {' | '.join(kinds)} | bars of its own | needs |"]
+    lines.append("| --- " * (4 + len(kinds)) + "|")
+    for name, row in verified.items():
+        errors = " | ".join(f"{error:.0e}" for error in row["worst"].values())
+        layers = ", ".join(layer.removesuffix("_attention") for layer in row["layers"])
+        lines.append(f"| `{name}` | {layers} | {errors} | {_bars(row.get('bars', {}))} | {row['needs']} |")
+    why: dict[str, list[str]] = {}
+    for name, row in families.items():
+        if row["outcome"] not in ("exact", "derived"):
+            why.setdefault(WORDS[row["outcome"]] + row["why"], []).append(f"`{name}`")
+    lines += ["", "| not verified, because | model types |", "| --- | --- |"]
+    lines += [f"| {reason} | {', '.join(names)} |" for reason, names in sorted(why.items())]
+    return head + "\n".join(lines) + "\n"
+
+
+def _bars(bars: Mapping[str, tuple[float, float] | None]) -> str:
+    """None is a gradient that is nothing but rounding."""
+    if len(bars) > 6:
+        errors, limits = zip(*filter(None, bars.values()), strict=True)
+        return f"{len(bars)} gradients, {max(errors):.0e} at most, of {max(limits):.0e}"
+    return ", ".join(
+        f"`{name}` " + ("is 0 but for rounding" if bar is None else f"{bar[0]:.0e} of {bar[1]:.0e}")
+        for name, bar in bars.items()
+    )
 
 
 def _versions() -> str:

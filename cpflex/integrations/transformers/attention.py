@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,12 @@ from cpflex.integrations.transformers.masks import HYBRID, layer_types
 # B batch, S_local tokens of this rank, H query heads, G heads of keys, D head dim
 
 
+class Bias(Protocol):
+    """What a model adds to its scores."""
+
+    def score_mod(self, device: torch.device | str) -> ScoreMod: ...
+
+
 class PlanMask(BlockMask):
     """A plan of one mask kind in the place of an attention mask.
 
@@ -29,23 +35,36 @@ class PlanMask(BlockMask):
         layer_type: the layers it is for; another layer refuses it. None is any.
         window: the sliding window in the mask, if there is one; a layer with another refuses it.
         softcap: of the scores of the layers, if there is one. It is traced here: `torch.compile` takes no other.
+        bias: what is added to the scores, if there is something, in the place of a softcap.
     """
 
     def __init__(
-        self, plan: Plan, layer_type: str | None = None, window: int | None = None, softcap: float | None = None
+        self,
+        plan: Plan,
+        layer_type: str | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        bias: Bias | None = None,
     ) -> None:
         self.plan = plan
         self.layer_type = layer_type
         self.window = window
         self.softcap = softcap
         self.softcap_mod = None if softcap is None else _softcap(softcap)
+        self.bias = bias
+        self.bias_device = torch.device("cpu")
+        self.bias_mod = None if bias is None else bias.score_mod(self.bias_device)
 
     def __reduce__(self):
-        return PlanMask, (self.plan, self.layer_type, self.window, self.softcap)
+        return PlanMask, (self.plan, self.layer_type, self.window, self.softcap, self.bias)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (1, 1, self.plan.seq_len, self.plan.seq_len)
+
+    @property
+    def ndim(self) -> int:
+        return 4
 
     def __getitem__(self, index: Any) -> PlanMask:
         """Models that reuse keys of earlier layers cut queries and masks to ``logits_to_keep``: here to all of them."""
@@ -56,9 +75,17 @@ class PlanMask(BlockMask):
             )
         return self
 
-    def to(self, device: torch.device | str, **_: Any) -> PlanMask:  # what moves batches to devices calls it
-        self.plan.to(device)
+    def to(self, device: torch.device | str | torch.dtype, **_: Any) -> PlanMask:  # what moves batches calls it
+        if not isinstance(device, torch.dtype):
+            self.plan.to(device)
+            self.bias_on(torch.empty(0, device=device).device)
         return self
+
+    def bias_on(self, device: torch.device) -> ScoreMod | None:
+        """What adds the bias to scores, with its tables on a device."""
+        if self.bias is not None and device != self.bias_device:
+            self.bias_mod, self.bias_device = self.bias.score_mod(device), device
+        return self.bias_mod
 
     def __repr__(self) -> str:
         return f"PlanMask(layer_type={self.layer_type}, seq_len={self.plan.seq_len})"
@@ -85,7 +112,7 @@ def attention_forward(
     try:
         _check_layer(module, mask, kwargs)
         _check_arguments(dropout, kwargs)
-        softcap = _softcap_of(mask, kwargs.get("softcap"))
+        modified = _score_mod_of(mask, kwargs.get("softcap"), query.device)
     except (ValueError, NotImplementedError) as error:
         if not torch.compiler.is_compiling():  # nothing can be sent while a graph is made
             mask.plan.refuse(error)
@@ -96,7 +123,7 @@ def attention_forward(
         query,
         key,
         value,
-        score_mod=softcap,
+        score_mod=modified,
         block_mask=mask.plan,
         scale=scaling,
         enable_gqa=True,
@@ -135,7 +162,11 @@ def _with_global_temperature(module: Any, query: Tensor, plan: Plan) -> Tensor:
     return (query.float() * ratio[:, None]).to(query.dtype)
 
 
-def _softcap_of(mask: PlanMask, cap: float | None) -> ScoreMod | None:
+def _score_mod_of(mask: PlanMask, cap: float | None, device: torch.device) -> ScoreMod | None:
+    if mask.bias is not None:
+        if cap is not None:
+            raise NotImplementedError(f"softcap={cap} of scores that have a bias of positions")
+        return mask.bias_on(device)
     if cap is None:
         return None
     if cap == mask.softcap:

@@ -71,9 +71,9 @@ def has_other_heads(config: PretrainedConfig) -> bool:
 
 def refused(config: PretrainedConfig, verified_only: bool) -> list[str]:
     """What is wrong with a model of more than text, whatever the batch."""
-    if config.get_text_config() is config:
+    if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is config:
         return []
-    found = ["an encoder beside the decoder"] if config.is_encoder_decoder else []
+    found = []
     if verified_only and config.model_type not in VERIFIED:
         found.append(f"a model of more than text that is none of {sorted(VERIFIED)}")
     model_class = class_of(config)

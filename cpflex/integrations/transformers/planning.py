@@ -14,7 +14,9 @@ from transformers import PretrainedConfig
 
 from cpflex import Plan, make_plan
 from cpflex.integrations.transformers import multimodal
+from cpflex.integrations.transformers.alibi import Alibi, alibi_of
 from cpflex.integrations.transformers.attention import PlanMask
+from cpflex.integrations.transformers.classes import ruled_out
 from cpflex.integrations.transformers.masks import (
     MAKERS,
     attention_types,
@@ -23,16 +25,11 @@ from cpflex.integrations.transformers.masks import (
     recurrent_types,
 )
 from cpflex.integrations.transformers.recurrent import HYBRIDS, RecurrentMask, hands_out_masks
+from cpflex.integrations.transformers.verified import VERIFIED
 from cpflex.links.processes import Group
 from cpflex.masks import MaskFn
 
 # B batch, S tokens of the whole sequence
-
-VERIFIED = frozenset(
-    ("cohere2", "gemma2", "gemma3_text", "gpt_oss", "granite", "llama", "llama4_text", "ministral", "mistral")
-    + ("mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")
-)
-"""Model types whose loss and gradients on several ranks are tested against one process."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,11 @@ class ModelPlan:
     """Layer types that mix tokens outside of attention."""
     may_have_other_head: bool = True
     """Whether a model of this config may be another than a language model."""
+    alibi: Alibi | None = None
+    """Added to the scores of all layers."""
 
     def __getitem__(self, layer_type: str) -> PlanMask:
-        return PlanMask(self.plan[layer_type], layer_type, self.windows[layer_type], self.softcap)
+        return PlanMask(self.plan[layer_type], layer_type, self.windows[layer_type], self.softcap, self.alibi)
 
     @property
     def attention_mask(self) -> PlanMask | dict[str, PlanMask | RecurrentMask]:
@@ -149,6 +148,7 @@ def plan_for(
         raise ValueError(f"batch_size must be the {len(positions)} rows of the batch; got {batch_size}")
     if has_functions:
         positions = positions.expand(batch_size, -1)
+    alibi = alibi_of(text_config, positions, padding_mask)
     kinds = Counter(attention_types(text_config))
     token_types = multimodal.token_types_for_masks(config, token_type_ids, positions.shape[1])
     if token_types is not None and token_type_ids is not None:
@@ -171,6 +171,7 @@ def plan_for(
         token_types=token_types,
         recurrent=tuple(sorted(set(recurrent_types(text_config)))),
         may_have_other_head=text_config is config or multimodal.has_other_heads(config),
+        alibi=alibi,
     )
 
 
@@ -180,8 +181,10 @@ def _supported(config: PretrainedConfig, verified_only: bool) -> PretrainedConfi
     Raises:
         NotImplementedError: the first thing in it that cannot be honoured.
     """
-    text_config = config.get_text_config()
-    refused = dict.fromkeys(multimodal.refused(config, verified_only), True)
+    several = getattr(config, "is_encoder_decoder", False)  # it may have two text configs
+    text_config = config if several else config.get_text_config()
+    refused = {"an encoder and a decoder (is_encoder_decoder)": several}
+    refused |= dict.fromkeys(multimodal.refused(config, verified_only), True)
     refused |= {
         "bidirectional attention": any(
             getattr(part, "use_bidirectional_attention", False) not in (None, False, "vision")
@@ -199,13 +202,15 @@ def _supported(config: PretrainedConfig, verified_only: bool) -> PretrainedConfi
         refused["a model without attention"] = not attention_types(text_config)
         if text_config.model_type in VERIFIED - HYBRIDS:
             refused |= {f"layers of type {kind!r}": True for kind in recurrent_types(text_config)}
+    elif reason := ruled_out(text_config):
+        refused[reason] = True
     if found := [name for name, is_found in refused.items() if is_found]:
         raise NotImplementedError(f"{config.model_type}: not supported with context parallelism: {', '.join(found)}")
     verified = VERIFIED | HYBRIDS | (frozenset() if text_config is config else multimodal.VERIFIED_TEXT)
     if verified_only and text_config.model_type not in verified:
         raise NotImplementedError(
-            f"model type {text_config.model_type!r} is not among the verified ones, {sorted(verified)}; compare its "
-            "loss and gradients with one process, then pass verified_only=False"
+            f"model type {text_config.model_type!r} is not among the {len(verified)} verified ones of "
+            "docs/support-matrix.md; compare its loss and gradients with one process, then pass verified_only=False"
         )
     return text_config
 
