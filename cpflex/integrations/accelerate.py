@@ -159,8 +159,11 @@ def _check(accelerator: Accelerator, *prepared: Any) -> tuple[Any, ...]:
 
 
 def _check_model(model: nn.Module) -> None:
-    found = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if found not in (None, "cpflex"):
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # a vision tower has attention of its own
+        config = config.get_text_config()
+    found = getattr(config, "_attn_implementation", None)
+    if found is not None and not found.startswith("cpflex"):
         raise ValueError(
             f"{type(model).__name__} attends by {found!r}, to this rank's tokens only; "
             'load it with attn_implementation="cpflex"'

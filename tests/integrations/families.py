@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cpflex.integrations.transformers import classes, plan_for, shard_batch
-from cpflex.integrations.transformers.alibi import REPLACED
+from cpflex.integrations.transformers.alibi import IMPLEMENTATION, REPLACED
 from cpflex.integrations.transformers.masks import layer_types
 
 ROOT = Path(__file__).parents[2]
@@ -221,7 +221,7 @@ def _config(model_type: str) -> Any:
     """Small, or else as it comes: some families are refused before anybody makes them small."""
     try:
         config = config_of(model_type)
-        config._attn_implementation = "cpflex"
+        config._attn_implementation = IMPLEMENTATION if model_type in REPLACED else "cpflex"
         return config
     except Exception:  # noqa: BLE001 - whatever classes raise
         return default_config(model_type)

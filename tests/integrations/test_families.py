@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -230,11 +232,26 @@ def test_slopes_are_those_of_the_models(num_heads: int):
 
 
 @pytest.mark.parametrize("model_type", sorted(REPLACED))
-def test_models_with_attention_of_their_own_say_what_to_do(model_type: str):
+@pytest.mark.parametrize("implementation", ["eager", "cpflex"])
+def test_models_with_attention_of_their_own_say_what_to_do(model_type: str, implementation: str):
+    config = small(model_type)
+    config._attn_implementation = implementation
     with pytest.raises(
         NotImplementedError, match=r"model = cpflex\.integrations\.transformers\.replace_attention\(model\)"
     ):
-        plan_for(small(model_type), seq_len=SEQ_LEN)
+        plan_for(config, seq_len=SEQ_LEN)
+
+
+@only_where_masks_can_be_given
+def test_a_prepared_model_pickles_and_is_copied():
+    model = model_of("bloom", "cpflex")
+    batch = {"input_ids": TOKENS["one document"].batch()["input_ids"]}
+    expected = model(**shard_batch(batch, plan_for(model.config, seq_len=SEQ_LEN))).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        plan = pickle.loads(pickle.dumps(plan_for(other.config, seq_len=SEQ_LEN)))
+        assert torch.equal(other(**shard_batch(batch, plan)).logits, expected)
+        other.transformer.h[0].self_attention.dense.weight.data.zero_()
+        assert not torch.equal(other(**shard_batch(batch, plan)).logits, expected)
 
 
 def test_only_models_with_attention_of_their_own_are_prepared():

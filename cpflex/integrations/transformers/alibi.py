@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from transformers import PretrainedConfig
 from cpflex import score_mod
 from cpflex.attention import ScoreMod
 from cpflex.integrations.transformers.attention import attention_forward
+
+IMPLEMENTATION = "cpflex-replaced"
+"""Of a model that was prepared: ``attn_implementation="cpflex"`` alone changes nothing in these classes."""
 
 # B batch, S tokens of the whole sequence, S_local tokens of this rank, E hidden size, H heads, G heads of keys, D dim
 
@@ -68,7 +71,7 @@ def alibi_of(
     """
     if config.model_type not in REPLACED:
         return None
-    if getattr(config, "_attn_implementation", None) != "cpflex":
+    if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
         raise NotImplementedError(
             f"{config.model_type} computes attention by itself; pass the config of a model that was prepared: "
             "model = cpflex.integrations.transformers.replace_attention(model), then plan_for(model.config, ...)"
@@ -110,14 +113,18 @@ def replace_attention(model: Any) -> Any:
     if not found or "create_causal_mask" not in vars(sys.modules[type(model).__module__]):
         raise NotImplementedError(f"no {name} that takes a plan for its mask; it needs transformers 5.24")
     for module in found:
-        module.forward = MethodType(forward, module)
+        module.forward = partial(forward, module)
     for module in model.modules():
         if hasattr(module, "build_alibi_tensor"):  # Bloom's, of the mask
-            module.build_alibi_tensor = lambda *_, **__: None
+            module.build_alibi_tensor = _nothing
         if hasattr(module, "use_alibi"):  # Falcon's
             module.use_alibi = False
-    config._attn_implementation = "cpflex"
+    config._attn_implementation = IMPLEMENTATION
     return model
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In the place of a bias of the local tokens."""
 
 
 def _bloom(self: Any, hidden_states: Tensor, residual: Tensor, attention_mask: Any, **_: Any) -> tuple[Tensor, None]:
