@@ -66,6 +66,8 @@ KNOWN = {
 }
 """Families that nobody makes small, but whose class says enough."""
 
+EQUAL = ("exact", "derived")
+
 LossAndGradients = tuple[float, dict[str, Tensor]]
 
 
@@ -195,6 +197,8 @@ def outcome_of(model_type: str, ranks: Mapping[int, Any]) -> dict[str, Any]:
         for world_size, processes in ranks.items():
             outcomes = processes.outcomes(on_rank_whatever_was_found, model_type, kind)
             if failed := [outcome.error for outcome in outcomes if outcome.error is not None]:
+                if isinstance(failed[0], NotImplementedError):
+                    return row | {"outcome": "refused", "why": str(failed[0])}
                 return row | {"outcome": "fails", "why": REASONS.get(model_type, _line(failed[0]))}
             found = compare([outcome.result for outcome in outcomes], *truths[kind])
             row["worst"][f"{kind}, {world_size} ranks"] = float(f"{found.worst:.1e}")
@@ -237,37 +241,50 @@ def _line(error: BaseException) -> str:
 
 
 def recorded() -> dict[str, Any]:
+    """By release of transformers, the oldest first."""
     return json.loads(RECORD.read_text())
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """JSON with a family in each line."""
+    tables = []
+    for release, table in record.items():
+        rows = [f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in table["families"].items()]
+        about = [f"  {json.dumps(name)}: {json.dumps(table[name])}" for name in ("day", "torch")]
+        families = '  "families": {\n' + ",\n".join(rows) + "\n  }"
+        tables.append(f" {json.dumps(release)}: {{\n" + ",\n".join([*about, families]) + "\n }")
+    return "{\n" + ",\n".join(tables) + "\n}\n"
 
 
 def verified_source(record: Mapping[str, Any]) -> str:
     """The text of verified.py."""
-    families = record["families"]
-    verified = sorted(name for name, row in families.items() if row["outcome"] in ("exact", "derived"))
-    different = {name: _reason(name, row) for name, row in families.items() if row["outcome"] in ("differs", "fails")}
     lines = [
         '"""Model types, by what the generated table found. Made by `python tests/integrations/families.py --write`."""',
         "",
-        "VERIFIED = frozenset(",
-        "    (",
-        *(f'        "{name}",' for name in verified),
-        "    )",
-        ")",
-        f'"""Whose loss and gradients on ranks are those of one process, with transformers '
-        f'{record["versions"]["transformers"]}."""',
-        "",
-        "DIFFERENT: dict[str, str] = {",
-        *(f'    "{name}": "{reason}",' for name, reason in sorted(different.items())),
-        "}",
-        '"""Whose loss or gradients are not, and why."""',
-        "",
+        "VERIFIED_BY_RELEASE: dict[str, frozenset[str]] = {",
     ]
+    for release, table in record.items():
+        verified = (name for name, row in table["families"].items() if row["outcome"] in EQUAL)
+        lines += [f'    "{release}": frozenset(', "        (", *(f'            "{name}",' for name in verified)]
+        lines += ["        )", "    ),"]
+    lines += ["}", '"""Whose loss and gradients on ranks are those of one process, by release of transformers."""', ""]
+    lines += ["DIFFERENT_BY_RELEASE: dict[str, dict[str, str]] = {"]
+    for release, table in record.items():
+        different = ((name, row) for name, row in table["families"].items() if row["outcome"] in ("differs", "fails"))
+        lines += [f'    "{release}": {{', *(f'        "{name}": "{_reason(name, row)}",' for name, row in different)]
+        lines += ["    },"]
+    lines += ["}", '"""Whose loss or gradients are not, and why."""', ""]
     return "\n".join(lines)
 
 
 def _reason(model_type: str, row: Mapping[str, Any]) -> str:
-    generic = "its loss or gradients differ from those of one process" if row["outcome"] == "differs" else "it fails"
-    return (KNOWN | REASONS).get(model_type, generic)
+    if model_type in KNOWN | REASONS:
+        return (KNOWN | REASONS)[model_type]
+    if "KeyError: 'cpflex'" in row["why"]:
+        return "attention that its class computes by itself"
+    if row["outcome"] == "differs":
+        return "its loss or gradients differ from those of one process"
+    return "its class does not take a plan for its mask"
 
 
 def run(model_types: list[str]) -> dict[str, Any]:
@@ -298,13 +315,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows = run(options.only or model_types())
     if options.write:
-        kept = recorded()["families"] if options.only else {}
-        record = {
+        release, known = version("transformers"), recorded()
+        table = {
             "day": f"{datetime.date.today()}",
-            "versions": {package: version(package) for package in ("torch", "transformers")},
-            "families": dict(sorted((kept | rows).items())),
+            "torch": version("torch"),
+            "families": dict(sorted(((known[release]["families"] if options.only else {}) | rows).items())),
         }
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        record = dict(sorted((known | {release: table}).items(), key=lambda item: [int(n) for n in item[0].split(".")]))
+        RECORD.write_text(record_text(record))
         VERIFIED_FILE.write_text(verified_source(record))
         from support_matrix import DOCUMENT, support_matrix
 

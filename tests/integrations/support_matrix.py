@@ -39,7 +39,7 @@ Every type for which transformers TRANSFORMERS has a causal language model, made
 each type of layer occurs, put through `python tests/integrations/families.py --write` with torch TORCH on DAY: loss and all
 parameter gradients on 2 and on 4 gloo processes, against transformers' own eager attention in one process, each document by
 itself. NUM_VERIFIED of NUM types are equal: they are `VERIFIED`, and the others are refused, unless `verified_only=False` for
-those that nobody could compare.
+those that nobody could compare. `VERIFIED` is that of the newest release with a table that is not newer than the one installed.
 
 The numbers are the largest error of the loss and of any gradient, against fp64, relative to its norm: 1e-5 at most. A gradient that is a
 small difference of large terms is not that exact in one process either: its bar is three times the error of eager attention in
@@ -111,32 +111,39 @@ def support_matrix() -> str:
 
 
 def _families() -> str:
-    record = json.loads(FAMILIES.read_text())
-    families: dict[str, Any] = record["families"]
-    verified = {name: row for name, row in families.items() if row["outcome"] in ("exact", "derived")}
+    older, (release, table) = (releases := list(json.loads(FAMILIES.read_text()).items()))[:-1], releases[-1]
+    families: dict[str, Any] = table["families"]
+    verified = {name: row for name, row in families.items() if _is_equal(row)}
     head = FAMILIES_HEAD
     for word, value in {
         "NUM_VERIFIED": len(verified),
         "NUM": len(families),
-        "TRANSFORMERS": record["versions"]["transformers"],
-        "TORCH": record["versions"]["torch"],
-        "DAY": record["day"],
+        "TRANSFORMERS": release,
+        "TORCH": table["torch"],
+        "DAY": table["day"],
     }.items():
         head = head.replace(word, f"{value}")
     kinds = list(next(iter(verified.values()))["worst"])
-    lines = [f"| model type | layers | {' | '.join(kinds)} | bars of its own | needs |"]
-    lines.append("| --- " * (4 + len(kinds)) + "|")
+    also = [f"also with {other}" for other, _ in older]
+    lines = ["| " + " | ".join(["model type", "layers", *kinds, *also, "bars of its own", "needs"]) + " |"]
+    lines.append("| --- " * (4 + len(kinds) + len(also)) + "|")
     for name, row in verified.items():
-        errors = " | ".join(f"{error:.0e}" for error in row["worst"].values())
+        errors = [f"{error:.0e}" for error in row["worst"].values()]
         layers = ", ".join(layer.removesuffix("_attention") for layer in row["layers"])
-        lines.append(f"| `{name}` | {layers} | {errors} | {_bars(row.get('bars', {}))} | {row['needs']} |")
+        yes = ["yes" if _is_equal(other["families"].get(name, {})) else "" for _, other in older]
+        cells = [f"`{name}`", layers, *errors, *yes, _bars(row.get("bars", {})), row["needs"]]
+        lines.append("| " + " | ".join(cells) + " |")
     why: dict[str, list[str]] = {}
     for name, row in families.items():
-        if row["outcome"] not in ("exact", "derived"):
+        if not _is_equal(row):
             why.setdefault(WORDS[row["outcome"]] + row["why"], []).append(f"`{name}`")
     lines += ["", "| not verified, because | model types |", "| --- | --- |"]
     lines += [f"| {reason} | {', '.join(names)} |" for reason, names in sorted(why.items())]
     return head + "\n".join(lines) + "\n"
+
+
+def _is_equal(row: Mapping[str, Any]) -> bool:
+    return row.get("outcome") in ("exact", "derived")
 
 
 def _bars(bars: Mapping[str, tuple[float, float] | None]) -> str:

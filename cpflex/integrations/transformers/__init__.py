@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from cpflex.integrations.transformers.alibi import replace_attention
 from cpflex.integrations.transformers.attention import PlanMask, attention_forward, refuse_to_make_a_mask
 from cpflex.integrations.transformers.batch import shard_batch
+from cpflex.integrations.transformers.classes import VERIFIED
 from cpflex.integrations.transformers.exchanged import exchanged
 from cpflex.integrations.transformers.masks import COMPOSE, composed
 from cpflex.integrations.transformers.planning import ModelPlan, plan_for
@@ -28,7 +29,6 @@ from cpflex.integrations.transformers.recurrent import (
     detach_recurrent,
     gathered,
 )
-from cpflex.integrations.transformers.verified import VERIFIED
 
 __all__ = ["HYBRIDS", "VERIFIED", "ModelPlan", "PlanMask", "RecurrentMask", "attach_recurrent", "attention_forward"]
 __all__ += ["detach_recurrent", "exchanged", "gathered", "plan_for", "replace_attention", "shard_batch"]

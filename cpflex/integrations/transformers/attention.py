@@ -75,6 +75,9 @@ class PlanMask(BlockMask):
             )
         return self
 
+    def dim(self) -> int:
+        return 4
+
     def to(self, device: torch.device | str | torch.dtype, **_: Any) -> PlanMask:  # what moves batches calls it
         if not isinstance(device, torch.dtype):
             self.plan.to(device)

@@ -7,11 +7,29 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
 from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from cpflex.integrations.transformers.alibi import REPLACED
-from cpflex.integrations.transformers.verified import DIFFERENT
+from cpflex.integrations.transformers.verified import DIFFERENT_BY_RELEASE, VERIFIED_BY_RELEASE
+
+
+def table_of(installed: str) -> str:
+    """The newest release with a table that is not newer than the one that is installed; else the oldest."""
+
+    def numbers(release: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in release.split(".")[:3])
+
+    tables = sorted(VERIFIED_BY_RELEASE, key=numbers)
+    return max((table for table in tables if numbers(table) <= numbers(installed)), key=numbers, default=tables[0])
+
+
+VERIFIED = VERIFIED_BY_RELEASE[table_of(transformers.__version__)]
+"""Model types whose loss and gradients on several ranks are those of one process, with this release or an older one."""
+
+DIFFERENT = DIFFERENT_BY_RELEASE[table_of(transformers.__version__)]
+"""Model types whose loss or gradients are not, and why."""
 
 
 def ruled_out(config: PretrainedConfig) -> str | None:

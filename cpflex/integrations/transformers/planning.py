@@ -16,7 +16,7 @@ from cpflex import Plan, make_plan
 from cpflex.integrations.transformers import multimodal
 from cpflex.integrations.transformers.alibi import Alibi, alibi_of
 from cpflex.integrations.transformers.attention import PlanMask
-from cpflex.integrations.transformers.classes import ruled_out
+from cpflex.integrations.transformers.classes import VERIFIED, ruled_out
 from cpflex.integrations.transformers.masks import (
     MAKERS,
     attention_types,
@@ -25,7 +25,6 @@ from cpflex.integrations.transformers.masks import (
     recurrent_types,
 )
 from cpflex.integrations.transformers.recurrent import HYBRIDS, RecurrentMask, hands_out_masks
-from cpflex.integrations.transformers.verified import VERIFIED
 from cpflex.links.processes import Group
 from cpflex.masks import MaskFn
 
