@@ -135,17 +135,19 @@ class SharedSequences(Base):
         """The plan of a batch that every rank of its sequence holds whole. Override it for masks of your own."""
         batch = without_flash_keywords(batch)
         config, group = self.accelerator.unwrap_model(self.model).config, self.shares.cp
+        types = batch.get("token_type_ids", batch.get("mm_token_type_ids"))
         if batch.get("position_ids") is not None:
-            return plan_for(config, group, position_ids=batch["position_ids"].cpu())
+            return plan_for(config, group, position_ids=batch["position_ids"].cpu(), token_type_ids=types)
         mask = batch.get("attention_mask")
         if mask is not None and not mask.all():
-            return plan_for(config, group, attention_mask=mask.cpu())
-        return plan_for(config, group, seq_len=batch["input_ids"].shape[1])
+            return plan_for(config, group, attention_mask=mask.cpu(), token_type_ids=types)
+        return plan_for(config, group, seq_len=batch["input_ids"].shape[1], token_type_ids=types)
 
-    def sharded(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def sharded(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch."""
         plan = self.plan(inputs)
-        local = shard_batch(inputs, plan, self.model)
+        with self.accelerator.autocast():  # a vision tower runs here, and not in the model's forward
+            local = shard_batch(inputs, plan, model)
         self._plan = plan.plan
         if self.neftune_noise_alpha is not None:  # it will be divided by the root of the local length
             embeddings = unwrapped(self.model).get_input_embeddings()
@@ -156,7 +158,7 @@ class SharedSequences(Base):
     # -- training
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return nullcontext, self.sharded(inputs)
+        return nullcontext, self.sharded(model, inputs)
 
     def compute_loss(
         self,
@@ -166,7 +168,7 @@ class SharedSequences(Base):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         if not isinstance(inputs.get("attention_mask"), (PlanMask, dict)):  # 4.57 does not prepare what it evaluates
-            inputs = self.sharded(inputs)
+            inputs = self.sharded(model, inputs)
         if self.label_smoother is not None and "shift_labels" in inputs:
             return self._smoothed(model, inputs, return_outputs, num_items_in_batch)
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -234,7 +236,7 @@ class SharedSequences(Base):
     ) -> tuple[Any, Any, Any]:
         """Logits are those of the whole sequence, [B, S, V] on every rank of it."""
         if not self.label_names or any(inputs.get(name) is None for name in self.label_names):
-            inputs = self.sharded(inputs)  # the Trainer shards what it computes a loss from
+            inputs = self.sharded(model, inputs)  # the Trainer shards what it computes a loss from
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if loss is not None and self.shares.cp is not None:
             dist.all_reduce(loss := loss.clone(), group=self.shares.cp.get_group())
@@ -265,7 +267,7 @@ class Trainer(SharedSequences, transformers.Trainer):
     """`transformers.Trainer` for a model with ``attn_implementation="cpflex"``; all arguments are the same.
 
     Documents are told by ``position_ids`` that begin anew, as ``DataCollatorWithFlattening`` makes them, padding by
-    ``attention_mask``.
+    ``attention_mask``, images by what the processor made of them.
 
     Raises:
         NotImplementedError: a loss function of one's own, averages per device, samples that differ among the ranks of a

@@ -9,16 +9,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
+pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
+from accelerate import PartialState
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType
 from hf_runs import gradients
 from mm_models import BEGIN, IMAGE, MULTIMODAL, SEQ_LEN, VIDEO, takes_what_was_encoded
+from test_accelerate import arguments, launched, logged
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import Trainer as StockTrainer
 
 from cases import LAYOUTS
 from cpflex import RankMismatch
+from cpflex.integrations.trainer import Trainer
 from cpflex.integrations.transformers import multimodal, plan_for, shard_batch
 from processes import RankProcesses
 
@@ -211,6 +218,45 @@ def test_averaged_gradients_of_the_multiplied_loss_are_those_of_one_process(
     truth = one_process(name, batch)
     for result in two_processes.run(wrapped_on_rank, name, batch, wrap):
         assert_equal([result], truth)
+
+
+# -- the Trainer
+
+
+def samples() -> list[dict[str, Tensor]]:
+    """One row each, with two or three images."""
+    batch = MULTIMODAL["gemma3"].batch()
+    rows = {name: batch[name].split(1) for name in ("input_ids", "labels", "token_type_ids")}
+    return [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+
+
+def with_images(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A row of two samples has three images, the other two."""
+    batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    count = int(batch["token_type_ids"].sum()) // 16
+    return batch | {"pixel_values": MULTIMODAL["gemma3"].batch()["pixel_values"][:count]}
+
+
+def trained_on_rank(group: Any, folder: str) -> list[tuple[float, float]]:
+    wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["Gemma3DecoderLayer"]}
+    with launched(group):
+        sizes = ParallelismConfig(cp_size=group.size())
+        options = arguments(folder, 1, parallelism_config=sizes, fsdp=True, fsdp_config={"version": 2, **wrap})
+        assert options.device.type == "cpu"  # makes the state
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+        model = MULTIMODAL["gemma3"].model(ONLY_TEXT)
+        return logged(Trainer(model=model, args=options, train_dataset=samples(), data_collator=with_images))
+
+
+def test_the_trainer_encodes_images(two_processes: RankProcesses, tmp_path: Any):
+    with launched(None):
+        options, model = arguments(str(tmp_path), batch_size=1), MULTIMODAL["gemma3"].model("eager")
+        model.config.use_cache = False
+        stock = StockTrainer(model=model, args=options, train_dataset=samples(), data_collator=with_images)
+        expected = logged(stock)
+    for steps in two_processes.run(trained_on_rank, str(tmp_path)):
+        for ours, theirs in zip(steps, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 # -- what is said
