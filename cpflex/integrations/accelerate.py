@@ -159,10 +159,9 @@ def _check(accelerator: Accelerator, *prepared: Any) -> tuple[Any, ...]:
 
 
 def _check_model(model: nn.Module) -> None:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):  # a vision tower has attention of its own
-        config = config.get_text_config()
-    found = getattr(config, "_attn_implementation", None)
+    config = getattr(model, "config", None)  # with images, the text's counts
+    text_config = getattr(config, "get_text_config", lambda: config)()
+    found = getattr(text_config, "_attn_implementation", None)
     if found is not None and not found.startswith("cpflex"):
         raise ValueError(
             f"{type(model).__name__} attends by {found!r}, to this rank's tokens only; "
