@@ -78,6 +78,16 @@ REFUSALS = {
         NotImplementedError,
         "position_bias",
     ),
+    "logits of the last tokens alone": (
+        lambda: attend(small_plan(), logits_to_keep=1),
+        NotImplementedError,
+        "logits_to_keep",
+    ),
+    "a mask cut to the last tokens": (
+        lambda: small_plan().attention_mask[:, :, slice(-1, None), :],
+        NotImplementedError,
+        "logits_to_keep=0",
+    ),
     "bidirectional layers": (lambda: attend(small_plan(), is_causal=False), NotImplementedError, "is_causal"),
     "lengths of flash attention": (
         lambda: run_model(cu_seq_lens_q=torch.tensor([0, 83])),

@@ -9,6 +9,9 @@ computes on the whole batch: the masks are composed by transformers' own functio
 >>> loss = model(**shard_batch({"input_ids": tokens, "labels": tokens}, plan)).loss
 >>> loss.backward()                                                              # this rank's share, see `shard_batch`
 
+With images: ``attn_implementation={"text_config": "cpflex"}`` and ``shard_batch(batch, plan, model)``, see
+docs/training.md.
+
 The plan travels in the place of the attention mask, one for each kind of layer; there is no other state. Whatever
 cannot be honoured raises before anything is exchanged.
 """
