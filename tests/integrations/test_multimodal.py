@@ -138,28 +138,32 @@ LENGTHS = (30, 14, 39)
 
 
 def packed_positions(name: str, batch: dict[str, Tensor]) -> Tensor:
-    """[4, 1, S]: the text's in each document, then what the model makes of each by itself."""
+    """[4, B, S]: the text's in each document, then what the model makes of each by itself."""
     model = MULTIMODAL[name].model("eager").model
     grids = list(batch["image_grid_thw"])
-    parts = []
-    for ids in batch["input_ids"][0].split(LENGTHS):
-        types = (ids == IMAGE)[None].long()
-        count = int((types.diff(prepend=torch.zeros(1, 1), dim=1) == 1).sum())
-        own = torch.stack([grids.pop(0) for _ in range(count)]) if count else None
-        positions, _ = model.get_rope_index(ids[None], mm_token_type_ids=types, image_grid_thw=own)
-        parts.append(torch.cat([torch.arange(len(ids))[None, None], positions]))
-    return torch.cat(parts, dim=-1)
+    rows = []
+    for row in batch["input_ids"]:
+        parts = []
+        for ids in row.split(LENGTHS):
+            types = (ids == IMAGE)[None].long()
+            count = int((types.diff(prepend=torch.zeros(1, 1), dim=1) == 1).sum())
+            own = torch.stack([grids.pop(0) for _ in range(count)]) if count else None
+            positions, _ = model.get_rope_index(ids[None], mm_token_type_ids=types, image_grid_thw=own)
+            parts.append(torch.cat([torch.arange(len(ids))[None, None], positions]))
+        rows.append(torch.cat(parts, dim=-1))
+    return torch.cat(rows, dim=1)
 
 
 @pytest.mark.parametrize("given", ["by the user", "by the model"])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_packed_documents_with_images_have_positions_of_their_own(name: str, given: str, two_processes: RankProcesses):
-    """Of two rows the first, of which the first document has an image, the second none and the third one."""
-    batch = {key: x[:1] for key, x in MULTIMODAL[name].batch().items()}
-    batch["image_grid_thw"] = torch.tensor([[1, 4, 6], [1, 8, 4]])
-    batch["pixel_values"] = MULTIMODAL[name].batch()["pixel_values"][: 4 * 6 + 8 * 4]
-    batch["input_ids"][0, 37:45], batch["input_ids"][0, 50:58] = 5, IMAGE
-    batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).long()
+    """An image in the first document of a row and in its last, and one in the last of the other row."""
+    batch = MULTIMODAL[name].batch()
+    ids = batch["input_ids"]
+    ids[0, 36:45], ids[1, 34:50] = 5, 5
+    ids[0, 50:58], ids[1, 46:61] = IMAGE, IMAGE
+    batch["labels"] = ids.masked_fill(ids == IMAGE, -100)
+    batch["mm_token_type_ids"] = (ids == IMAGE).long()
     positions = packed_positions(name, batch)
     starts = torch.tensor([0, *LENGTHS[:-1]]).cumsum(0)
     labels = batch["labels"].index_fill(1, starts, -100)
