@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, recursively_apply
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -107,9 +108,15 @@ class _Replicated(ParallelismConfig):
         pass
 
 
+def told_before() -> ParallelismConfig | None:
+    """What `attach` told an earlier accelerator without FSDP2: all of a process share it, and must be made with it."""
+    found = AcceleratorState._shared_state.get("parallelism_config")
+    return found if isinstance(found, _Replicated) else None
+
+
 def _tell_of_sequences(accelerator: Accelerator, cp_size: int) -> None:
     """Give an accelerator that shards no parameters the mesh by which its loaders deal out batches."""
-    found = accelerator.parallelism_config  # all accelerators of a process share it
+    found = accelerator.parallelism_config
     if isinstance(found, _Replicated) and found.cp_size == cp_size:
         return
     if not isinstance(found, (_Replicated, type(None))) or accelerator.is_fsdp2:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import LabelSmoother
 
 from cpflex import Plan
-from cpflex.integrations.accelerate import Shares, attach, gather_samples
+from cpflex.integrations.accelerate import Shares, attach, gather_samples, told_before
 from cpflex.integrations.transformers import ModelPlan, PlanMask, plan_for, shard_batch
 from cpflex.integrations.transformers.batch import shifted
 from cpflex.integrations.transformers.flash import without_flash_keywords
@@ -121,7 +121,7 @@ class SharedSequences(Base):
         if args.accelerator_config.dispatch_batches is None:
             args.accelerator_config.dispatch_batches = False  # the default for streams deals out batches by rank
         if not is_sharded:
-            args.parallelism_config = None
+            args.parallelism_config = told_before()
         super().create_accelerator_and_postprocess()
         args.parallelism_config = sizes
         self.shares = attach(self.accelerator, 1 if is_sharded else sizes.cp_size)

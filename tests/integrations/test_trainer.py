@@ -38,7 +38,9 @@ def padded_rows() -> list[dict[str, Tensor]]:
     made = []
     for index, length in enumerate(LENGTHS):
         tokens = torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(index))
-        made.append({"input_ids": tokens, "labels": tokens.clone()})
+        labels = tokens.clone()
+        labels[0] = -100  # predicted by no other, but counted by 4.57
+        made.append({"input_ids": tokens, "labels": labels})
     return made
 
 
@@ -92,7 +94,8 @@ def headed(head: str) -> Callable[[str], Any]:
 
 def adapted(attention: str) -> Any:
     """With adapters beside frozen weights."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = ARCHITECTURES["mistral"].model(attention)
     model.config.use_cache = False
     torch.manual_seed(3)
@@ -292,6 +295,8 @@ TRAININGS = {
 def test_training_logs_what_one_process_logs(what: str, two_processes: RankProcesses, tmp_path: Any):
     if "smoothed" in what and not IS_5:
         pytest.skip("its label smoothing does not count the labels of all batches of a step")
+    if "adapters" in what:
+        pytest.importorskip("peft")
     expected = trained(None, TRAININGS[what], str(tmp_path), 0)
     for steps in two_processes.run(trained, TRAININGS[what], str(tmp_path), 2):
         for ours, theirs in zip(steps, expected, strict=True):
@@ -303,6 +308,8 @@ def test_training_logs_what_one_process_logs(what: str, two_processes: RankProce
 def test_training_over_pairs_of_ranks_logs_what_two_processes_log(
     what: str, fsdp: bool, two_processes: RankProcesses, four_processes: RankProcesses, tmp_path: Any
 ):
+    if "adapters" in what:
+        pytest.importorskip("peft")
     run = Run(TRAININGS[what].data, TRAININGS[what].model, fsdp=fsdp)
     expected, _ = two_processes.run(trained, run, str(tmp_path), 0)
     for steps in four_processes.run(trained, run, str(tmp_path), 2):
