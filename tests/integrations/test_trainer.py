@@ -230,6 +230,7 @@ EVALUATIONS = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("what", EVALUATIONS)
 def test_evaluation_is_that_of_one_process(what: str, two_processes: RankProcesses, tmp_path: Any):
     """Five rows, two at a time: the last batch holds one."""
@@ -238,6 +239,7 @@ def test_evaluation_is_that_of_one_process(what: str, two_processes: RankProcess
         assert_same_metrics(found, expected)
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
 @pytest.mark.parametrize("data", ["packed", "padded"])
 def test_evaluation_over_pairs_of_ranks_is_that_of_two_processes(
@@ -291,6 +293,7 @@ TRAININGS = {
 }
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("what", TRAININGS)
 def test_training_logs_what_one_process_logs(what: str, two_processes: RankProcesses, tmp_path: Any):
     if "smoothed" in what and not IS_5:
@@ -303,6 +306,7 @@ def test_training_logs_what_one_process_logs(what: str, two_processes: RankProce
             assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("what", ["rewards", "adapters"])
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
 def test_training_over_pairs_of_ranks_logs_what_two_processes_log(
@@ -369,10 +373,10 @@ def counted(group: dist.ProcessGroup | None, folder: str, cp: int) -> dict[str, 
         options |= {"include_num_input_tokens_seen": "all"}
     with launched(group):
         trainer = Run(options=options).trainer(group, folder, cp)
-        trainer.__class__ = Noisy if cp else type("StockNoisy", (Noisy, StockTrainer), {})
+        trainer.__class__ = Noisy
         trainer.train()
-        state = trainer.state
-        return {"tokens": state.num_input_tokens_seen, "flos": state.total_flos, "noise": trainer.largest}
+        state, size = trainer.state, trainer.model.num_parameters(exclude_embeddings=True)
+        return {"tokens": state.num_input_tokens_seen, "flos": state.total_flos / 6 / size, "noise": trainer.largest}
 
 
 def test_noise_and_counters_know_the_length_of_the_whole_sequence(two_processes: RankProcesses, tmp_path: Any):
@@ -381,6 +385,7 @@ def test_noise_and_counters_know_the_length_of_the_whole_sequence(two_processes:
     for found in two_processes.run(counted, str(tmp_path), 2):
         assert found["noise"] == pytest.approx(5.0 / (num_tokens * width) ** 0.5, rel=0.01)
         assert found["tokens"] == (steps * batch_size * num_tokens if IS_5 else 0)
+        assert found["flos"] == steps * batch_size * num_tokens
 
 
 # -- refusals
