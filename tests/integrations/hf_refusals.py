@@ -203,16 +203,6 @@ REFUSALS = {
         ValueError,
         "token_type_ids",
     ),
-    "logits of the last tokens": (
-        lambda: shard_batch(TOKENS["one document"].batch() | {"logits_to_keep": 1}, small_plan()),
-        NotImplementedError,
-        "logits_to_keep",
-    ),
-    "labels of rows, without the model": (
-        lambda: shard_batch(TOKENS["one document"].batch() | {"labels": torch.zeros(2)}, small_plan()),
-        ValueError,
-        "for another head pass the model",
-    ),
     "a sharded batch": (
         lambda: shard_batch({"input_ids": torch.zeros(1, 20, dtype=torch.int64)}, small_plan()),
         ValueError,

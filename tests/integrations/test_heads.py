@@ -163,6 +163,38 @@ def test_a_reward_model_may_be_wrapped(wrap: str, two_processes: RankProcesses):
         assert_equal_to_one_process([result], (loss, grads))
 
 
+def adapted(case: Headed, model: Any) -> Any:
+    """With adapters; PEFT trains a copy of the scores, in the place of the layer."""
+    import peft
+
+    torch.manual_seed(3)
+    adapters = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="SEQ_CLS")
+    return peft.get_peft_model(model, adapters)
+
+
+def adapted_on_rank(group: Any, case: Headed, is_late: bool) -> tuple[float, dict[str, Tensor]]:
+    model = case.model("cpflex")
+    plan = plan_for(model.config, group, **TOKENS[case.tokens].planned)
+    if is_late:  # the hooks are there already
+        shard_batch(case.batch(), plan, model)
+    model = adapted(case, model)
+    loss = model(**shard_batch(case.batch(), plan, model)).loss
+    loss.backward()
+    return float(loss.detach()), gradients(model)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_reward_model_may_have_adapters(is_late: bool, two_processes: RankProcesses):
+    pytest.importorskip("peft")
+    case = Headed("llama", SEQUENCE, "padded right", num_labels=1)
+    model = adapted(case, case.model("eager"))
+    loss = model(**case.batch(), **TOKENS[case.tokens].one_process, use_cache=False).loss
+    loss.backward()
+    truth = float(loss.detach()), gradients(model)
+    assert_equal_to_one_process(two_processes.run(adapted_on_rank, case, is_late), truth)
+
+
 def preference(rewards: Tensor) -> Tensor:
     return -torch.nn.functional.logsigmoid(rewards[0] - rewards[1]).mean()
 
