@@ -83,7 +83,7 @@ class WholeOutputs(Base):
             "label_smoothing_factor": self.args.label_smoothing_factor != 0,
             "neftune_noise_alpha": self.args.neftune_noise_alpha is not None,
             "use_liger_kernel": self.args.use_liger_kernel,
-            "compute_loss_func": self.compute_loss_func is not None,
+            "compute_loss_func": callable(self.compute_loss_func),  # a name in older versions, which calls nothing
             "eval_use_gather_object": self.args.eval_use_gather_object,
             "average_tokens_across_devices=False": not self.args.average_tokens_across_devices,
         }
@@ -167,21 +167,23 @@ def gathered(outputs: Any, plan: Plan) -> Any:
 
 def gather_once(accelerator: Any) -> Callable[..., Any]:
     """`Accelerator.gather_for_metrics` as if each sequence had one rank."""
-    sizes = accelerator.parallelism_config
-    tp, cp = (sizes.tp_size, sizes.cp_size) if sizes is not None else (1, 1)
 
     def gather_for_metrics(input_data: Any, use_gather_object: bool = False) -> Any:
         if use_gather_object:
             raise NotImplementedError("use_gather_object is not supported; gather tensors")
         state = accelerator.gradient_state
         stop = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
-
-        def once(x: Tensor) -> Tensor:  # ranks are numbered [dp, cp, tp]
-            return x.unflatten(0, (-1, cp, tp, len(x) // accelerator.num_processes))[:, 0].flatten(0, 2)[:stop]
-
-        return recursively_apply(once, accelerator.gather(input_data))
+        return recursively_apply(lambda x: once_each(accelerator, x)[:stop], accelerator.gather(input_data))
 
     return gather_for_metrics
+
+
+def once_each(accelerator: Any, gathered: Tensor) -> Tensor:
+    """What was gathered from all ranks, [ranks * n, ...], from one of each sequence; they are numbered [dp, cp, tp]."""
+    sizes = accelerator.parallelism_config
+    tp, cp = (sizes.tp_size, sizes.cp_size) if sizes is not None else (1, 1)
+    ranks = gathered.unflatten(0, (-1, cp, tp, len(gathered) // accelerator.state.num_processes))
+    return ranks[:, 0].flatten(0, 2)
 
 
 # -- the trainers

@@ -16,6 +16,7 @@ from trl_runs import (
     conversations,
     documents,
     preferences,
+    prompts,
     trained_alone,
     trained_on_rank,
 )
@@ -54,10 +55,20 @@ REWARD = {
     "adapters": Run("Reward", preferences, {"center_rewards_coefficient": 0.1}, lora=True),
     "accumulated": Run("Reward", preferences, {"gradient_accumulation_steps": 2}),
 }
+GENERATED = {"max_completion_length": 24, "num_generations": 2, "per_device_train_batch_size": 4, "temperature": 1.0}
+GRPO = {
+    "adapters": Run("GRPO", prompts, GENERATED | {"beta": 0.1}, lora=True),
+    "no reference": Run("GRPO", prompts, GENERATED | {"beta": 0.0}),
+    "several steps of one generation": Run(
+        "GRPO", prompts, GENERATED | {"steps_per_generation": 2, "num_iterations": 2}
+    ),
+    "accumulated": Run("GRPO", prompts, GENERATED | {"gradient_accumulation_steps": 2, "loss_type": "grpo"}),
+    "sequences": Run("GRPO", prompts, GENERATED | {"importance_sampling_level": "sequence", "loss_type": "bnpo"}),
+}
 QUICK = ("SFT packed", "DPO adapters")
 RUNS = {
     f"{kind} {name}": run
-    for kind, runs in (("SFT", SFT), ("DPO", DPO), ("Reward", REWARD))
+    for kind, runs in (("SFT", SFT), ("DPO", DPO), ("Reward", REWARD), ("GRPO", GRPO))
     for name, run in runs.items()
 }
 
@@ -94,7 +105,9 @@ def test_four_ranks_log_what_one_process_logs(name: str, four_processes: RankPro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*QUICK, "SFT accumulated", "SFT completions", "DPO precomputed"])
+@pytest.mark.parametrize(
+    "name", [*QUICK, "SFT accumulated", "SFT completions", "DPO precomputed", "Reward padded", "GRPO no reference"]
+)
 def test_beside_data_parallelism_they_log_what_it_logs_alone(
     name: str, two_processes: RankProcesses, four_processes: RankProcesses, tmp_path: Path
 ):

@@ -5,6 +5,7 @@ TRL, and what comes with it, is imported where it is used, in the ranks: it take
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ LENGTHS = ((31, 9), (4, 86), (10, 2), (60, 17), (2, 3), (20, 24), (41, 19), (20,
 """Prompts and completions; the longest is longer than the window."""
 NUM_EVAL = 5
 """An odd number: the last batch is not full."""
+OURS = {"GRPO": "cpflex.integrations.trl_grpo"}
+"""Where trainers are that are not beside the others."""
 NOT_COMPARED = ("runtime", "per_second", "total_flos", "epoch", "learning_rate", "step")
 
 
@@ -49,18 +52,21 @@ class Run:
         import trl
         from datasets import load_from_disk
 
-        import cpflex.integrations.trl as ours
-
-        args = getattr(trl, f"{self.trainer}Config")(**self._options(folder), **over(sizes))
+        module = (
+            importlib.import_module(OURS.get(self.trainer, "cpflex.integrations.trl")) if attention == "cpflex" else trl
+        )
+        config = getattr(module, f"{self.trainer}Config", getattr(trl, f"{self.trainer}Config"))
+        args = config(**self._options(folder), **over(sizes))
         if sizes is not None:  # accelerate shards parameters on accelerators only: the CPU passes for one
             assert args.device.type == "cpu"
             PartialState().distributed_type = DistributedType.MULTI_GPU
-        module = ours if attention == "cpflex" else trl
         model = ARCHITECTURES["mistral"].model(attention) if self.trainer != "Reward" else reward_model(attention)
         model.config.use_cache = False
-        special: dict[str, Any] = (
-            {"ref_model": ARCHITECTURES["mistral"].model(attention, seed=1)} if self.reference else {}
-        )
+        special: dict[str, Any] = {}
+        if self.reference:
+            special["ref_model"] = ARCHITECTURES["mistral"].model(attention, seed=1)
+        if self.trainer == "GRPO":
+            special["reward_funcs"] = [of_even_words, of_length]
         trainer = getattr(module, f"{self.trainer}Trainer")(
             model=model,
             args=args,
@@ -100,6 +106,8 @@ class Run:
             "per_device_eval_batch_size": 2,
             "max_length": 100,
         }
+        if self.trainer == "GRPO":
+            del options["max_length"]
         return options | dict(self.options)
 
 
@@ -183,6 +191,18 @@ def conversations() -> list[dict[str, Any]]:
         }
         for i, (a, b) in enumerate(LENGTHS)
     ]
+
+
+def prompts() -> list[dict[str, Any]]:
+    return [{"prompt": text(i, a)} for i, (a, _) in enumerate(LENGTHS)]
+
+
+def of_even_words(completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(int(word[1:]) % 2 == 0 for word in one.split())) for one in completions]
+
+
+def of_length(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [0.1 * len(one) for one in completion_ids]
 
 
 def preferences() -> list[dict[str, Any]]:
