@@ -17,6 +17,7 @@ from trl_runs import (
     documents,
     preferences,
     prompts,
+    refusal_on_rank,
     trained_alone,
     trained_on_rank,
 )
@@ -38,6 +39,7 @@ SFT = {
     "accumulated": Run("SFT", documents, {"gradient_accumulation_steps": 2}),
     "no checkpointing": Run("SFT", documents, {"packing": True, "gradient_checkpointing": False}),
     "by its own probability": Run("SFT", completions, {"loss_type": "dft"}),
+    "logits evaluated": Run("SFT", documents, metrics=True),
     "evaluated unpacked": Run("SFT", documents, {"packing": True, "eval_packing": False}),
 }
 DPO = {
@@ -116,3 +118,23 @@ def test_beside_data_parallelism_they_log_what_it_logs_alone(
     expected, *_ = two_processes.run(trained_on_rank, run, "eager", run.save(tmp_path / "dp"), 2, timeout=120.0)
     for found in four_processes.run(trained_on_rank, run, "cpflex", run.save(tmp_path / "both"), 2, timeout=120.0):
         assert_same_history(found, expected)
+
+
+# -- refusals
+
+NOT_SUPPORTED = {
+    "label_smoothing_factor": Run("SFT", documents, {"label_smoothing_factor": 0.1}),
+    "neftune_noise_alpha": Run("SFT", documents, {"neftune_noise_alpha": 5.0}),
+    "average_tokens_across_devices=False": Run("SFT", documents, {"average_tokens_across_devices": False}),
+    "eval_use_gather_object": Run("DPO", preferences, {"eval_use_gather_object": True}, reference=True),
+    "log_completions": Run("GRPO", prompts, GENERATED | {"log_completions": True}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOT_SUPPORTED)
+def test_what_would_see_one_ranks_tokens_is_refused_by_name(name: str, two_processes: RankProcesses, tmp_path: Path):
+    run = NOT_SUPPORTED[name]
+    for said in two_processes.run(refusal_on_rank, run, run.save(tmp_path), timeout=120.0):
+        assert name in said
+        assert "not supported with context parallelism" in said

@@ -46,6 +46,8 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict)
     lora: bool = False
     reference: bool = False
+    metrics: bool = False
+    """Whether logits are evaluated, all of them."""
 
     def history(self, attention: str, folder: str, sizes: tuple[int, int] | None) -> list[dict[str, float]]:
         """What is logged, and evaluated at the end. ``sizes`` are (dp, cp); None is one process."""
@@ -67,6 +69,8 @@ class Run:
             special["ref_model"] = ARCHITECTURES["mistral"].model(attention, seed=1)
         if self.trainer == "GRPO":
             special["reward_funcs"] = [of_even_words, of_length]
+        if self.metrics:
+            special["compute_metrics"] = of_logits
         trainer = getattr(module, f"{self.trainer}Trainer")(
             model=model,
             args=args,
@@ -152,7 +156,16 @@ def trained_on_rank(group: dist.ProcessGroup, run: Run, attention: str, folder: 
 def trained_alone(group: dist.ProcessGroup, run: Run, folder: str) -> list[dict[str, float]]:
     """Each rank for itself."""
     with started(None):
-        return run.history("eager", f"{folder}", None)
+        return run.history("eager", folder, None)
+
+
+def refusal_on_rank(group: dist.ProcessGroup, run: Run, folder: str) -> str:
+    with started(group):
+        try:
+            run.history("cpflex", folder, (1, group.size()))
+        except NotImplementedError as error:
+            return str(error)
+    return ""
 
 
 # -- data
@@ -203,6 +216,13 @@ def of_even_words(completions: list[str], **_: Any) -> list[float]:
 
 def of_length(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [0.1 * len(one) for one in completion_ids]
+
+
+def of_logits(evaluated: Any) -> dict[str, float]:
+    logits, labels = (torch.as_tensor(x) for x in (evaluated.predictions, evaluated.label_ids))
+    counted = labels[:, 1:] >= 0
+    right = logits[:, :-1].argmax(dim=-1) == labels[:, 1:]
+    return {"right": float(right[counted].float().mean()), "mean": float(logits[:, :-1][counted].square().mean())}
 
 
 def preferences() -> list[dict[str, Any]]:
