@@ -80,6 +80,10 @@ class SharedSequences(Base):
         if missing := [name for name in SEAMS if not hasattr(above, name)]:
             raise ImportError(f"the Trainer of transformers {transformers.__version__} has no {missing}")
         super().__init__(*args, **kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raise what `refused` says."""
         if found := [name for name, is_asked in self.refused().items() if is_asked]:
             raise NotImplementedError(
                 f"{found} would see one rank's tokens only, or give the ranks of a sequence different ones, and is not "

@@ -19,16 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import transformers
 import trl
 from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 
 from cpflex import Plan
-from cpflex.integrations.accelerate import Shares, attach
 from cpflex.integrations.trainer import SharedSequences
 from cpflex.integrations.transformers import ModelPlan, PlanMask, shard_batch
 from cpflex.integrations.transformers.heads import WHOLE, head_of
@@ -46,60 +44,38 @@ except ImportError as error:
 
 # B batch, S tokens of the whole sequence, S_local of this rank, V vocabulary
 
-SEAMS = ("create_accelerator_and_postprocess", "_prepare_context_parallel_inputs")
-"""Methods of the Trainer that are extended here."""
 OF_TOKENS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 """What TRL's fused LM head gives for each token."""
 
-if TYPE_CHECKING:  # what stands behind `WholeOutputs` in each trainer
-    Base = transformers.Trainer
-else:
-    Base = object
 
-
-class WholeOutputs(Base):
+class WholeOutputs(SharedSequences):
     """What makes a trainer of TRL work on sharded sequences: to be named before it.
-
-    Attributes:
-        shares: the ranks of one sequence, and those of one mean (`cpflex.integrations.accelerate.Shares`).
 
     Raises:
         NotImplementedError: what `refused` says.
         ImportError: a transformers whose Trainer works in another way.
     """
 
-    shares: Shares
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        above = super()
-        if missing := [name for name in SEAMS if not hasattr(above, name)]:
-            raise ImportError(f"the Trainer of transformers {transformers.__version__} has no {missing}")
         super().__init__(*args, **kwargs)
         self.share_models()
 
     def refused(self) -> dict[str, bool]:
         """What is not supported, by name, and whether it is asked for."""
-        return {
+        return super().refused() | {
             "label_smoothing_factor": self.args.label_smoothing_factor != 0,
             "neftune_noise_alpha": self.args.neftune_noise_alpha is not None,
             "use_liger_kernel": self.args.use_liger_kernel,
             "compute_loss_func": callable(self.compute_loss_func),  # a name in older versions, which calls nothing
-            "eval_use_gather_object": self.args.eval_use_gather_object,
-            "average_tokens_across_devices=False": not self.args.average_tokens_across_devices,
         }
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self.shares = attach(self.accelerator)
-        gather = gather_once(self.accelerator)
-        self.accelerator.gather_for_metrics = self.gather_function = gather
-
-    plan = SharedSequences.plan
+        self.accelerator.gather_for_metrics = self.gather_function = gather_once(self.accelerator)
 
     def share_models(self) -> None:
         """Let the models that are there by now compute this rank's tokens of what they are called with."""
-        if found := [name for name, is_asked in self.refused().items() if is_asked]:
-            raise NotImplementedError(f"{found}: not supported with context parallelism by {type(self).__name__}")
+        self.check()
         models: list[Any] = [self.model, getattr(self, "ref_model", None)]
         for model in models:
             if model is not None and not getattr(model, "_has_whole_outputs", False):
@@ -108,6 +84,20 @@ class WholeOutputs(Base):
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return nullcontext, inputs
+
+    # what `SharedSequences` does to batches before they come to the model is done when it is called
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super(SharedSequences, self).compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super(SharedSequences, self).prediction_step(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        return super(SharedSequences, self).evaluation_loop(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        return super(SharedSequences, self)._get_num_items_in_batch(batch_samples, device)
 
 
 # -- a model that is called with whole batches, and returns what it computes for the whole batch

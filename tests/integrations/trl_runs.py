@@ -19,8 +19,8 @@ from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from hf_models import ARCHITECTURES, VOCAB
-from test_accelerate import launched
 from tokenizers import Tokenizer, models, pre_tokenizers
+from trainer_runs import launched
 from transformers import MistralForSequenceClassification, PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
