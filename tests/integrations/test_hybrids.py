@@ -138,6 +138,36 @@ def test_a_rank_without_tokens_has_gradients_of_every_parameter():
     assert sum(run.is_heard for run in plan.recurrent_mask.runs[0]) == 1
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+@pytest.mark.parametrize("how", [exchanged, gathered])
+@pytest.mark.parametrize("name", ["qwen3_next", "bamba", "lfm2"])
+def test_bfloat16_is_as_exact_as_in_one_process(name: str, how: Any, autocast: bool):
+    """The median over the tokens, which experts may make large for some."""
+    case, dtype = Case(name, "one document"), torch.float32 if autocast else torch.bfloat16
+    ids = TOKENS[case.tokens].batch()["input_ids"]
+    plan = case.plan(HYBRIDS[name].config())
+    with torch.no_grad():
+        truth = hybrid_model(case, "eager")(input_ids=ids, use_cache=False).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            rounded = hybrid_model(case, "eager").to(dtype)(input_ids=ids, use_cache=False).logits
+            ours = hybrid_model(case, "cpflex", how).to(dtype)(**shard_batch({"input_ids": ids}, plan)).logits
+    ours = plan.plan.unshard(ours, dim=1)
+    assert ours.dtype == rounded.dtype
+    errors = [((x.float() - truth).norm(dim=-1) / truth.norm(dim=-1)).median() for x in (ours, rounded)]
+    assert 0 < errors[0] <= 1.5 * errors[1]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("how", [exchanged, pytest.param(gathered, marks=pytest.mark.slow)])
+def test_the_compiler_leaves_attached_layers_out(how: Any):
+    model = hybrid_model(PACKED, "cpflex", how)
+    expected = loss_of(model)
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    torch.testing.assert_close(loss_of(model), expected)
+    torch.compiler.reset()
+
+
 # -- refusals
 
 
