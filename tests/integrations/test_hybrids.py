@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
+import test_accelerate
+from accelerate import PartialState
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType
 from hf_hybrids import (
     HYBRIDS,
     assert_equal_to_documents_alone,
@@ -19,10 +25,13 @@ from hf_hybrids import (
     hybrid_on_rank,
     wrapped_hybrid_on_rank,
 )
+from hf_models import VOCAB
 from hf_runs import TOKENS, Case
+from transformers import Trainer as StockTrainer
 
 import cpflex
 from cpflex.integrations import transformers as integration
+from cpflex.integrations.trainer import Trainer
 from cpflex.integrations.transformers import (
     RecurrentMask,
     attach_recurrent,
@@ -42,6 +51,7 @@ pytestmark = [
 LAYOUT_NAMES = ("balanced", "zigzag", "striped", "contiguous")
 DESCRIBED = ("one document", "packed", "rows packed differently", "padded left", "padded right")
 EXCHANGED = tuple(name for name in HYBRIDS if name not in ("jamba", "minimax", "zamba"))
+DOCUMENT = Path(__file__).parents[2] / "docs" / "hybrids.md"
 PACKED = Case("qwen3_next", "packed")
 
 
@@ -70,9 +80,51 @@ def test_layers_stay_attached_under_what_averages_gradients_and_recomputes(
         assert_equal_to_documents_alone([result], PACKED)
 
 
+def logged_by_the_trainer(group: Any, folder: str) -> list[tuple[float, float]]:
+    """(loss, norm of gradients) of each step, under FSDP2."""
+    with test_accelerate.launched(group):
+        wrap = {
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["BambaDecoderLayer"],
+        }
+        sizes = ParallelismConfig(cp_size=2, dp_shard_size=1)
+        options = test_accelerate.arguments(
+            folder, batch_size=1, parallelism_config=sizes, fsdp=True, fsdp_config={"version": 2, **wrap}
+        )
+        assert options.device.type == "cpu"  # makes the state
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+        model = hybrid_model(Case("bamba"), "cpflex", exchanged)
+        return test_accelerate.logged(Trainer(model=model, args=options, train_dataset=one_document_rows()))
+
+
+def one_document_rows() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, VOCAB, (2, 90), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row, "position_ids": torch.arange(90)} for row in ids]
+
+
+@pytest.mark.by_day(4)
+def test_the_trainer_takes_a_model_that_is_attached(two_processes: RankProcesses, tmp_path: Path):
+    model = hybrid_model(Case("bamba"), "eager")
+    model.config.use_cache = False
+    with test_accelerate.launched(None):
+        options = test_accelerate.arguments(str(tmp_path), batch_size=1)
+        expected = test_accelerate.logged(StockTrainer(model=model, args=options, train_dataset=one_document_rows()))
+    assert len(expected) == 2
+    for steps in two_processes.run(logged_by_the_trainer, str(tmp_path)):
+        for ours, theirs in zip(steps, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 def test_what_is_called_a_verified_hybrid_is_what_is_tested():
     assert set(HYBRIDS) == integration.HYBRIDS
     assert {HYBRIDS[name].config().model_type for name in HYBRIDS} == integration.HYBRIDS
+
+
+def test_the_document_names_every_model_type_and_what_it_exchanges():
+    rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| ") and "`" in line]
+    for name in HYBRIDS:
+        (row,) = [row for row in rows if f"`{name}`" in row]
+        assert ("| yes |" in row) == (name in EXCHANGED)
 
 
 # -- attaching
