@@ -182,6 +182,8 @@ def test_a_directory_with_weights_is_trained_from_these(tmp_path: Path, written)
 
 @pytest.mark.parametrize("path", sorted((LAUNCH / "configs").glob("*.json")), ids=lambda path: path.stem)
 def test_the_configs_that_come_along_are_accepted(path: Path):
+    if path.stem == "qwen3_next" and not hands_out_masks():
+        pytest.skip("this transformers gives recurrent layers no mask of theirs")
     assert parse_options(["--model", f"hf:{path}"]).model == str(path)
 
 
