@@ -124,11 +124,20 @@ def on_rank(group: Any, case: Headed) -> tuple[float, dict[str, Tensor], Tensor]
     return float(out.loss.detach()), gradients(model), results(out)
 
 
+def largest(grads: dict[str, Tensor]) -> float:
+    return max(float(grad.norm()) for grad in grads.values())
+
+
 @pytest.mark.parametrize(("case", "processes"), matrix(), indirect=["processes"])
 def test_heads_see_what_they_see_in_one_process(case: Headed, processes: RankProcesses):
     loss, grads, logits = one_process(case)
     ranks = processes.run(on_rank, case)
-    assert_equal_to_one_process([(share, grad) for share, grad, _ in ranks], (loss, grads))
+    small = {name for name, grad in grads.items() if grad.norm() < 0.02 * largest(grads)}
+    for name in small:  # what cancels, as a bias before a softmax does: what is left is rounding of the terms
+        summed = torch.stack([grad.pop(name) for _, grad, _ in ranks]).sum(dim=0)
+        assert (summed - grads[name]).norm() <= 1e-6 * largest(grads), name
+    kept = {name: grad for name, grad in grads.items() if name not in small}
+    assert_equal_to_one_process([(share, grad) for share, grad, _ in ranks], (loss, kept))
     for _, _, ours in ranks:
         torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-5)
 
