@@ -217,6 +217,12 @@ def _nothing(kind: type[nn.Module]) -> dict[str, None]:
 def mask_of(
     layer: nn.Module, hidden_states: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> RecurrentMask:
+    """What a call of an attached layer was given as its mask.
+
+    Raises:
+        ValueError: no `RecurrentMask`.
+        NotImplementedError: a cache.
+    """
     given = inspect.signature(type(layer).forward).bind_partial(layer, hidden_states, *arguments, **keywords).arguments
     mask = given.get("attention_mask")
     if not isinstance(mask, RecurrentMask):
