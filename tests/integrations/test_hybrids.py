@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
-import test_accelerate
+import trainer_runs
 from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
@@ -82,19 +82,19 @@ def test_layers_stay_attached_under_what_averages_gradients_and_recomputes(
 
 def logged_by_the_trainer(group: Any, folder: str) -> list[tuple[float, float]]:
     """(loss, norm of gradients) of each step, under FSDP2."""
-    with test_accelerate.launched(group):
+    with trainer_runs.launched(group):
         wrap = {
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "transformer_layer_cls_to_wrap": ["BambaDecoderLayer"],
         }
         sizes = ParallelismConfig(cp_size=2, dp_shard_size=1)
-        options = test_accelerate.arguments(
+        options = trainer_runs.arguments(
             folder, batch_size=1, parallelism_config=sizes, fsdp=True, fsdp_config={"version": 2, **wrap}
         )
         assert options.device.type == "cpu"  # makes the state
         PartialState().distributed_type = DistributedType.MULTI_GPU
         model = hybrid_model(Case("bamba"), "cpflex", exchanged)
-        return test_accelerate.logged(Trainer(model=model, args=options, train_dataset=one_document_rows()))
+        return trainer_runs.logged(Trainer(model=model, args=options, train_dataset=one_document_rows()))
 
 
 def one_document_rows() -> list[dict[str, torch.Tensor]]:
@@ -106,9 +106,9 @@ def one_document_rows() -> list[dict[str, torch.Tensor]]:
 def test_the_trainer_takes_a_model_that_is_attached(two_processes: RankProcesses, tmp_path: Path):
     model = hybrid_model(Case("bamba"), "eager")
     model.config.use_cache = False
-    with test_accelerate.launched(None):
-        options = test_accelerate.arguments(str(tmp_path), batch_size=1)
-        expected = test_accelerate.logged(StockTrainer(model=model, args=options, train_dataset=one_document_rows()))
+    with trainer_runs.launched(None):
+        options = trainer_runs.arguments(str(tmp_path), batch_size=1)
+        expected = trainer_runs.logged(StockTrainer(model=model, args=options, train_dataset=one_document_rows()))
     assert len(expected) == 2
     for steps in two_processes.run(logged_by_the_trainer, str(tmp_path)):
         for ours, theirs in zip(steps, expected, strict=True):

@@ -17,10 +17,10 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 from hf_runs import gradients
 from mm_models import BEGIN, IMAGE, MULTIMODAL, SEQ_LEN, VIDEO, takes_what_was_encoded
-from test_accelerate import arguments, launched, logged
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from trainer_runs import arguments, launched, logged
 from transformers import Trainer as StockTrainer
 
 from cases import LAYOUTS

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from cpflex import Plan, make_plan
+from cpflex import Layout, Plan, balanced, make_plan
 from cpflex.integrations.transformers import multimodal
 from cpflex.integrations.transformers.alibi import Alibi, alibi_of
 from cpflex.integrations.transformers.attention import PlanMask
@@ -24,7 +25,7 @@ from cpflex.integrations.transformers.masks import (
     positions_and_padding,
     recurrent_types,
 )
-from cpflex.integrations.transformers.recurrent import HYBRIDS, RecurrentMask, hands_out_masks
+from cpflex.integrations.transformers.recurrent import HYBRIDS, RecurrentMask, hands_out_masks, summary_numbers
 from cpflex.links.processes import Group
 from cpflex.masks import MaskFn
 
@@ -158,6 +159,7 @@ def plan_for(
             kind: compose(text_config, kind, positions, padding_mask, functions, one_row=not has_functions)
             for kind in sorted(kinds)
         }
+    options = {"layout": _layout(text_config)} | options
     plan = make_plan(masks, positions.shape[1], group, weights=kinds, batch_size=len(positions), **options)
     return ModelPlan(
         plan,
@@ -212,6 +214,17 @@ def _supported(config: PretrainedConfig, verified_only: bool) -> PretrainedConfi
             "docs/support-matrix.md; compare its loss and gradients with one process, then pass verified_only=False"
         )
     return text_config
+
+
+def _layout(config: PretrainedConfig) -> Callable[..., Layout]:
+    """`balanced`; beside recurrent layers it counts what their summaries take to be received."""
+    if not (numbers := summary_numbers(config)):
+        return balanced
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return partial(
+        balanced, fragment_cost=numbers / (num_heads * head_dim)
+    )  # fp32, beside a key and a value in 16 bits
 
 
 def _rope_limits(config: PretrainedConfig) -> list[tuple[str, int]]:

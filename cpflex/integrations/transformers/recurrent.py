@@ -108,6 +108,32 @@ class RecurrentMask:
         raise error
 
 
+DELTA_RULES = (
+    ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    ("linear_num_heads", "linear_head_dim", "linear_head_dim"),
+)
+MAMBA2 = (
+    ("mamba_n_heads", "mamba_d_state", "mamba_d_head"),
+    ("mamba_num_heads", "ssm_state_size", "mamba_head_dim"),
+    ("n_mamba_heads", "mamba_d_state", "mamba_headdim"),
+)
+"""What configs call the heads of a recurrent layer, the rows of their state and its columns."""
+
+
+def summary_numbers(config: Any) -> int:
+    """Numbers that ranks exchange for each run of consecutive tokens, in all layers together (docs/recurrent.md); 0
+    where nothing but the tokens before it is exchanged, or it is not known.
+    """
+
+    def sizes(names: tuple[tuple[str, str, str], ...]) -> list[tuple[int, int, int]]:
+        found = [tuple(getattr(config, name, None) for name in three) for three in names]
+        return [three for three in found if all(isinstance(x, int) for x in three)]  # type: ignore[misc]
+
+    of_layer = [heads * rows * (rows + columns) for heads, rows, columns in sizes(DELTA_RULES)]
+    of_layer += [heads * (rows * columns + 1) for heads, rows, columns in sizes(MAMBA2)]
+    return len(recurrent_types(config)) * max(of_layer, default=0)
+
+
 def hands_out_masks() -> bool:
     """Whether this transformers gives these layers a mask of their own, which the plan can take the place of."""
     return hasattr(masking_utils, "create_recurrent_attention_mask")
