@@ -39,6 +39,8 @@ SFT = {
     "accumulated": Run("SFT", documents, {"gradient_accumulation_steps": 2}),
     "no checkpointing": Run("SFT", documents, {"packing": True, "gradient_checkpointing": False}),
     "by its own probability": Run("SFT", completions, {"loss_type": "dft"}),
+    "replicated": Run("SFT", documents, {"packing": True}, replicated=True),
+    "replicated, adapters": Run("SFT", documents, {"packing": True}, lora=True, replicated=True),
     "logits evaluated": Run("SFT", documents, metrics=True),
     "evaluated unpacked": Run("SFT", documents, {"packing": True, "eval_packing": False}),
 }
@@ -48,11 +50,14 @@ DPO = {
     "precomputed": Run("DPO", preferences, {"precompute_ref_log_probs": True}, reference=True),
     "precomputed, adapters": Run("DPO", preferences, {"precompute_ref_log_probs": True}, lora=True),
     "accumulated": Run("DPO", preferences, {"gradient_accumulation_steps": 2}, reference=True),
+    "replicated": Run("DPO", preferences, reference=True, replicated=True),
+    "replicated, adapters": Run("DPO", preferences, lora=True, replicated=True),
     "two losses": Run("DPO", preferences, {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.3]}, reference=True),
     "lengths and weights": Run("DPO", preferences, {"ld_alpha": 0.4, "use_weighting": True}, reference=True),
     "another divergence": Run("DPO", preferences, {"f_divergence_type": "js_divergence"}, reference=True),
 }
 REWARD = {
+    "replicated": Run("Reward", preferences, replicated=True),
     "padded": Run("Reward", preferences),
     "adapters": Run("Reward", preferences, {"center_rewards_coefficient": 0.1}, lora=True),
     "accumulated": Run("Reward", preferences, {"gradient_accumulation_steps": 2}),
@@ -60,6 +65,7 @@ REWARD = {
 GENERATED = {"max_completion_length": 24, "num_generations": 2, "per_device_train_batch_size": 4, "temperature": 1.0}
 GRPO = {
     "adapters": Run("GRPO", prompts, GENERATED | {"beta": 0.1}, lora=True),
+    "replicated": Run("GRPO", prompts, GENERATED | {"beta": 0.1}, lora=True, replicated=True),
     "no reference": Run("GRPO", prompts, GENERATED | {"beta": 0.0}),
     "several steps of one generation": Run(
         "GRPO", prompts, GENERATED | {"steps_per_generation": 2, "num_iterations": 2}

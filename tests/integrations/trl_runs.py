@@ -46,6 +46,8 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict)
     lora: bool = False
     reference: bool = False
+    replicated: bool = False
+    """With DDP rather than FSDP2."""
     metrics: bool = False
     """Whether logits are evaluated, all of them."""
 
@@ -58,8 +60,10 @@ class Run:
             importlib.import_module(OURS.get(self.trainer, "cpflex.integrations.trl")) if attention == "cpflex" else trl
         )
         config = getattr(module, f"{self.trainer}Config", getattr(trl, f"{self.trainer}Config"))
-        args = config(**self._options(folder), **over(sizes))
-        if sizes is not None:  # accelerate shards parameters on accelerators only: the CPU passes for one
+        args = config(**self._options(folder), **over(sizes, self.replicated))
+        if (
+            sizes is not None and not self.replicated
+        ):  # accelerate shards parameters on accelerators only: the CPU passes for one
             assert args.device.type == "cpu"
             PartialState().distributed_type = DistributedType.MULTI_GPU
         model = ARCHITECTURES["mistral"].model(attention) if self.trainer != "Reward" else reward_model(attention)
@@ -133,11 +137,13 @@ def reward_model(attention: str) -> Any:
     return model.train()
 
 
-def over(sizes: tuple[int, int] | None) -> dict[str, Any]:
+def over(sizes: tuple[int, int] | None, replicated: bool) -> dict[str, Any]:
     if sizes is None:
         return {}
     wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["MistralDecoderLayer"]}
     mesh = ParallelismConfig(dp_shard_size=sizes[0], cp_size=sizes[1])
+    if replicated:
+        return {"parallelism_config": mesh}
     return {"parallelism_config": mesh, "fsdp": True, "fsdp_config": {"version": 2, **wrap}}
 
 
