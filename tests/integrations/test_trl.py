@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,8 @@ def assert_same_history(found: list[dict[str, float]], expected: list[dict[str, 
 
 
 def compare(processes: RankProcesses, run: Run, folder: Path) -> None:
+    if run.trainer == "GRPO" and run.lora and not run.replicated and version("accelerate") < "1.15":
+        pytest.skip("embeddings of a sharded model with adapters stay sharded while it generates, with this accelerate")
     alone, *_ = processes.run(trained_alone, run, run.save(folder / "alone"), timeout=120.0)
     for found in processes.run(trained_on_rank, run, "cpflex", run.save(folder / "ranks"), 1, timeout=120.0):
         assert_same_history(found, alone)
