@@ -178,12 +178,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_hidden_layers": 2},
-    "git": {"vision_config": TOWER},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "longcat_flash": {"head_dim": 4},
     "phi4_multimodal": {
-        "vision_config": TOWER,
         "audio_config": TOWER
         | {"ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "nemo_conv_channels": 8, "num_blocks": 2},
     },
@@ -210,22 +208,30 @@ def default_config(model_type: str) -> Any:
 
 def config_of(model_type: str, **changes: Any) -> Any:
     """A small config in which every type of layer occurs."""
-    make = CONFIG_MAPPING[model_type]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        given = _sizes(make()) | SPECIAL.get(model_type, {})
-        many = make(**given | {"num_hidden_layers": 12} | SPECIAL.get(model_type, {}))
-        return make(**given | _layers(many) | SPECIAL.get(model_type, {}) | changes)
+        return _small(CONFIG_MAPPING[model_type], SPECIAL.get(model_type, {}) | changes)
+
+
+def _small(make: Any, special: dict[str, Any]) -> Any:
+    given = _sizes(make()) | special
+    many = make(**given | {"num_hidden_layers": 12} | special)
+    return make(**given | _layers(many) | special)
 
 
 def _sizes(default: Any) -> dict[str, Any]:
-    """Values of the recipe for the attributes that a config has."""
+    """Values of the recipe for the attributes that a config has, and small configs for those in it."""
     sizes = {name: value for name, value in SIZES.items() if _is_given(default, name)}
     sizes |= {name: 0.0 for name in vars(default) if name.endswith(NOT_DROPPED)}
     if hasattr(default, "qk_nope_head_dim"):
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
         sizes.pop("head_dim", None)
-    return {name: value for name, value in sizes.items() if name not in IF_ASKED or getattr(default, name) is not None}
+    sizes = {name: value for name, value in sizes.items() if name not in IF_ASKED or getattr(default, name) is not None}
+    for name in ("text_config", "vision_config", "audio_config"):
+        if isinstance(part := getattr(default, name, None), transformers.PretrainedConfig):
+            of_the_part = SPECIAL.get(part.model_type, {})
+            sizes[name] = _small(type(part), of_the_part) if name == "text_config" else TOWER
+    return sizes
 
 
 def _is_given(default: Any, name: str) -> bool:
@@ -252,11 +258,13 @@ def _layers(many: Any) -> dict[str, Any]:
 def model_of(model_type: str, attention: str, seed: int = 0, **changes: Any) -> Any:
     """Equal weights for equal seeds, whatever the attention; larger than usual, so that attention is not flat."""
     config = config_of(model_type, **changes)
+    model_class = getattr(transformers, model_class_name(model_type))
+    if not isinstance(config, model_class.config_class):
+        config = config.get_text_config()
     replaced = attention == "cpflex" and model_type in REPLACED
     config._attn_implementation = "eager" if replaced else attention
     if attention == "eager":  # grouped matrix products know no fp64
         config._experts_implementation = "eager"
-    model_class = getattr(transformers, model_class_name(model_type))
     with contextlib.suppress(NotImplementedError), torch.device("meta"):  # some classes read what they make
         num_parameters = sum(p.numel() for p in model_class(config).parameters())
         assert num_parameters < MOST_PARAMETERS, f"the recipe gives {model_type} {num_parameters:,} parameters"
