@@ -170,6 +170,11 @@ REFUSALS = {
         NotImplementedError,
         "not supported with context parallelism",
     ),
+    "padding on the left, where positions leave it out": (
+        lambda: plan_for(transformers.OPTConfig(), attention_mask=torch.tensor([[0, 1, 1]]), verified_only=False),
+        NotImplementedError,
+        "pad on the right",
+    ),
     "a loss of more than labels": (
         lambda: small_plan(z_loss_coefficient=0.1),
         NotImplementedError,

@@ -62,6 +62,26 @@ def test_four_ranks_compute_what_one_process_computes(model_type: str, four_proc
     check(model_type, four_processes)
 
 
+@pytest.mark.by_day(25)
+@pytest.mark.parametrize("model_type", sorted(VERIFIED))
+def test_padding_is_that_of_one_process(model_type: str):
+    """On one rank: what the class makes of the mask, and of positions that nobody gave."""
+    small(model_type)
+    eager, ours = (model_of(model_type, attention) for attention in ("eager", "cpflex"))
+    for side in ("padded left", "padded right"):
+        mask, batch = TOKENS[side].planned["attention_mask"], TOKENS[side].batch()
+        if side == "padded left" and model_type in classes.COUNTS_TOKENS:
+            with pytest.raises(NotImplementedError, match=f"{model_type} with padding on the left .* pad on the right"):
+                plan_for(ours.config, attention_mask=mask)
+            continue
+        first = mask.diff(dim=1, prepend=torch.zeros(len(mask), 1)) == 1  # is predicted by padding, if by anything
+        with torch.no_grad():
+            labels = batch["labels"].masked_fill(first, -100)
+            truth = eager(**batch | {"labels": labels}, attention_mask=mask, use_cache=False).loss
+            loss = ours(**shard_batch(batch, plan_for(ours.config, attention_mask=mask))).loss
+        torch.testing.assert_close(loss, truth, rtol=1e-5, atol=0, msg=side)
+
+
 def test_the_comparison_sees_a_gradient_that_is_off():
     """By 1e-4; and it lets pass one that is no worse than eager attention."""
     exact = 2.0, {"a.0.weight": torch.ones(9).double(), "a.0.bias": torch.full((9,), 1e-17).double()}

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from cpflex.integrations.transformers.alibi import REPLACED
 from cpflex.integrations.transformers.verified import DIFFERENT_BY_RELEASE, VERIFIED_BY_RELEASE
+
+COUNTS_TOKENS = frozenset(("opt",))
+"""Model types whose positions, where none are given, leave out the padding on the left."""
 
 
 def table_of(installed: str) -> str:
@@ -52,6 +56,15 @@ def ruled_out(config: PretrainedConfig) -> str | None:
     if config.model_type in REPLACED:
         return None
     return DIFFERENT.get(config.model_type) or _of_class(model_class, module)
+
+
+def refuse_padding(config: PretrainedConfig, padding_mask: Tensor | None) -> None:  # bool [B, S]
+    """Positions of `shard_batch` count the padding, as most models do."""
+    if padding_mask is not None and config.model_type in COUNTS_TOKENS and not padding_mask[:, 0].all():
+        raise NotImplementedError(
+            f"{config.model_type} with padding on the left is not supported: its positions count tokens alone; pad on the "
+            "right"
+        )
 
 
 def _causal_lm_class(config: PretrainedConfig) -> Any:

@@ -17,7 +17,7 @@ from cpflex import Layout, Plan, balanced, make_plan
 from cpflex.integrations.transformers import multimodal
 from cpflex.integrations.transformers.alibi import Alibi, alibi_of
 from cpflex.integrations.transformers.attention import PlanMask
-from cpflex.integrations.transformers.classes import VERIFIED, ruled_out
+from cpflex.integrations.transformers.classes import VERIFIED, refuse_padding, ruled_out
 from cpflex.integrations.transformers.masks import (
     MAKERS,
     attention_types,
@@ -142,6 +142,7 @@ def plan_for(
         "attention_mask": attention_mask,
     }
     positions, padding_mask = positions_and_padding({name: x for name, x in described.items() if x is not None})
+    refuse_padding(text_config, padding_mask)
     functions = {"and_mask_function": and_mask_function, "or_mask_function": or_mask_function}
     has_functions = any(function is not None for function in functions.values())
     if has_functions and len(positions) not in (1, batch_size):
