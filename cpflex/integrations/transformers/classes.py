@@ -15,8 +15,8 @@ from transformers.models.auto import modeling_auto
 from cpflex.integrations.transformers.alibi import REPLACED
 from cpflex.integrations.transformers.verified import DIFFERENT_BY_RELEASE, VERIFIED_BY_RELEASE
 
-COUNTS_TOKENS = frozenset(("opt",))
-"""Model types whose positions, where none are given, leave out the padding on the left."""
+COUNTS_TOKENS = frozenset(("biogpt", "opt"))
+"""Model types whose positions, where none are given, leave out the padding on the left; biogpt's in older releases."""
 
 
 def table_of(installed: str) -> str:
@@ -62,8 +62,8 @@ def refuse_padding(config: PretrainedConfig, padding_mask: Tensor | None) -> Non
     """Positions of `shard_batch` count the padding, as most models do."""
     if padding_mask is not None and config.model_type in COUNTS_TOKENS and not padding_mask[:, 0].all():
         raise NotImplementedError(
-            f"{config.model_type} with padding on the left is not supported: its positions count tokens alone; pad on the "
-            "right"
+            f"{config.model_type} with padding on the left is not supported: its positions count tokens alone; "
+            "pad on the right"
         )
 
 
