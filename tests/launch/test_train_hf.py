@@ -196,7 +196,7 @@ def test_the_configs_that_come_along_are_accepted(path: Path):
             {"layer_types": ["chunked_attention"] * 2, "attention_chunk_size": 64},
             "chunked attention counts tokens from the start",
         ),
-        ({"model_type": "stablelm"}, "model type 'stablelm' is not among the verified ones"),
+        ({"model_type": "rwkv"}, "recurrent layers, and no attention that could be replaced"),
         ({"use_bidirectional_attention": True}, "bidirectional"),
         ({"model_type": None}, "is no config of transformers"),
         ({"model_type": "nonsense"}, "is no config of transformers"),
