@@ -101,7 +101,8 @@ def command_of(name: str) -> str:
 
 
 MARKS = {name: () if name in STARTED else pytest.mark.slow for name in NAMES}
-MARKS |= dict.fromkeys(["lightning_module", "trl_dpo", "trl_sft"], pytest.mark.by_day(3))  # they load for ten seconds
+LONG = [name for name in STARTED if name not in ALONE]
+MARKS |= dict.fromkeys(LONG, pytest.mark.by_day(len(LONG)))  # they load for ten seconds
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in NAMES])

@@ -30,9 +30,9 @@ from family_configs import VOCAB, config_of, default_config, model_class_name, m
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cpflex.integrations.transformers import classes, plan_for, shard_batch
+from cpflex.integrations.transformers import attach_recurrent, classes, exchanged, gathered, plan_for, shard_batch
 from cpflex.integrations.transformers.alibi import IMPLEMENTATION, REPLACED
-from cpflex.integrations.transformers.masks import layer_types
+from cpflex.integrations.transformers.masks import layer_types, recurrent_types
 
 ROOT = Path(__file__).parents[2]
 RECORD = Path(__file__).parent / "families.json"
@@ -41,7 +41,7 @@ SEQ_LEN = 83
 KINDS = {"one document": (2, (SEQ_LEN,)), "packed": (1, (31, 1, 40, 11))}
 """Rows, and lengths of the documents in each."""
 
-COUNTS_THE_WHOLE = {"llama4_text"}
+COUNTS_THE_WHOLE = {"llama4", "llama4_text"}
 """Families whose attention depends on the index in the whole sequence, packed or not: the truth is computed packed."""
 
 TOLERANCE = 1e-5
@@ -112,12 +112,26 @@ class InDouble(TorchFunctionMode):
 def on_rank(group: Any, model_type: str, kind: str) -> LossAndGradients:
     """This rank's share of the loss and of the gradients."""
     model = model_of(model_type, "cpflex")
+    attach(model)
     _, lengths = KINDS[kind]
     ids = tokens_of(kind)
     plan = plan_for(model.config, group, lengths=lengths, verified_only=False)
-    loss = model(**shard_batch({"input_ids": ids, "labels": ids}, plan)).loss
+    loss = model(**shard_batch({"input_ids": ids, "labels": ids}, plan, model)).loss
     loss.backward()
     return float(loss.detach()), _gradients(model)
+
+
+def attach(model: Any) -> str:
+    """Let layers that mix tokens outside of attention exchange states, or gather tokens where their states are not
+    known; the name of the way, if there are such layers.
+    """
+    if not recurrent_types(model.config.get_text_config()):
+        return ""
+    for how in (exchanged, gathered):
+        with contextlib.suppress(NotImplementedError):
+            attach_recurrent(model, how)
+            return how.__name__
+    return ""
 
 
 def on_rank_whatever_was_found(group: Any, model_type: str, kind: str) -> LossAndGradients:
@@ -188,6 +202,8 @@ def outcome_of(model_type: str, ranks: Mapping[int, Any]) -> dict[str, Any]:
         return row | {"outcome": "refused", "why": str(refusal).partition("parallelism: ")[2] or str(refusal)}
     except Exception as error:  # noqa: BLE001 - a row of the table
         return row | {"outcome": "not built", "why": _line(error)}
+    if (found := model_of(model_type, "cpflex").config.model_type) != model_type:
+        return row | {"outcome": "not built", "why": f"its class takes another config, {found}"}
     try:
         truths = {kind: [one_process(model_type, kind, in_double) for in_double in (False, True)] for kind in KINDS}
     except Exception as error:  # noqa: BLE001 - a row of the table
@@ -210,7 +226,7 @@ def outcome_of(model_type: str, ranks: Mapping[int, Any]) -> dict[str, Any]:
     if beyond:
         return row | {"outcome": "differs", "why": REASONS.get(model_type, "its loss or gradients"), "beyond": beyond}
     bars = {name: None if math.inf in error_and_bar else error_and_bar for name, error_and_bar in derived.items()}
-    row["layers"], row["needs"] = sorted(set(layer_types(_config(model_type)))), needs(model_type)
+    row["layers"], row["needs"] = sorted(set(layer_types(_config(model_type).get_text_config()))), needs(model_type)
     return row | ({"outcome": "derived", "bars": bars} if bars else {"outcome": "exact"})
 
 
@@ -218,6 +234,8 @@ def needs(model_type: str) -> str:
     """What a user does besides choosing the implementation."""
     if model_type in REPLACED:
         return "`replace_attention(model)`"
+    if how := attach(model_of(model_type, "cpflex")):
+        return f"`attach_recurrent(model, {how})`"
     return "`is_decoder=True`" if classes.ruled_out(default_config(model_type)) else ""
 
 

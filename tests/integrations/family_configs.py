@@ -21,7 +21,7 @@ from cpflex.integrations.transformers.alibi import REPLACED
 VOCAB = 61
 WINDOW = 13
 CHUNK = 24
-MOST_PARAMETERS = 1_000_000
+MOST_PARAMETERS = 2_500_000
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -164,6 +164,7 @@ TOWER |= {"image_size": 28, "crop_size": 28, "patch_size": 14}
 """Of images or sounds, of which there are none."""
 
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 3},
     "cohere_compass_text": {
         "rope_parameters": {
             layer_type: {"rope_type": "default", "rope_theta": 10000.0}
@@ -177,15 +178,31 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+    },
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "num_hidden_layers": 3},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_hidden_layers": 2},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "longcat_flash": {"head_dim": 4},
+    "minimax": {"sliding_window": None},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention"],
+        "num_hidden_layers": 4,
+    },
     "phi4_multimodal": {
         "audio_config": TOWER
         | {"ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "nemo_conv_channels": 8, "num_blocks": 2},
     },
     "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+        "num_hidden_layers": 3,
+        "attention_head_dim": 16,
+    },
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"], "num_hidden_layers": 3},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What one family needs besides."""
@@ -223,6 +240,8 @@ def _sizes(default: Any) -> dict[str, Any]:
     """Values of the recipe for the attributes that a config has, and small configs for those in it."""
     sizes = {name: value for name, value in SIZES.items() if _is_given(default, name)}
     sizes |= {name: 0.0 for name in vars(default) if name.endswith(NOT_DROPPED)}
+    if hasattr(default, "linear_value_head_dim") or hasattr(default, "linear_head_dim"):
+        sizes["rms_norm_eps"] = 1e-2  # less multiplies the rounding of what a query recalls of an orthogonal key
     if hasattr(default, "qk_nope_head_dim"):
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
         sizes.pop("head_dim", None)

@@ -11,7 +11,7 @@ import datetime
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ Every type for which transformers TRANSFORMERS has a causal language model, made
 each type of layer occurs, put through `python tests/integrations/families.py --write` with torch TORCH on DAY: loss and all
 parameter gradients on 2 and on 4 gloo processes, against transformers' own eager attention in one process, each document by
 itself. NUM_VERIFIED of NUM types are equal: they are `VERIFIED`, and the others are refused, unless `verified_only=False` for
-those that nobody could compare. `VERIFIED` is that of the newest release with a table that is not newer than the one installed.
+those that nobody could compare. Models of text and images are there with text alone; layers that mix tokens outside of
+attention are attached as the last column says ([hybrids.md](hybrids.md)). `VERIFIED` is that of the newest release with a table that is not newer than the one installed.
 
 The numbers are the largest error of the loss and of any gradient, against fp64, relative to its norm: 1e-5 at most. A gradient that is a
 small difference of large terms is not that exact in one process either: its bar is three times the error of eager attention in
@@ -54,6 +55,13 @@ BY_HAND = """\
 Yes: the unmodified class, with small sizes and random weights, has the loss and all parameter gradients of one process
 with `attn_implementation="eager"`, to 1e-5 in fp32, on 2 and on 4 gloo processes, with `attn_implementation="cpflex"`
 (`make test-hf`).
+
+"""
+OTHERS = """
+The same with recurrent and convolutional layers, truth being each document by itself: HYBRIDS.
+
+With images and without, loss and all gradients of text model, vision tower and projector, on 2 gloo processes
+(`tests/integrations/test_multimodal.py`, transformers 5.24): IMAGES.
 
 """
 NOTES = """
@@ -90,9 +98,12 @@ Before anything is exchanged, on every rank, with an error that says:
 
 
 def support_matrix() -> str:
+    from hf_hybrids import HYBRIDS
     from hf_models import ARCHITECTURES
     from hf_refusals import REFUSALS
     from hf_runs import TOKENS
+
+    from cpflex.integrations.transformers import multimodal
 
     lines = [f"| model type | what it needs | {' | '.join(TOKENS)} |", "| --- " * (2 + len(TOKENS)) + "|"]
     for name, architecture in ARCHITECTURES.items():
@@ -104,10 +115,15 @@ def support_matrix() -> str:
         + BY_HAND
         + "\n".join(lines)
         + "\n"
+        + OTHERS.replace("HYBRIDS", _names(HYBRIDS)).replace("IMAGES", _names(multimodal.VERIFIED))
         + NOTES.replace("VERSIONS_TABLE", _versions())
         + "\n".join(refused)
         + "\n"
     )
+
+
+def _names(model_types: Iterable[str]) -> str:
+    return ", ".join(f"`{model_type}`" for model_type in sorted(model_types))
 
 
 def _families() -> str:

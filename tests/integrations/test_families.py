@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 import itertools
 
 import transformers
-from families import KINDS, VERIFIED_FILE, compare, on_rank, one_process, recorded, verified_source
+from families import KINDS, VERIFIED_FILE, attach, compare, on_rank, one_process, recorded, verified_source
 from family_configs import config_of, model_of, model_types
 from hf_models import ARCHITECTURES
 from hf_runs import ROWS, SEQ_LEN, TOKENS, assert_equal_to_one_process, gradients
@@ -68,6 +68,7 @@ def test_padding_is_that_of_one_process(model_type: str):
     """On one rank: what the class makes of the mask, and of positions that nobody gave."""
     small(model_type)
     eager, ours = (model_of(model_type, attention) for attention in ("eager", "cpflex"))
+    attach(ours)
     for side in ("padded left", "padded right"):
         mask, batch = TOKENS[side].planned["attention_mask"], TOKENS[side].batch()
         if side == "padded left" and model_type in classes.COUNTS_TOKENS:

@@ -73,10 +73,10 @@ def test_the_mask_of_a_layer_pickles_with_its_softcap():
     assert mask.softcap_mod is not None
 
 
-def layer_after_the_last(name: str, mask: Any) -> Tensor:
+def layer_after_the_last(name: str, mask: Any, layer_idx: int | None = None) -> Tensor:
     config = ARCHITECTURES[name].config()
     module: Any = torch.nn.Module()
-    module.config, module.layer_idx = config, config.num_hidden_layers
+    module.config, module.layer_idx = config, config.num_hidden_layers if layer_idx is None else layer_idx
     q = torch.randn(2, 4, mask.plan.local_len, 8)
     return attention_forward(module, q, q, q, mask, 0.3)[0]
 
@@ -85,6 +85,11 @@ def test_a_layer_after_the_last_is_of_the_type_of_all_or_is_told_what_to_do():
     """Heads that predict several tokens, and those of draft models."""
     uniform, hybrid = small_plan("llama"), small_plan("gemma2")
     assert layer_after_the_last("llama", uniform["full_attention"]).isfinite().all()
+    assert layer_after_the_last("llama", uniform["full_attention"], -1).isfinite().all(), (
+        "one that stands in many places"
+    )
+    with pytest.raises(ValueError, match="layer_idx=-1 is beyond"):
+        layer_after_the_last("gemma2", hybrid["full_attention"], -1)
     said = r"layer_idx=3 is beyond the 3 layers of the config.*PlanMask\(plan\.plan\[layer_type\]\)"
     with pytest.raises(ValueError, match=said):
         layer_after_the_last("gemma2", hybrid["full_attention"])

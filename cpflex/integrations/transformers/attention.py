@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from cpflex import Plan, flex_attention, score_mod
 from cpflex.attention import ScoreMod
-from cpflex.integrations.transformers.masks import HYBRID, layer_types
+from cpflex.integrations.transformers.masks import HYBRID, attention_types, layer_types
 
 # B batch, S_local tokens of this rank, H query heads, G heads of keys, D head dim
 
@@ -225,16 +225,19 @@ def _check_layer(module: nn.Module, mask: PlanMask, kwargs: Mapping[str, Any]) -
 
 
 def _layer_type(config: PretrainedConfig, layer_idx: int) -> str:
-    """Layers after the last, such as heads that predict several tokens, are of the type of all, if there is one."""
+    """Layers after the last, such as heads that predict several tokens, and layers that stand in several places, with
+    an index of -1, are of the type of all that attend, if there is one.
+    """
     known = layer_types(config)
-    if layer_idx < len(known):
+    if 0 <= layer_idx < len(known):
         return HYBRID.get(known[layer_idx], known[layer_idx])
-    if len(set(known)) > 1:
+    attending = set(attention_types(config))
+    if len(attending) > 1:
         raise ValueError(
             f"layer_idx={layer_idx} is beyond the {len(known)} layers of the config, which are of several types; pass "
             "this layer PlanMask(plan.plan[layer_type]) with the type that it is"
         )
-    return known[0]
+    return attending.pop()
 
 
 HONOURED = frozenset(("sliding_window", "softcap", "s_aux"))

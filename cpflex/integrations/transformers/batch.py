@@ -72,7 +72,7 @@ def _sharded(batch: Mapping[str, Any], plan: ModelPlan, model: Any) -> dict[str,
     batch = without_flash_keywords(batch)
     head = "ForCausalLM" if model is None else head_of(model)
     known = {"input_ids", "inputs_embeds", "position_ids", "num_items_in_batch", *LABELS.get(head, ())}
-    multimodal.check_batch(batch, plan.token_types, model)
+    multimodal.check_batch(batch, plan.token_types, plan.takes_images, model)
     known |= multimodal.inputs_of(batch, plan.token_types, model)
     if unknown := sorted(set(batch) - known - {"attention_mask"}):
         if "logits_to_keep" in unknown:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from cpflex.integrations.transformers.alibi import REPLACED
+from cpflex.integrations.transformers.recurrent import ZEROES_PADDING
 from cpflex.integrations.transformers.verified import DIFFERENT_BY_RELEASE, VERIFIED_BY_RELEASE
 
 COUNTS_TOKENS = frozenset(("biogpt", "opt"))
@@ -45,7 +46,7 @@ def ruled_out(config: PretrainedConfig) -> str | None:
     for name in ("z_loss_coefficient", "router_z_loss_coef", "mtp_loss_scaling_factor"):
         if getattr(config, name, None):
             return f"a loss of more than labels ({name}={getattr(config, name)}): set it to 0"
-    model_class = _causal_lm_class(config)
+    model_class = causal_lm_class(config)
     fills_masks = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
     if model_class is None:
         return "an encoder, whose attention is bidirectional" if fills_masks else None
@@ -67,7 +68,13 @@ def refuse_padding(config: PretrainedConfig, padding_mask: Tensor | None) -> Non
         )
 
 
-def _causal_lm_class(config: PretrainedConfig) -> Any:
+def has_recurrent_layers(config: PretrainedConfig) -> bool:
+    """Whether the class of a config knows layers that mix tokens outside of attention, or is not known."""
+    model_class = causal_lm_class(config)
+    return model_class is None or ZEROES_PADDING in vars(sys.modules[model_class.__module__])
+
+
+def causal_lm_class(config: PretrainedConfig) -> Any:
     """The class that AutoModelForCausalLM makes of a config, if it is one of transformers."""
     known = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in known:

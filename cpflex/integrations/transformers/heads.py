@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cpflex import Plan
 from cpflex.integrations.transformers.attention import PlanMask
+from cpflex.integrations.transformers.classes import causal_lm_class
 
 # B batch, S tokens of the whole sequence, S_local of this rank, E hidden size, N scores of a token
 
@@ -54,6 +55,8 @@ def head_of(model: Any) -> str | None:
         for known in (*LANGUAGE_MODELS, *WHOLE):
             if base.__name__.endswith(known):
                 return known
+    if type(model) is causal_lm_class(model.config):  # type: ignore[arg-type]
+        return "ForCausalLM"  # whatever it is called
     if getattr(model, "base_model", None) is model:
         return None
     raise NotImplementedError(

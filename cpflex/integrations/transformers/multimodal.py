@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PretrainedConfig
 
 from cpflex import Plan
+from cpflex.integrations.transformers import classes
 from cpflex.integrations.transformers.masks import called, documents_of, for_whole_sequence
 from cpflex.masks import MaskFn
 
@@ -74,8 +75,8 @@ def refused(config: PretrainedConfig, verified_only: bool) -> list[str]:
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is config:
         return []
     found = []
-    if verified_only and config.model_type not in VERIFIED:
-        found.append(f"a model of more than text that is none of {sorted(VERIFIED)}")
+    if verified_only and config.model_type not in VERIFIED | classes.VERIFIED:
+        found.append("a model of more than text that is not among the verified ones of docs/support-matrix.md")
     model_class = class_of(config)
     if model_class is not None and PREENCODED not in inspect.signature(model_class.forward).parameters:
         found.append(
@@ -144,18 +145,25 @@ def has_pixels(batch: Mapping[str, Any]) -> bool:
     return any(batch.get(name) is not None for name in PIXELS.values())
 
 
-def check_batch(batch: Mapping[str, Any], planned: Tensor | None, model: Any) -> None:
+def check_batch(batch: Mapping[str, Any], planned: Tensor | None, takes_images: bool, model: Any) -> None:
     """
     Args:
         planned: `ModelPlan.token_types`.
+        takes_images: `ModelPlan.takes_images`.
 
     Raises:
+        NotImplementedError: images for a model that is verified with text alone.
         ValueError: images without a model, or without tokens; a plan with other images in its masks.
     """
     if has_pixels(batch) and model is None:
         raise ValueError(
             "the batch holds images or videos, which the model encodes before tokens are sharded; pass the model: "
             "shard_batch(batch, plan, model)"
+        )
+    if has_pixels(batch) and not takes_images:
+        raise NotImplementedError(
+            f"images or videos are verified for {sorted(VERIFIED)}, this model with text alone; compare its loss and "
+            "gradients with one process, then pass verified_only=False to plan_for"
         )
     if has_pixels(batch) and batch.get("input_ids") is None:
         raise ValueError("images or videos need input_ids, which say where they are; got inputs_embeds")

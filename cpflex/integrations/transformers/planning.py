@@ -17,7 +17,7 @@ from cpflex import Layout, Plan, balanced, make_plan
 from cpflex.integrations.transformers import multimodal
 from cpflex.integrations.transformers.alibi import Alibi, alibi_of
 from cpflex.integrations.transformers.attention import PlanMask
-from cpflex.integrations.transformers.classes import VERIFIED, refuse_padding, ruled_out
+from cpflex.integrations.transformers.classes import VERIFIED, has_recurrent_layers, refuse_padding, ruled_out
 from cpflex.integrations.transformers.masks import (
     MAKERS,
     attention_types,
@@ -53,6 +53,8 @@ class ModelPlan:
     """Of a model that sees the tokens of an image in both directions: what its masks were made of, [1 or B, S]."""
     recurrent: tuple[str, ...] = ()
     """Layer types that mix tokens outside of attention."""
+    takes_images: bool = True
+    """Whether the model is verified with images, or taken on the user's account."""
     may_have_other_head: bool = True
     """Whether a model of this config may be another than a language model."""
     alibi: Alibi | None = None
@@ -172,6 +174,7 @@ def plan_for(
         softcap=getattr(text_config, "attn_logit_softcapping", None),
         token_types=token_types,
         recurrent=tuple(sorted(set(recurrent_types(text_config)))),
+        takes_images=not verified_only or config.model_type in multimodal.VERIFIED,
         may_have_other_head=text_config is config or multimodal.has_other_heads(config),
         alibi=alibi,
     )
@@ -202,14 +205,14 @@ def _supported(config: PretrainedConfig, verified_only: bool) -> PretrainedConfi
         older = f"layers that mix tokens outside of attention, before transformers 5 ({transformers.__version__})"
         refused[older] = not hands_out_masks()
         refused["a model without attention"] = not attention_types(text_config)
-        if text_config.model_type in VERIFIED - HYBRIDS:
-            refused |= {f"layers of type {kind!r}": True for kind in recurrent_types(text_config)}
-    elif reason := ruled_out(text_config):
+        foreign = not has_recurrent_layers(text_config)
+        refused |= {f"layers of type {kind!r}": foreign for kind in recurrent_types(text_config)}
+    if reason := ruled_out(text_config):
         refused[reason] = True
     if found := [name for name, is_found in refused.items() if is_found]:
         raise NotImplementedError(f"{config.model_type}: not supported with context parallelism: {', '.join(found)}")
     verified = VERIFIED | HYBRIDS | (frozenset() if text_config is config else multimodal.VERIFIED_TEXT)
-    if verified_only and text_config.model_type not in verified:
+    if verified_only and config.model_type not in VERIFIED and text_config.model_type not in verified:
         raise NotImplementedError(
             f"model type {text_config.model_type!r} is not among the {len(verified)} verified ones of "
             "docs/support-matrix.md; compare its loss and gradients with one process, then pass verified_only=False"
