@@ -91,14 +91,19 @@ HYBRIDS: dict[str, Architecture] = {
 def hybrid_model(case: Case, attention: str, how: Any = None) -> Any:
     """With states that last for tens of tokens."""
     model = HYBRIDS[case.architecture].model(attention, **dict(case.changes))
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("A_log", "dt_bias", "dt_proj.bias")):
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=random) - (2 if "A_log" in name else 1))
+    decay_slowly(model)
     if how is not None:
         attach_recurrent(model, how)
     return model
+
+
+@torch.no_grad()
+def decay_slowly(model: Any) -> None:
+    """Give recurrent layers states that last for tens of tokens."""
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("A_log", "dt_bias", "dt_proj.bias")):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=random) - (2 if "A_log" in name else 1))
 
 
 def documents_alone(case: Case, dtype: torch.dtype = torch.float32) -> tuple[float, dict[str, Tensor]]:

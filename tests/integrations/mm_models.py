@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 import transformers
+from hf_hybrids import DELTA, LINEAR, SHARED_EXPERT, decay_slowly
 from hf_models import SMALL, VOCAB, WINDOW
 from torch import Tensor, nn
+
+from cpflex.integrations.transformers import attach_recurrent, exchanged
+from cpflex.integrations.transformers.masks import recurrent_types
 
 SEQ_LEN = 83
 IMAGE, VIDEO, BEGIN = VOCAB - 1, VOCAB - 2, VOCAB - 3
@@ -71,6 +75,9 @@ class Multimodal:
             for parameter in model.parameters():
                 noise = torch.randn(parameter.shape, generator=random)
                 parameter.copy_(1 + 0.1 * noise if parameter.ndim == 1 else 0.15 * noise)
+        decay_slowly(model)
+        if attention != "eager" and recurrent_types(model.config.get_text_config()):
+            attach_recurrent(model, exchanged)
         return model.train()
 
     def batch(self, with_images: bool = True) -> dict[str, Tensor]:
@@ -215,6 +222,20 @@ def qwen3_vl_moe() -> Any:
     return transformers.Qwen3VLMoeConfig(text_config=text_config, vision_config=tower, **QWEN_TOKENS)
 
 
+def qwen3_5() -> Any:
+    tower = QWEN_TOWER | {"num_position_embeddings": 64}
+    text_config = TEXT | mrope(mrope_interleaved=True, partial_rotary_factor=1.0) | DELTA
+    text_config |= {"layer_types": LINEAR, "num_hidden_layers": 3}
+    return transformers.Qwen3_5Config(text_config=text_config, vision_config=tower, **QWEN_TOKENS)
+
+
+def qwen3_5_moe() -> Any:
+    config = qwen3_5()
+    text_config = config.text_config.to_dict() | SHARED_EXPERT | {"model_type": "qwen3_5_moe_text"}
+    tower = config.vision_config.to_dict() | {"model_type": "qwen3_5_moe_vision"}
+    return transformers.Qwen3_5MoeConfig(text_config=text_config, vision_config=tower, **QWEN_TOKENS)
+
+
 GLM = TEXT | mrope(mrope_section=[1, 0, 1], partial_rotary_factor=0.5)
 
 
@@ -307,6 +328,8 @@ MULTIMODAL = {
     "paddleocr_vl": Multimodal(paddleocr_vl, unmerged, *GRID),
     "qwen2_vl": Multimodal(qwen2_vl, of_grids, *GRID),
     "qwen2_5_vl": Multimodal(qwen2_5_vl, of_grids, *GRID),
+    "qwen3_5": Multimodal(qwen3_5, of_grids, *GRID),
+    "qwen3_5_moe": Multimodal(qwen3_5_moe, of_grids, *GRID),
     "qwen3_vl": Multimodal(qwen3_vl, of_grids, *GRID),
     "qwen3_vl_moe": Multimodal(qwen3_vl_moe, of_grids, *GRID),
     "smolvlm": Multimodal(llava_like("SmolVLM", llama, SIGLIP, scale_factor=2), *OF_PARTS),

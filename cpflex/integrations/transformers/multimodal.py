@@ -29,7 +29,7 @@ from cpflex.masks import MaskFn
 VERIFIED = frozenset(
     ("aya_vision", "cohere2_vision", "gemma3", "gemma4", "glm46v", "glm4v", "glm4v_moe", "got_ocr2", "idefics3")
     + ("internvl", "kimi_k25", "lighton_ocr", "llava", "llava_next", "llava_onevision", "mistral3", "paddleocr_vl")
-    + ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "vipllava")
+    + ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "vipllava")
 )
 """Types of models of text and images whose loss and gradients, with images and without, are those of one process."""
 
