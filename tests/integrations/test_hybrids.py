@@ -25,7 +25,7 @@ from hf_hybrids import (
     hybrid_on_rank,
     wrapped_hybrid_on_rank,
 )
-from hf_models import VOCAB
+from hf_models import ARCHITECTURES, VOCAB
 from hf_runs import TOKENS, Case
 from transformers import Trainer as StockTrainer
 
@@ -171,6 +171,39 @@ def test_layers_without_attention_weigh_nothing_in_the_plan():
         config = HYBRIDS[name].config()
         plan = plan_for(config, rank=0, world_size=2, **TOKENS["packed"].planned)
         assert list(plan.windows) == ["full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("name", "of_one_layer"),
+    [
+        ("qwen3_next", 4 * 6 * (6 + 5)),
+        ("kimi_linear", 3 * 6 * (6 + 6)),
+        ("bamba", 8 * (6 * 8 + 1)),
+        ("nemotron_h", 8 * (6 * 8 + 1)),
+        ("lfm2", 0),
+        ("minimax", 0),
+    ],
+)
+def test_the_summaries_of_a_model_are_counted_by_its_config(name: str, of_one_layer: int):
+    config = HYBRIDS[name].config()
+    assert recurrent.summary_numbers(config) == of_one_layer * config.layer_types.count("linear_attention")
+
+
+def test_plans_keep_consecutive_chunks_together_where_summaries_are_large():
+    """Documents of unlike lengths, which `balanced` would deal out in many pieces."""
+    documents = {"lengths": [900, 100, 2000, 52, 1044], "rank": 0, "world_size": 4}
+    small, large = ({"linear_key_head_dim": dim, "linear_value_head_dim": dim} for dim in (1, 256))
+    plans = [plan_for(HYBRIDS["qwen3_next"].config(**sizes), **documents).plan for sizes in (small, large)]
+    few, many = sorted(sum(map(len, plan.fragments)) for plan in plans)
+    assert few < many
+    assert sum(map(len, plans[1].fragments)) == few
+    plain = plan_for(ARCHITECTURES["llama"].config(), **documents).plan
+    assert (
+        plain.fragments
+        == cpflex.make_plan(
+            cpflex.causal() & cpflex.document(lengths=documents["lengths"]), 4096, rank=0, world_size=4
+        ).fragments
+    )
 
 
 def test_a_plan_says_what_such_layers_cost():
