@@ -197,13 +197,9 @@ def test_plans_keep_consecutive_chunks_together_where_summaries_are_large():
     few, many = sorted(sum(map(len, plan.fragments)) for plan in plans)
     assert few < many
     assert sum(map(len, plans[1].fragments)) == few
-    plain = plan_for(ARCHITECTURES["llama"].config(), **documents).plan
-    assert (
-        plain.fragments
-        == cpflex.make_plan(
-            cpflex.causal() & cpflex.document(lengths=documents["lengths"]), 4096, rank=0, world_size=4
-        ).fragments
-    )
+    config = ARCHITECTURES["llama"].config()
+    plain, told = (plan_for(config, **documents, **options).plan for options in ({}, {"layout": cpflex.balanced}))
+    assert plain.fragments == told.fragments, "without such layers, as ever"
 
 
 def test_a_plan_says_what_such_layers_cost():
