@@ -147,7 +147,21 @@ FUSED = [
     Mutant("fused: negative index not wrapped", "mods/triton_math.py", "tl.where(index < 0, index + size, index)", "index", "mods/test_triton_source.py -k wrapping"),
     Mutant("fused: hidden pairs add to captured gradients", "kernels/captured.py", "part = tl.where(seen, outputs[OUTPUT], 0.0)", "part = outputs[OUTPUT]", f"{KERNELS} -k alibi"),
 ]  # fmt: skip
-MUTANTS = [*MASKS, *MODS, *PLANNER, *RING, *REFERENCE, *FUSED]
+STATES = "recurrent/test_recurrences.py -k ranks_compute"
+RECURRENT = [
+    Mutant("recurrent: a state outlives its document", "recurrent/chain.py", "from_entry=(document == 0)", "from_entry=(document >= 0)", STATES),
+    Mutant("recurrent: fragments composed rank by rank", "recurrent/recurrence.py", "everyones[:, chain.blocks(everyones.device).order]", "everyones", STATES),
+    Mutant("recurrent: a convolution reaches into the document before", "recurrent/chain.py", "chain.age >= torch.arange(width + 1)[", "chain.age >= 0 * torch.arange(width + 1)[", STATES),
+    Mutant("recurrent: what others ask of a summary is forgotten", "recurrent/exchange.py", "torch.stack(parts).sum(dim=0)", "parts[plan.rank]", STATES),
+]  # fmt: skip
+MODELS = [
+    Mutant("models: the gradient of a sum over ranks is doubled", "loss.py", "        return grad, None", "        return 2 * grad, None", "test_loss.py -k as_it_is"),
+    Mutant("models: the loss of a head that sees all is no share", "integrations/transformers/heads.py", 'output["loss"] / ranks', 'output["loss"]', "integrations/test_heads.py -k one_process"),
+    Mutant("models: features of images change places", "integrations/transformers/multimodal.py", "rows = rows[rows >= 0]", "rows = rows[rows >= 0].flip(0)", "integrations/test_multimodal.py -k images_are"),
+    Mutant("models: all heads have the slope of the first", "integrations/transformers/alibi.py", "slopes[h] * (q_idx", "slopes[h - h] * (q_idx", "integrations/test_families.py -k alibi"),
+    Mutant("models: what fills up the last batch is evaluated", "integrations/accelerate.py", " if left > 0 else whole", " if left > 9**9 else whole", "integrations/test_trainer.py -k evaluation"),
+]  # fmt: skip
+MUTANTS = [*MASKS, *MODS, *PLANNER, *RING, *REFERENCE, *FUSED, *RECURRENT, *MODELS]
 
 
 def occurrences(mutant: Mutant, root: Path = ROOT) -> int:

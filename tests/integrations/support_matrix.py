@@ -82,7 +82,7 @@ VERSIONS_TABLE
 | | |
 | --- | --- |
 | RoPE of type `dynamic` or `longrope` | yes where all ranks find the same longest position or none beyond the limit, else refused |
-| ALiBi: Bloom, MPT, Falcon | `replace_attention(model)` first: their classes compute attention by themselves. Falcon's ALiBi is that of its sdpa attention; eager attention of transformers 5.24 adds it twice |
+| ALiBi: Bloom, MPT, Falcon | load them as they are, then `replace_attention(model)`: their classes compute attention by themselves, and transformers raises `KeyError: 'cpflex'` where Falcon is loaded with that implementation. Falcon's ALiBi is that of its sdpa attention; eager attention of transformers 5.24 adds it twice |
 | BERT and its kind | as decoders, `is_decoder=True`; else refused |
 | other model types | refused; `verified_only=False` after comparing with one process |
 | mask functions of users (`and_mask_function`, `or_mask_function`) | yes, if pointwise |
