@@ -7,13 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hf_models import Architecture
-from hf_runs import IGNORE, TOKENS, Case, gradients
+from hf_runs import IGNORE, TOKENS, Case, averaged, gradients
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from cpflex.integrations.transformers import attach_recurrent, shard_batch
 
@@ -137,24 +134,10 @@ def hybrid_on_rank(group: Any, case: Case, how: Any) -> tuple[float, dict[str, T
 
 
 def wrapped_hybrid_on_rank(group: Any, case: Case, wrap: str, how: Any) -> tuple[float, dict[str, Tensor]]:
-    """The whole gradients, which DDP or FSDP2 average over the ranks, with every layer recomputed in backward."""
+    """With every layer recomputed in backward."""
     model = hybrid_model(case, "cpflex", how)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    plan = case.plan(model.config, group)
-    if wrap == "DDP":
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
-    else:
-        mesh = init_device_mesh("cpu", (group.size(),))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        wrapped = fully_shard(model, mesh=mesh)
-    loss = wrapped(**shard_batch(TOKENS[case.tokens].batch(), plan)).loss
-    (loss * group.size()).backward()
-    grads = gradients(model)
-    if wrap == "FSDP2":
-        grads = {name: grad.full_tensor() for name, grad in grads.items()}
-    dist.all_reduce(total := loss.detach().clone(), group=group)
-    return float(total), grads
+    return averaged(group, wrap, model, model.model.layers, TOKENS[case.tokens].batch(), case.plan(model.config, group))
 
 
 def assert_equal_to_documents_alone(shares: list[tuple[float, dict[str, Tensor]]], case: Case) -> None:

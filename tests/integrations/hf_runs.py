@@ -266,17 +266,22 @@ def logits_on_rank(group: Any, case: Case) -> Tensor:
 
 
 def wrapped_on_rank(group: Any, case: Case, wrap: str) -> tuple[float, dict[str, Tensor]]:
-    """The whole gradients, which DDP or FSDP average over the ranks: so the loss is multiplied by their number."""
     model = case.model("cpflex")
-    plan = case.plan(model.config, group)
+    return averaged(group, wrap, model, model.model.layers, TOKENS[case.tokens].batch(), case.plan(model.config, group))
+
+
+def averaged(
+    group: Any, wrap: str, model: Any, layers: Any, batch: dict[str, Tensor], plan: ModelPlan, **options: Any
+) -> tuple[float, dict[str, Tensor]]:
+    """The whole gradients, which DDP or FSDP average over the ranks: so the loss is multiplied by their number."""
     if wrap == "DDP":
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=group, **options)
     else:
         mesh = init_device_mesh("cpu", (group.size(),))
-        for layer in model.model.layers:
+        for layer in layers:
             fully_shard(layer, mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
-    loss = wrapped(**shard_batch(TOKENS[case.tokens].batch(), plan)).loss
+    loss = wrapped(**shard_batch(batch, plan, wrapped)).loss
     (loss * group.size()).backward()
     grads = gradients(model)
     if wrap == "FSDP":

@@ -72,7 +72,7 @@ def test_ranks_compute_the_loss_and_gradients_of_documents_alone(how: Any, case:
 
 
 @pytest.mark.parametrize("how", [exchanged, gathered])
-@pytest.mark.parametrize("wrap", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP"])
 def test_layers_stay_attached_under_what_averages_gradients_and_recomputes(
     wrap: str, how: Any, two_processes: RankProcesses
 ):

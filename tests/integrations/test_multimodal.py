@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -15,11 +14,9 @@ pytest.importorskip("transformers")
 from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
-from hf_runs import gradients
+from hf_runs import averaged, gradients
 from mm_models import BEGIN, IMAGE, MULTIMODAL, SEQ_LEN, VIDEO, takes_what_was_encoded
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from trainer_runs import arguments, launched, logged
 from transformers import Trainer as StockTrainer
 
@@ -198,21 +195,8 @@ def test_videos_are_encoded_as_images_are(two_processes: RankProcesses):
 def wrapped_on_rank(group: Any, name: str, batch: dict[str, Tensor], wrap: str) -> tuple[float, dict[str, Tensor]]:
     model = MULTIMODAL[name].model(ONLY_TEXT)
     plan = plan_for(model.config, group, **planned(batch))
-    if wrap == "DDP":
-        # towers have parameters that nobody uses
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
-    else:
-        mesh = init_device_mesh("cpu", (group.size(),))
-        for layer in model.model.language_model.layers:
-            fully_shard(layer, mesh=mesh)
-        wrapped = fully_shard(model, mesh=mesh)
-    loss = wrapped(**shard_batch(batch, plan, wrapped)).loss
-    (loss * group.size()).backward()
-    grads = gradients(model)
-    if wrap == "FSDP":
-        grads = {name: grad.full_tensor() for name, grad in grads.items()}
-    dist.all_reduce(total := loss.detach().clone(), group=group)
-    return float(total), grads
+    options = {"find_unused_parameters": True}  # towers have parameters that nobody uses
+    return averaged(group, wrap, model, model.model.language_model.layers, batch, plan, **options)
 
 
 @pytest.mark.parametrize("wrap", ["DDP", "FSDP"])
