@@ -79,7 +79,7 @@ def test_padding_is_that_of_one_process(model_type: str):
         with torch.no_grad():
             labels = batch["labels"].masked_fill(first, -100)
             truth = eager(**batch | {"labels": labels}, attention_mask=mask, use_cache=False).loss
-            loss = ours(**shard_batch(batch, plan_for(ours.config, attention_mask=mask))).loss
+            loss = ours(**shard_batch(batch, plan_for(ours.config, attention_mask=mask), ours)).loss
         torch.testing.assert_close(loss, truth, rtol=1e-5, atol=0, msg=side)
 
 
