@@ -84,6 +84,7 @@ def whole(grad: Tensor | None) -> Tensor:
     return grad.full_tensor() if isinstance(grad, DTensor) else grad
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize(
     ("processes", "is_sharded"), [(2, True), (4, True), (4, False)], indirect=["processes"], ids=["2", "4", "4, DDP"]
 )

@@ -50,7 +50,7 @@ def check(model_type: str, processes: RankProcesses) -> None:
         assert not compare(processes.run(on_rank, model_type, kind), *truths).beyond, kind
 
 
-@pytest.mark.by_day(25)
+@pytest.mark.by_day(45)
 @pytest.mark.parametrize("model_type", sorted(VERIFIED))
 def test_two_ranks_compute_what_one_process_computes(model_type: str, two_processes: RankProcesses):
     check(model_type, two_processes)
@@ -62,7 +62,7 @@ def test_four_ranks_compute_what_one_process_computes(model_type: str, four_proc
     check(model_type, four_processes)
 
 
-@pytest.mark.by_day(25)
+@pytest.mark.by_day(45)
 @pytest.mark.parametrize("model_type", sorted(VERIFIED))
 def test_padding_is_that_of_one_process(model_type: str):
     """On one rank: what the class makes of the mask, and of positions that nobody gave."""

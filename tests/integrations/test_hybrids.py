@@ -65,7 +65,7 @@ def matrix() -> list:
     return params
 
 
-@pytest.mark.by_day(27)
+@pytest.mark.by_day(45)
 @pytest.mark.parametrize(("how", "case", "processes"), matrix(), indirect=["processes"])
 def test_ranks_compute_the_loss_and_gradients_of_documents_alone(how: Any, case: Case, processes: RankProcesses):
     assert_equal_to_documents_alone(processes.run(hybrid_on_rank, case, how), case)

@@ -96,7 +96,7 @@ def assert_equal(
     assert {name for _, grads in shares for name in grads} == set(expected)
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(8)
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_text_alone_works_by_itself(name: str, two_processes: RankProcesses):
     batch = MULTIMODAL[name].batch(with_images=False)
@@ -104,7 +104,7 @@ def test_text_alone_works_by_itself(name: str, two_processes: RankProcesses):
     assert_equal(shares, truth, bar_of(name, batch, truth[1]))
 
 
-@pytest.mark.by_day(8)
+@pytest.mark.by_day(16)
 @pytest.mark.parametrize("layout", ["balanced", "zigzag", "contiguous", "striped"])
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_images_are_those_of_one_process(name: str, layout: str, two_processes: RankProcesses):

@@ -230,7 +230,7 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("what", EVALUATIONS)
 def test_evaluation_is_that_of_one_process(what: str, two_processes: RankProcesses, tmp_path: Any):
     """Five rows, two at a time: the last batch holds one."""
@@ -239,7 +239,7 @@ def test_evaluation_is_that_of_one_process(what: str, two_processes: RankProcess
         assert_same_metrics(found, expected)
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(8)
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
 @pytest.mark.parametrize("data", ["packed", "padded"])
 def test_evaluation_over_pairs_of_ranks_is_that_of_two_processes(
@@ -293,7 +293,7 @@ TRAININGS = {
 }
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("what", TRAININGS)
 def test_training_logs_what_one_process_logs(what: str, two_processes: RankProcesses, tmp_path: Any):
     if "smoothed" in what and not IS_5:
@@ -306,7 +306,7 @@ def test_training_logs_what_one_process_logs(what: str, two_processes: RankProce
             assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(8)
 @pytest.mark.parametrize("what", ["rewards", "adapters"])
 @pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
 def test_training_over_pairs_of_ranks_logs_what_two_processes_log(
