@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cpflex.links.processes import Group, ProcessLinks, links_of
+from cpflex.links.protocol import swap
 
 # B batch, S tokens of the whole sequence, V vocabulary; "..." are the local tokens, [S_local] or [B, S_local]
 
@@ -200,11 +201,10 @@ class _SumOverRanks(torch.autograd.Function):
         if isinstance(links, ProcessLinks):
             dist.all_reduce(total := x.clone(memory_format=torch.contiguous_format), group=links.group)
             return total
-        mine, others = x.contiguous().view(-1), [rank for rank in range(links.world_size) if rank != links.rank]
-        parts = {rank: torch.empty_like(mine) for rank in others}
-        links.exchange([(rank, mine) for rank in others], list(parts.items())).wait()
-        parts[links.rank] = mine
-        return torch.stack([parts[rank] for rank in range(links.world_size)]).sum(dim=0).view(x.shape)
+        mine = x.contiguous()
+        parts = [mine if rank == links.rank else torch.empty_like(mine) for rank in range(links.world_size)]
+        swap([mine] * links.world_size, parts, links)
+        return torch.stack(parts).sum(dim=0)
 
     @staticmethod
     @once_differentiable

@@ -53,15 +53,11 @@ def of_each_token(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
     return function
 
 
-class SharedSequences(Base):
-    """What makes a Trainer of transformers, or one derived from it, work on sharded sequences: to be named before it.
-
-    >>> class SFTTrainer(SharedSequences, trl.SFTTrainer): ...
+class OnRanks(Base):
+    """What a Trainer needs whose ranks share sequences, whatever it does to batches: who shares what, plans, counters.
 
     Attributes:
         shares: the ranks of one sequence, and those of one mean (`cpflex.integrations.accelerate.Shares`).
-        loss_is_whole: the class computes a loss from whole sequences, on all ranks of each, rather than this rank's
-            share of it, as models do.
 
     Raises:
         NotImplementedError: what `refused` says: it would see this rank's tokens only.
@@ -69,11 +65,6 @@ class SharedSequences(Base):
     """
 
     shares: Shares
-    loss_is_whole = False
-    _plan: Plan | None = None
-    """Of the batch that was sharded last."""
-    _of_each_token: Callable[[Any, Any], Any] | None = None
-    """What is to be done to the logits of this rank, while there is an evaluation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         above = super()
@@ -147,6 +138,26 @@ class SharedSequences(Base):
             return plan_for(config, group, attention_mask=mask.cpu(), token_type_ids=types)
         return plan_for(config, group, seq_len=batch["input_ids"].shape[1], token_type_ids=types)
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.num_ranks
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return super().floating_point_ops(inputs) // self.num_ranks  # they are summed over all ranks
+
+
+class SharedSequences(OnRanks):
+    """What makes a Trainer of transformers, or one derived from it, work on sharded sequences: to be named before it.
+
+    >>> class OwnTrainer(SharedSequences, transformers.Seq2SeqTrainer): ...
+    """
+
+    _plan: Plan | None = None
+    """Of the batch that was sharded last."""
+    _of_each_token: Callable[[Any, Any], Any] | None = None
+    """What is to be done to the logits of this rank, while there is an evaluation."""
+
     def sharded(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch."""
         plan = self.plan(inputs)
@@ -176,7 +187,7 @@ class SharedSequences(Base):
         if self.label_smoother is not None and "shift_labels" in inputs:
             return self._smoothed(model, inputs, return_outputs, num_items_in_batch)
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.loss_is_whole or self._is_counted(num_items_in_batch):
+        if self._is_counted(num_items_in_batch):
             return found
         # a share of the mean over this batch, whose gradients are averaged over the ranks
         return (found[0] * self.num_ranks, found[1]) if return_outputs else found * self.num_ranks
@@ -214,14 +225,6 @@ class SharedSequences(Base):
             # the Trainer of 4.57 counts labels, whatever else is there
             counted.append({**batch, "labels": batch["shift_labels"]} if "shift_labels" in batch else batch)
         return super()._get_num_items_in_batch(counted, device)
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        before = self.state.num_input_tokens_seen
-        super()._track_num_input_tokens(inputs)
-        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.num_ranks
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return super().floating_point_ops(inputs) // self.num_ranks  # they are summed over all ranks
 
     # -- evaluation
 

@@ -27,8 +27,9 @@ from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 
 from cpflex import Plan
-from cpflex.integrations.trainer import SharedSequences
-from cpflex.integrations.transformers import ModelPlan, PlanMask, shard_batch
+from cpflex.integrations.trainer import OnRanks
+from cpflex.integrations.transformers import ModelPlan, shard_batch
+from cpflex.integrations.transformers.attention import plan_mask_in
 from cpflex.integrations.transformers.heads import WHOLE, head_of
 from cpflex.loss import shift_labels
 
@@ -48,7 +49,7 @@ OF_TOKENS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1
 """What TRL's fused LM head gives for each token."""
 
 
-class WholeOutputs(SharedSequences):
+class WholeOutputs(OnRanks):
     """What makes a trainer of TRL work on sharded sequences: to be named before it.
 
     Raises:
@@ -85,20 +86,6 @@ class WholeOutputs(SharedSequences):
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return nullcontext, inputs
 
-    # what `SharedSequences` does to batches before they come to the model is done when it is called
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super(SharedSequences, self).compute_loss(model, inputs, *args, **kwargs)
-
-    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return super(SharedSequences, self).prediction_step(model, inputs, *args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        return super(SharedSequences, self).evaluation_loop(*args, **kwargs)
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        return super(SharedSequences, self)._get_num_items_in_batch(batch_samples, device)
-
 
 # -- a model that is called with whole batches, and returns what it computes for the whole batch
 
@@ -112,9 +99,8 @@ def share_calls(model: nn.Module, plan_of: Callable[[dict[str, Any]], ModelPlan]
         return (), sharded(module, kwargs, plan_of)
 
     def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
-        mask = kwargs.get("attention_mask")
-        mask = next(iter(mask.values())) if isinstance(mask, dict) else mask
-        if not isinstance(mask, PlanMask) or head_of(module) in WHOLE:  # these gather scores by themselves
+        mask = plan_mask_in(kwargs)
+        if mask is None or head_of(module) in WHOLE:  # these gather scores by themselves
             return None
         return gathered(outputs, mask.plan)
 
@@ -137,7 +123,7 @@ def sharded(model: nn.Module, call: dict[str, Any], plan_of: Callable[[dict[str,
     if not is_fused:
         return local
     # the fused head counts no labels, and calls the body with what it does not know
-    unused = ("labels", "num_items_in_batch", "logits_to_keep")
+    unused = ("labels", "num_items_in_batch")
     return {name: x for name, x in local.items() if name not in unused} | {"fused_lm_head": True}
 
 

@@ -69,3 +69,14 @@ class Links(Protocol):
     def find(self, numbers: Iterable[int]) -> dict[int, Words]:
         """What was said about ``numbers``; without those about which nothing is said within some seconds."""
         ...
+
+
+def swap(sent: Sequence[Tensor], received: Sequence[Tensor], links: Links) -> None:
+    """Send ``sent[r]`` to each other rank r and receive ``received[r]`` from it, all at once; contiguous tensors, of
+    which empty ones are left out.
+    """
+
+    def messages(tensors: Sequence[Tensor]) -> list[Message]:
+        return [(peer, x.view(-1)) for peer, x in enumerate(tensors) if peer != links.rank and x.numel()]
+
+    links.exchange(messages(sent), messages(received)).wait()

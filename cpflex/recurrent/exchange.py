@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cpflex.links.protocol import Message
+from cpflex.links import protocol
 from cpflex.planning.plan import Plan
 from cpflex.recurrent.chain import Chain
 
@@ -97,13 +97,7 @@ def _counts(chain: Chain) -> list[int]:
 
 
 def swap(sent: Sequence[Tensor], received: Sequence[Tensor], plan: Plan) -> None:
-    """Send ``sent[r]`` to each other rank r, receive ``received[r]`` from it; contiguous, empty ones left out."""
-    if plan.world_size == 1:
-        return
-
-    def messages(tensors: Sequence[Tensor]) -> list[Message]:
-        return [(peer, x.view(-1)) for peer, x in enumerate(tensors) if peer != plan.rank and x.numel()]
-
-    links = plan._links
-    assert links is not None, "a call is refused before, if the plan has no group"
-    links.exchange(messages(sent), messages(received)).wait()
+    """`cpflex.links.protocol.swap` among the ranks of a plan."""
+    if plan.world_size > 1:
+        assert plan._links is not None, "a call is refused before, if the plan has no group"
+        protocol.swap(sent, received, plan._links)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpflex.links.protocol import Links, Message
+from cpflex.links.protocol import Links, swap
 from cpflex.sharding.layout import Layout
 
 
@@ -81,9 +81,5 @@ def _swap(parts: list[Tensor], rank: int, links: Links | None) -> list[Tensor]:
     """Send ``parts[r]`` to each rank r; what each rank sent here, by rank."""
     received = [parts[rank] if peer == rank else torch.empty_like(parts[rank]) for peer in range(len(parts))]
     if links is not None:
-
-        def messages(tensors: list[Tensor]) -> list[Message]:
-            return [(peer, tensor.view(-1)) for peer, tensor in enumerate(tensors) if peer != rank]
-
-        links.exchange(messages(parts), messages(received)).wait()
+        swap(parts, received, links)
     return received

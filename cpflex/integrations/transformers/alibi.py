@@ -47,14 +47,15 @@ class Alibi:
         slopes = torch.tensor(self.slopes, dtype=torch.float32, device=device)
         if self.positions is None:
             traced = score_mod(lambda score, b, h, q_idx, kv_idx: score - slopes[h] * (q_idx - kv_idx).float())
-            assert isinstance(traced, ScoreMod)
-            return traced
-        rounded, positions, scale = slopes.bfloat16(), self.positions.bfloat16().to(device), self.scale
-        if len(positions) == 1:
-            row = positions[0]
-            traced = score_mod(lambda s, b, h, q_idx, kv_idx: s + (rounded[h] * row[kv_idx]).float() * scale)
         else:
-            traced = score_mod(lambda s, b, h, q_idx, kv_idx: s + (rounded[h] * positions[b, kv_idx]).float() * scale)
+            rounded, positions, scale = slopes.bfloat16(), self.positions.bfloat16().to(device), self.scale
+            row = positions[0] if len(positions) == 1 else None
+
+            def biased(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+                position = row[kv_idx] if row is not None else positions[b, kv_idx]
+                return score + (rounded[h] * position).float() * scale
+
+            traced = score_mod(biased)
         assert isinstance(traced, ScoreMod)
         return traced
 

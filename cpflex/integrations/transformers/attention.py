@@ -212,6 +212,13 @@ def _plan_mask(attention_mask: object) -> PlanMask:
     raise TypeError(f"attention_mask must be the plan, see shard_batch; got {type(attention_mask).__name__}. {TOWERS}")
 
 
+def plan_mask_in(arguments: Mapping[str, Any]) -> PlanMask | None:
+    """One of the plans that a model is called with as ``attention_mask``; None if it is called with none."""
+    mask = arguments.get("attention_mask")
+    mask = next(iter(mask.values())) if isinstance(mask, Mapping) else mask
+    return mask if isinstance(mask, PlanMask) else None
+
+
 def _check_layer(module: nn.Module, mask: PlanMask, kwargs: Mapping[str, Any]) -> None:
     """A layer must not get the plan of another kind: its window would be lost."""
     config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)

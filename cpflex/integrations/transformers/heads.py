@@ -8,14 +8,13 @@ the unmodified class sees what it sees in one process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cpflex import Plan
-from cpflex.integrations.transformers.attention import PlanMask
+from cpflex.integrations.transformers.attention import plan_mask_in
 from cpflex.integrations.transformers.classes import causal_lm_class
 
 # B batch, S tokens of the whole sequence, S_local of this rank, E hidden size, N scores of a token
@@ -91,9 +90,8 @@ class WholeSequence:
 
     def _shard(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Of ``input_ids`` [B, S] or ``inputs_embeds`` [B, S, E], before the body."""
-        mask = kwargs.get("attention_mask")
-        mask = next(iter(mask.values())) if isinstance(mask, Mapping) else mask
-        if not isinstance(mask, PlanMask):
+        mask = plan_mask_in(kwargs)
+        if mask is None:
             return None  # another attention, of the whole sequence
         self.plan, self.num_ranks = mask.plan, mask.plan.world_size
         tokens = {name: x for name in ("input_ids", "inputs_embeds") if (x := kwargs.get(name)) is not None}

@@ -226,9 +226,8 @@ def _layout(config: PretrainedConfig) -> Callable[..., Layout]:
         return balanced
     num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return partial(
-        balanced, fragment_cost=numbers / (num_heads * head_dim)
-    )  # fp32, beside a key and a value in 16 bits
+    # numbers in fp32, beside a key and a value in 16 bits
+    return partial(balanced, fragment_cost=numbers / (num_heads * head_dim))
 
 
 def _rope_limits(config: PretrainedConfig) -> list[tuple[str, int]]:
