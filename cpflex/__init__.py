@@ -9,13 +9,17 @@ from cpflex.ring.agreement import RankMismatch
 from cpflex.ring.schedule import auto, direct, ring
 from cpflex.sharding.balance import balanced
 from cpflex.sharding.layout import Layout, contiguous, striped, zigzag
+from cpflex.topology import Device, Heads, Topology
 from cpflex.version import __version__ as __version__
 
 __all__ = [
+    "Device",
+    "Heads",
     "Layout",
     "MaskMod",
     "Plan",
     "RankMismatch",
+    "Topology",
     "UnsupportedMod",
     "auto",
     "balanced",

@@ -27,7 +27,7 @@ FLOORS = (
     {"planning"},
     {"ring"},
     {"kernels", "sharding", "loss"},
-    {"mods", "tile_mask", "links", "masks", "version"},
+    {"mods", "tile_mask", "links", "masks", "topology", "version"},
 )
 """The rooms from the top. A room knows those on the floors below it, and no neighbour on its own."""
 

@@ -47,7 +47,7 @@ def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: S
     if kind.mask.captured[-1].tolist() != layout.seq_len:
         raise WrongPlan(f"the plan is wrong: the mask of {name!r} is of another sequence length")
     batch_size, num_heads = kind.sizes
-    work = KindWork({name: kind.mask}, {name: 1.0}, batch_size or 1, num_heads or 1)
+    work = KindWork({name: kind.mask}, {name: 1.0}, batch_size or 1, num_heads or 1, kind.machine)
     again = plan_kind(name, kind.mask, layout, rank, work, chosen, batch_size, num_heads)
     if part := _difference(replace(again, reason=kind.reason), kind, f"kinds[{name!r}]"):
         raise WrongPlan(f"the plan is wrong: {part} is not what make_plan would make of its mask and layout")

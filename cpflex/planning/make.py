@@ -20,6 +20,7 @@ from cpflex.planning.plan import Plan
 from cpflex.ring.schedule import ScheduleFn, auto
 from cpflex.sharding.balance import balanced
 from cpflex.sharding.layout import Layout, LayoutFn
+from cpflex.topology import Device, Heads, Machine, Topology
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ def make_plan(
     num_heads: int | None = None,
     layout: LayoutFn = balanced,
     schedule: ScheduleFn = auto,
+    topology: Topology | None = None,
+    device: Device | None = None,
+    heads: Heads | None = None,
 ) -> Plan:
     """Decide which tokens each rank holds, what travels when, and what is computed. Pure: never communicates. A
     plan made in `torch.inference_mode` serves training too.
@@ -53,6 +57,10 @@ def make_plan(
             union over them.
         layout: `balanced`, `zigzag`, `contiguous`, `striped`, or a function like them.
         schedule: `auto`, `ring`, `direct`, or a function like them.
+        topology: the links between the ranks, for instance ``cpflex.Topology.named("h100-ib")``: layout and schedule
+            then suit them. All ranks must give the same.
+        device, heads: what computes, and on which heads; with a topology only. An H100 with 32 query and 8 key heads of
+            128 if None.
 
     >>> plan = cpflex.make_plan(cpflex.causal() & cpflex.document(cu_seqlens=cu), seq_len=8192, group=mesh["cp"])
 
@@ -68,10 +76,11 @@ def make_plan(
     if not masks or not all(isinstance(kind, str) for kind in masks):
         raise ValueError(f"mask must name at least one mask kind, by strings; got {masks or 'an empty dict'}")
     _check_options(batch_size, num_heads, layout, schedule)
+    machine = _machine(topology, device, heads)
     weights = _weights(weights, masks)
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
     mods = {kind: _traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
-    work = KindWork(mods, weights, batch_size or 1, num_heads or 1)
+    work = KindWork(mods, weights, batch_size or 1, num_heads or 1, machine)
     table = layout(seq_len, world_size, work)
     if not isinstance(table, Layout) or (table.seq_len, table.world_size) != (seq_len, world_size):
         raise ValueError(f"layout must return a Layout of seq_len={seq_len} for {world_size} ranks; got {table!r}")
@@ -102,6 +111,17 @@ def _check_options(batch_size: object, num_heads: object, layout: object, schedu
     for name, function, example in (("layout", layout, "zigzag"), ("schedule", schedule, "ring")):
         if not callable(function):
             raise TypeError(f"{name} must be a function such as cpflex.{example}; got {function!r}")
+
+
+def _machine(topology: Topology | None, device: Device | None, heads: Heads | None) -> Machine | None:
+    for name, value, kind in (("topology", topology, Topology), ("device", device, Device), ("heads", heads, Heads)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be a cpflex.{kind.__name__}; got {type(value).__name__}")
+    if topology is None:
+        if device is not None or heads is not None:
+            raise ValueError("device and heads are used with a topology; pass topology=cpflex.Topology(...) too")
+        return None
+    return Machine(topology, device or Device(), heads or Heads())
 
 
 def _membership(group: Group | None, rank: int | None, world_size: int | None) -> tuple[Links | None, int, int]:

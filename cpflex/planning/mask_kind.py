@@ -17,9 +17,10 @@ from cpflex.ring.schedule import Exchange, ScheduleFn, Step
 from cpflex.sharding.balance import work_per_rank
 from cpflex.sharding.layout import ChunkNeeds, Layout
 from cpflex.tile_mask import Idle
+from cpflex.topology import Machine
 from cpflex.version import __version__
 
-FORMAT = 2
+FORMAT = 3
 """Version of the plan's contents; ranks that disagree on it do not exchange."""
 
 
@@ -37,6 +38,7 @@ class MaskKind:
     recv_tokens: tuple[int, ...]  # K/V rows that each rank receives in one forward
     work: np.ndarray  # (query, key) pairs to compute in blocks that are not EMPTY, int64 [world_size]
     tokens: np.ndarray  # K/V rows of rank o's shard that rank r needs, by block, int64 [world_size (r), world_size (o)]
+    machine: Machine | None = None
 
     @property
     def sizes(self) -> tuple[int | None, int | None]:
@@ -57,8 +59,10 @@ class KindWork:
         weights: Mapping[str, float],
         batch_size: int,
         num_heads: int,
+        machine: Machine | None = None,
     ) -> None:
         self.weights = weights
+        self.machine = machine
         self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
         self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
 
@@ -81,7 +85,7 @@ def plan_kind(
     num_heads: int | None,
 ) -> MaskKind:
     chunks = work(table.chunk_len, table.num_chunks)[kind]
-    needs = Needs(work.classifiers[kind], table, rank, chunks)
+    needs = Needs(work.classifiers[kind], table, rank, chunks, work.machine)
     chosen = schedule(table, rank, needs)
     facts = {
         "cpflex version": __version__,
@@ -89,6 +93,7 @@ def plan_kind(
         "seq_len": table.seq_len,
         "layout": f"{table.name}, {len(table.chunks[0])} chunks of {table.chunk_len} tokens per rank, {table.key}",
         "schedule": chosen.name,
+        "machine": "not given" if work.machine is None else repr(work.machine),
         "mask kind": kind,
         "batch_size of the plan": batch_size if mod.uses("b") else None,
         "num_heads of the plan": num_heads if mod.uses("h") else None,
@@ -98,7 +103,8 @@ def plan_kind(
     steps = _steps(mod, needs, chosen.exchanges, batch_size or 1, num_heads or 1)
     idle = find_idle(mod, table, rank, batch_size or 1, num_heads or 1)
     loads = work_per_rank(table, chunks)
-    return MaskKind(mod, steps, idle, facts, chosen.name, chosen.reason, chosen.recv_tokens, loads, needs.tokens)
+    reason, received = chosen.reason, chosen.recv_tokens
+    return MaskKind(mod, steps, idle, facts, chosen.name, reason, received, loads, needs.tokens, work.machine)
 
 
 def _steps(mod: Mod, needs: Needs, exchanges: Sequence[Exchange], batch_size: int, num_heads: int) -> tuple[Step, ...]:

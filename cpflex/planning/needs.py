@@ -17,6 +17,7 @@ from cpflex.planning.squares import Classify, Squares, classify_squares
 from cpflex.ring.schedule import Rows
 from cpflex.sharding.layout import ChunkNeeds, Layout
 from cpflex.tile_mask import TILE, Tiles
+from cpflex.topology import Machine
 
 MAX_BLOCKS = 4096
 """Blocks of the whole sequence in which a layout and the overall traffic are judged."""
@@ -81,7 +82,10 @@ def _covered_window(
 class Needs:
     """Needs of all ranks under a layout, for one mask kind, as one rank sees them."""
 
-    def __init__(self, classify: Classify, layout: Layout, rank: int, chunks: ChunkNeeds) -> None:
+    def __init__(
+        self, classify: Classify, layout: Layout, rank: int, chunks: ChunkNeeds, machine: Machine | None = None
+    ) -> None:
+        self.machine = machine
         self.layout = layout
         self.rank = rank
         self.tiles = Tiles(layout.chunk_len, layout.num_chunks)

@@ -25,10 +25,14 @@ from cpflex.ring.schedule import Exchange, ScheduleFn, Source, Step, Transfer
 from cpflex.sharding.layout import Layout
 from cpflex.sharding.shard import shard, unshard
 from cpflex.tile_mask import Idle, Runs, TileMask
+from cpflex.topology import Device, Heads, Machine, Topology
 from cpflex.version import __version__
 
 VERSION = f"cpflex {__version__}, plan format {FORMAT}"
-PARTS = (Layout, MaskKind, Mod, Graph, Node, Ref, Step, Exchange, Source, Transfer, TileMask, Runs, Idle)
+PARTS = (
+    *(Layout, MaskKind, Mod, Graph, Node, Ref, Step, Exchange, Source, Transfer, TileMask, Runs, Idle),
+    *(Machine, Topology, Device, Heads),
+)
 """What a plan is made of, besides numbers, strings, tuples and tensors."""
 
 BROKEN = (

@@ -15,6 +15,7 @@ import numpy as np
 
 from cpflex.sharding.layout import Layout
 from cpflex.tile_mask import TileMask
+from cpflex.topology import Machine
 
 Rows = tuple[tuple[int, int], ...]
 """(start, stop) ranges of rows of a block."""
@@ -65,6 +66,11 @@ class Step:
 
 class Needs(Protocol):
     """What a schedule may ask: how many K/V rows ranks need of one another, and which."""
+
+    @property
+    def machine(self) -> Machine | None:
+        """What carries the rows and computes, if it is known."""
+        ...
 
     @cached_property
     def tokens(self) -> np.ndarray:

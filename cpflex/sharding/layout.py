@@ -10,6 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from cpflex.topology import Machine
+
 ALIGNMENT = 16
 """Chunk lengths are multiples of this many tokens, the granularity of tensor-core tiles."""
 
@@ -100,6 +102,11 @@ class ChunkWork(Protocol):
     @property
     def weights(self) -> Mapping[str, float]:
         """How much each mask kind counts: its number of layers."""
+        ...
+
+    @property
+    def machine(self) -> Machine | None:
+        """What carries the rows and computes, if it is known."""
         ...
 
     def __call__(self, chunk_len: int, num_chunks: int) -> Mapping[str, ChunkNeeds]:

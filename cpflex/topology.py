@@ -1,0 +1,182 @@
+"""What a machine can do, as plain data: links between GPUs, the GPUs themselves, and the heads of an attention.
+
+Planning reads them and asks nothing else: no clock, no device, no environment. Without them it assumes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import NamedTuple, TypeVar
+
+Known = TypeVar("Known")
+
+
+def _require_numbers(of: object, positive: tuple[str, ...], other: tuple[str, ...]) -> None:
+    for name in (*positive, *other):
+        value = getattr(of, name)
+        if not isinstance(value, int | float) or not (value > 0 if name in positive else value >= 0) or value > 1e12:
+            kind = "positive" if name in positive else "non-negative"
+            raise ValueError(f"{name} must be a {kind} number; got {value!r}")
+
+
+def _named(name: str, known: Mapping[str, Known]) -> Known:
+    if name not in known:
+        raise ValueError(f"there is no {name!r}; there are {', '.join(known)}")
+    return known[name]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The links of a group whose ranks are ordered by node: rank r is GPU ``r % gpus_per_node`` of node ``r //
+    gpus_per_node``; the last node may have fewer. Rates are those that messages achieve, not those on the box.
+
+    >>> topology = dataclasses.replace(cpflex.Topology.named("h100-ib"), gpus_per_node=4)
+    """
+
+    gpus_per_node: int
+    """Ranks of the group on one node: fewer than the node has GPUs, if other dims of the mesh lie inside it."""
+    intra_gb_per_s: float
+    """10^9 bytes a second that a GPU sends, and at once receives, inside its node."""
+    inter_gb_per_s: float
+    """The same of one NIC."""
+    nics_per_node: int | None = None
+    """NICs that serve these ranks; as many as ``gpus_per_node`` if None."""
+    oversubscription: float = 1.0
+    """How many times the NICs of a node together are faster than the network above them."""
+    intra_latency_us: float = 10.0
+    """Of a batch of messages inside a node: launch, rendezvous, first bytes."""
+    inter_latency_us: float = 20.0
+    message_us: float = 0.5
+    """More for each further peer in a batch."""
+
+    def __post_init__(self) -> None:
+        counts = {"gpus_per_node": self.gpus_per_node, "nics_per_node": self.nics_per_node or 1}
+        for name, count in counts.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; got {count!r}")
+        rates = ("intra_gb_per_s", "inter_gb_per_s", "oversubscription")
+        _require_numbers(self, positive=rates, other=("intra_latency_us", "inter_latency_us", "message_us"))
+        if self.oversubscription < 1:
+            raise ValueError(f"oversubscription must be at least 1; got {self.oversubscription}")
+
+    @staticmethod
+    def named(name: str) -> Topology:
+        """One of `TOPOLOGIES`.
+
+        Raises:
+            ValueError: there is none of this name; the message lists them.
+        """
+        return _named(name, TOPOLOGIES)
+
+    @property
+    def nic_gb_per_s(self) -> float:
+        """A GPU's share of its node's NICs."""
+        return self.inter_gb_per_s * (self.nics_per_node or self.gpus_per_node) / self.gpus_per_node
+
+    def num_nodes(self, world_size: int) -> int:
+        """Nodes of a group of so many ranks."""
+        return -(-world_size // self.gpus_per_node)
+
+    def node_of(self, rank: int) -> int:
+        """The node on which a rank lies."""
+        return rank // self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one GPU and its host achieve in attention."""
+
+    tflops: float = 500.0
+    """10^12 floating-point operations a second of the kernels in the model's dtype, as 4 x pairs x query heads x head
+    dim in forward, 2.5 times that in backward (FlashAttention-2, arXiv:2307.08691, section 4.1).
+    """
+    memory_gb_per_s: float = 2800.0
+    """10^9 bytes a second of device memory, read and written together."""
+    launch_us: float = 6.0
+    """Of one kernel, on the device."""
+    forward_step_us: float = 100.0
+    """Of the host for one step: Python, messages, launches."""
+    backward_step_us: float = 200.0
+    lead_us: float = 1000.0
+    """How far the host is ahead of the device when an attention begins."""
+    buffer_gb: float = 4.0
+    """10^9 bytes that K/V and dK/dV of other ranks may take."""
+
+    def __post_init__(self) -> None:
+        positive = ("tflops", "memory_gb_per_s", "buffer_gb")
+        _require_numbers(self, positive, ("launch_us", "forward_step_us", "backward_step_us", "lead_us"))
+
+    @staticmethod
+    def named(name: str) -> Device:
+        """One of `DEVICES`.
+
+        Raises:
+            ValueError: there is none of this name; the message lists them.
+        """
+        return _named(name, DEVICES)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The shape of an attention, as far as its cost depends on it."""
+
+    query: int = 32
+    kv: int = 8
+    dim: int = 128
+    value_dim: int | None = None
+    """``dim`` if None."""
+    element_bytes: int = 2
+    """Of K and V; their gradients travel in fp32."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            size = getattr(self, field.name)
+            if not (field.name == "value_dim" and size is None) and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"{field.name} must be an integer of at least 1; got {size!r}")
+        if self.query % self.kv:
+            raise ValueError(f"query heads must be a multiple of kv heads; got {self.query} and {self.kv}")
+
+    @property
+    def row_bytes(self) -> int:
+        """K and V of one token."""
+        return self.kv * (self.dim + (self.value_dim or self.dim)) * self.element_bytes
+
+    @property
+    def grad_row_bytes(self) -> int:
+        """dK and dV of one token."""
+        return self.kv * (self.dim + (self.value_dim or self.dim)) * 4
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Of one (query, key) pair, in forward."""
+        return 2 * self.query * (self.dim + (self.value_dim or self.dim))
+
+
+class Machine(NamedTuple):
+    """What predictions are made from."""
+
+    topology: Topology
+    device: Device
+    heads: Heads
+
+
+TOPOLOGIES = {
+    "h100-ib": Topology(8, 370.0, 47.0),
+    "h100-ethernet": Topology(8, 370.0, 11.2, inter_latency_us=40.0),
+    "gb200-nvl72": Topology(64, 740.0, 47.0),
+    "a100-ib": Topology(8, 235.0, 23.5),
+}
+"""Of one group that holds all GPUs of its nodes. 370 of NVLink's 450 GB/s and 47 of a 400 Gb/s NIC's 50 are what NCCL
+achieves (nccl-tests, issues 212 and 290); the rest are in proportion: 100 Gb/s Ethernet, NVLink 5 at 900 GB/s with 64
+of 72 GPUs in use, and NVLink 3 at 300 with 200 Gb/s NICs. ``launch/bench.py links`` measures a machine's own.
+"""
+
+DEVICES = {
+    "h100": Device(),
+    "a100": Device(tflops=190.0, memory_gb_per_s=1700.0),
+    "b200": Device(tflops=1200.0, memory_gb_per_s=6500.0),
+}
+"""Rates of FlashAttention's kind of kernels, bf16, head dim 128, as published for FlashAttention-2 (A100),
+FlashAttention-3 (H100, the portable kernels' share of it) and cuDNN (B200).
+"""
