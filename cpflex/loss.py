@@ -94,14 +94,7 @@ def num_labels(
         group: all ranks whose tokens are in the mean: those of the sequence, or of data and context parallelism
             together, ``mesh["dp", "cp"]._flatten("dp_cp")``. None is one rank.
     """
-    count = (shifted_labels != ignore_index).sum()
-    if group is None:
-        return count
-    links = links_of(group)
-    if isinstance(links, ProcessLinks):
-        dist.all_reduce(count, group=links.group)
-        return count
-    return count.new_tensor(links.all_gather_number(int(count), "labels")).sum()
+    return sum_over_ranks((shifted_labels != ignore_index).sum(), group)
 
 
 def cross_entropy(

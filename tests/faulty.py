@@ -24,17 +24,17 @@ from patience import patience
 
 SEQ_LEN = 512
 MOMENTS = {
-    "before a forward": ("all_gather_number", 2, "before"),
+    "before a forward": ("compare", 2, "before"),
     "as forward sends": ("exchange", 1, "before"),
     "while forward's messages are under way": ("exchange", 2, "after"),
-    "between forward and backward": ("all_gather_number", 3, "before"),
+    "between forward and backward": ("compare", 3, "before"),
     "as backward sends keys": ("exchange", 4, "before"),
     "while backward's gradients are under way": ("exchange", 6, "after"),
-    "after a backward": ("all_gather_number", 4, "before"),
+    "after a backward": ("compare", 4, "before"),
 }
 """Of a step of four ranks in a ring: which call on the links, the how manyth of the step's, before it or after.
 
-The first `all_gather_number` of the second iteration is its second in all: iteration 1 is without a fault.
+The first `compare` of the second iteration is its second in all: iteration 1 is without a fault.
 """
 
 

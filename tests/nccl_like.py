@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cpflex.links.comparing import Comparisons
 from cpflex.links.ledger import Ledger
 from cpflex.links.processes import ProcessLinks
 from cpflex.links.protocol import Message
+from cpflex.links.whereabouts import Meeting, Watch
 from patience import patience
 
 CPU = torch.device("cpu")
@@ -31,8 +33,8 @@ class LateLedger(Ledger):
 
     stopped = False
 
-    def __init__(self, like: Tensor) -> None:
-        super().__init__(like)
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
         self._stream = ThreadPoolExecutor(max_workers=1)
 
     def compare(self, *arguments: Any) -> None:
@@ -64,39 +66,51 @@ class NcclLike(ProcessLinks):
 
     def __init__(self, group: dist.ProcessGroup, communicator: dist.ProcessGroup, alone: bool) -> None:
         super().__init__(group)
-        self._communicator = communicator
-        self.has_nccl, self.hosts_meet = True, not alone
-        self.num_host_waits = 0
-        self.ledger = LateLedger(torch.zeros(self.world_size))
-        self._known.ledgers[CPU] = self.ledger
-        self._made = False
-
-    def _reaches(self, device: torch.device | None) -> bool:
-        return device is not None
-
-    def _own_device(self, device: torch.device | None) -> torch.device:
-        return CPU
-
-    def all_gather_number(self, *arguments: Any) -> list[int] | None:
-        numbers = super().all_gather_number(*arguments)
-        self.num_host_waits += numbers is not None
-        return numbers
-
-    def _gather(self, mine: Tensor) -> tuple[Tensor, dist.Work]:
-        if not self.hosts_meet or len(mine) == 1:
-            self._operate()
-        return super()._gather(mine)
+        self.comparisons = LikeNccl(group, communicator, alone)
+        self.ledger = self.comparisons.known.ledgers[CPU]
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Any:
         if sends or receives:
-            self._operate()
+            self.comparisons.operate()
         return _Enqueued(self.ledger, super().exchange(sends, receives))
 
-    def _operate(self) -> None:
+
+class LikeNccl(Comparisons):
+    """CPU tensors are on devices; hosts have two numbers and a flag to compare, devices two numbers."""
+
+    def __init__(self, group: dist.ProcessGroup, communicator: dist.ProcessGroup, alone: bool) -> None:
+        super().__init__([group])
+        self._communicator = communicator
+        self.has_nccl, self.has_gloo = True, not alone
+        self.num_host_waits = 0
+        self.num_on_devices = 0
+        self.known.ledgers[CPU] = LateLedger(CPU)
+        self._made = False
+
+    def operate(self) -> None:
         """The first time, all ranks make the communicator."""
         if not self._made:
             dist.barrier(group=self._communicator)
         self._made = True
+
+    def _reaches(self, device: torch.device | None) -> bool:
+        return device is not None
+
+    def _own_device(self, device: torch.device | None, plan: str) -> torch.device:
+        if not self.known.connected:
+            Watch(self.groups[0], plan).until_done(Meeting(self.groups[0]))
+            self.known.connected.append(CPU)
+        return CPU
+
+    def _start(self, extremes: Tensor, place: int) -> dist.Work:
+        if len(extremes) == 2:
+            self.num_on_devices += 1
+            self.operate()
+        return super()._start(extremes, place)
+
+    def _wait(self, *arguments: Any) -> None:
+        self.num_host_waits += 1
+        super()._wait(*arguments)
 
 
 class _Enqueued:

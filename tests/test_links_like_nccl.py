@@ -142,7 +142,7 @@ def count_waits(group: dist.ProcessGroup) -> list[int]:
         plan = plan_on(links, cut)
         for _ in range(3):
             attend(plan).sum().backward()
-        waits.append(links.num_host_waits)
+        waits.append(links.comparisons.num_host_waits)
     links.ledger.synchronize()
     assert links.ledger.num_entered == 26, "the device compares the rest"
     return waits
@@ -193,34 +193,49 @@ def test_a_rank_that_is_late_is_waited_for_in_a_group_of_nccl_alone(two_processe
 # -- the ledger
 
 
-def test_numbers_that_differ_are_told_and_stop_the_device():
+def extremes_of(*numbers: int) -> torch.Tensor:
+    return torch.tensor([max(numbers), -min(numbers)])
+
+
+def compare_equal(ledger: Ledger, number: int) -> None:
+    ledger.compare(extremes_of(number, number), number, lambda: [number, 0], lambda numbers: None)
+
+
+@pytest.mark.parametrize("other", [-7, 4, 6, 2**63 - 1, 1 - 2**63])
+def test_numbers_that_differ_are_told_and_stop_the_device(other: int):
     told: list[list[int]] = []
-    ledger = Ledger(torch.zeros(2))
-    ledger.compare(torch.tensor([5, 5]), 5, told.append)
+    ledger = Ledger(CPU)
+    compare_equal(ledger, 5)
     assert ledger.look() is None
     with pytest.raises(RuntimeError, match="the ranks disagree about this attention call"):
-        ledger.compare(torch.tensor([5, -7]), 5, told.append)
-    assert ledger.look() == [5, -7] == ledger.apart
-    assert told == [[5, -7]]
+        ledger.compare(extremes_of(5, other), 5, lambda: [5, other], told.append)
+    assert ledger.look() == [5, other] == ledger.apart
+    assert told == [[5, other]]
+
+
+def test_extremes_of_the_largest_and_the_least_number_do_not_cancel():
+    ledger = Ledger(CPU)
+    with pytest.raises(RuntimeError, match="the ranks disagree"):
+        ledger.compare(extremes_of(2**63 - 1, 1 - 2**63), 2**63 - 1, lambda: [0, 0], lambda numbers: None)
 
 
 def test_a_ledger_holds_more_calls_than_it_has_lines_one_after_the_other():
-    ledger = Ledger(torch.zeros(3))
+    ledger = Ledger(CPU)
     for number in range(1, 3 * ledgers.LINES):
-        ledger.compare(torch.full((3,), number), number, lambda numbers: None)
+        compare_equal(ledger, number)
     assert ledger.look() is None
 
 
 def test_a_ledger_made_in_inference_mode_can_be_written_to_outside():
     with torch.inference_mode():
-        ledger = Ledger(torch.zeros(2))
-        ledger.compare(torch.tensor([5, 5]), 5, lambda numbers: None)
-    ledger.compare(torch.tensor([5, 5]), 5, lambda numbers: None)
+        ledger = Ledger(CPU)
+        compare_equal(ledger, 5)
+    compare_equal(ledger, 5)
     assert ledger.look() is None
 
 
 def test_a_ledger_is_not_kept_alive_by_its_thread():
-    gone = weakref.ref(Ledger(torch.zeros(2)))
+    gone = weakref.ref(Ledger(CPU))
     deadline = time.monotonic() + patience(5)
     while gone() is not None and time.monotonic() < deadline:
         gc.collect()

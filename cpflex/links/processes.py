@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 # before there is a group: imported after, it would hold the group until Python exits, and gloo threads abort then
 import torch.distributed.nn
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from cpflex.links.ledger import Ledger
+from cpflex.links.comparing import Comparisons
 from cpflex.links.protocol import Links, Message, Words, Work
-from cpflex.links.whereabouts import Meeting, Watch
 from cpflex.links.words import find, say
 
 Group = dist.ProcessGroup | DeviceMesh | Links
 """What `make_plan` takes for the ranks that share a sequence."""
-
-
-@dataclass
-class _Acquaintance:
-    """What the ranks of a group know of one another, whatever plans come and go."""
-
-    agreed: dict[int, Words] = field(default_factory=dict)
-    connected: list[torch.device] = field(default_factory=list)
-    """Devices of this rank from which NCCL reaches the others, by when they were first used."""
-    ledgers: dict[torch.device, Ledger] = field(default_factory=dict)
-
-
-_acquaintances: WeakKeyDictionary[dist.ProcessGroup, _Acquaintance] = WeakKeyDictionary()
 
 
 class ProcessLinks:
@@ -44,54 +27,43 @@ class ProcessLinks:
         self.group = group
         self.rank = group.rank()
         self.world_size = group.size()
-        backends = dist.get_backend_config(group)
-        self.has_nccl = "nccl" in backends
-        self.hosts_meet = not self.has_nccl or "gloo" in backends
-        """Hosts can compare numbers among themselves; in a group of NCCL alone only devices can."""
-        self._known = _acquaintances.setdefault(group, _Acquaintance())
-        self.agreed = self._known.agreed
+        self.comparisons = Comparisons([group])
+        self.agreed = self.comparisons.known.agreed
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
+        known = self.comparisons.known
         operations = [
-            dist.P2POp(call, tensor, group=self.group, group_peer=peer)
+            dist.P2POp(call, tensor, group=self.group, tag=known.tag, group_peer=peer)
             for call, messages in ((dist.isend, sends), (dist.irecv, receives))
             for peer, tensor in messages
         ]
-        return _ProcessWork(dist.batch_isend_irecv(operations) if operations else [], sends, receives)
+        handles = dist.batch_isend_irecv(operations) if operations else []
+        if known.open is not None:
+            known.posted.append((handles, sends, receives))
+        return _ProcessWork(self, handles, sends, receives)
 
-    def all_gather_number(
+    def compare(
         self,
-        value: int,
+        number: int,
         plan: str,
         device: torch.device | None = None,
         tell: Callable[[list[int]], None] | None = None,
-    ) -> list[int] | None:
-        watch = Watch(self.group, plan)
-        if self.hosts_meet:
-            lacking = self._reaches(device) and device not in self._known.connected
-            numbers, work = self._gather(torch.tensor([value, lacking], device="cpu"))
-            watch.until_done(work)
-            numbers, lacks = numbers.view(-1, 2).T.tolist()
-            if any(lacks) and numbers == [value] * self.world_size and device is not None:
-                self._connect(device)
-            return numbers
-        device = self._own_device(device)
-        if device not in self._known.connected:
-            # NCCL's first collective waits for all ranks where nothing can be seen: who is missing shows here
-            watch.until_done(Meeting(self.group))
-            self._known.connected.append(device)
-        numbers, work = self._gather(torch.full((1,), value, device=device))
-        if tell is None:
-            watch.until_done(work)
-            return numbers.tolist()
-        work.wait()
-        if device not in self._known.ledgers:
-            self._known.ledgers[device] = Ledger(numbers)
-        self._known.ledgers[device].compare(numbers, value, tell)
-        return None
+    ) -> None:
+        self.comparisons.compare(number, plan, device, tell)
+
+    def settle(self) -> None:
+        self.comparisons.settle()
 
     def apart(self) -> list[int] | None:
-        return next(filter(None, (ledger.look() for ledger in self._known.ledgers.values())), None)
+        return self.comparisons.apart()
+
+    @property
+    def waits(self) -> bool:
+        return self.comparisons.known.waits
+
+    @waits.setter
+    def waits(self, waits: bool) -> None:
+        self.comparisons.known.waits = waits
 
     def say(self, number: int, words: Words) -> None:
         say(number, words)
@@ -99,40 +71,16 @@ class ProcessLinks:
     def find(self, numbers: Iterable[int]) -> dict[int, Words]:
         return find(numbers)
 
-    def _gather(self, mine: Tensor) -> tuple[Tensor, dist.Work]:
-        everyones = mine.new_empty(self.world_size * len(mine))
-        work = dist.all_gather_into_tensor(everyones, mine, group=self.group, async_op=True)
-        assert work is not None, "this process is a member of the group"
-        return everyones, work
-
-    def _reaches(self, device: torch.device | None) -> bool:
-        """NCCL carries tensors on ``device``."""
-        return self.has_nccl and device is not None and device.type == "cuda"
-
-    def _own_device(self, device: torch.device | None) -> torch.device:
-        """Where this rank's numbers lie; a rank that refuses may have tensors in the wrong place, or none."""
-        if self._reaches(device):
-            assert device is not None
-            return device
-        known = self._known.connected[-1:] or [self.group.bound_device_id]
-        return known[0] or torch.device("cuda", torch.cuda.current_device())
-
-    def _connect(self, device: torch.device) -> None:
-        """Make NCCL's communicator, which it makes in the first operation and only if all ranks take part: a rank
-        without messages in an exchange would not.
-        """
-        self._gather(torch.zeros(1, dtype=torch.int64, device=device))[1].wait()
-        if device not in self._known.connected:
-            self._known.connected.append(device)
-
 
 class _ProcessWork:
-    def __init__(self, handles: list[Any], sends: Sequence[Message], receives: Sequence[Message]) -> None:
+    def __init__(self, links: Links, handles: list[Any], sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        self.links = links
         self.handles = handles
         self.messages = [*(("to", peer) for peer, _ in sends), *(("from", peer) for peer, _ in receives)]
         self.buffers = (sends, receives)  # alive until the transfer is done
 
     def wait(self) -> None:
+        self.links.settle()
         for place, handle in enumerate(self.handles):
             try:
                 handle.wait()

@@ -15,6 +15,15 @@ Words = dict[str, str]
 """What a number stands for."""
 
 
+class Apart(RuntimeError):
+    """The ranks compared different numbers."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        super().__init__(f"the ranks are about to compute different things: {numbers}")
+        self.numbers = numbers
+        """Every rank's, by rank; 0 for one that did not tell."""
+
+
 class Work(Protocol):
     """A transfer under way."""
 
@@ -34,27 +43,48 @@ class Links(Protocol):
     agreed: dict[int, Words]
     """Numbers that all ranks had once, and what they stand for; it lives as long as the group."""
 
+    @property
+    def waits(self) -> bool:
+        """The host waits at every comparison, even where it need not; the other ranks see no difference."""
+        ...
+
+    @waits.setter
+    def waits(self, waits: bool) -> None: ...
+
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
         """Start all transfers at once. Ranks call it in one global order; messages of a pair arrive in the order
         sent.
         """
         ...
 
-    def all_gather_number(
+    def compare(
         self,
-        value: int,
+        number: int,
         plan: str,
         device: torch.device | None = None,
         tell: Callable[[list[int]], None] | None = None,
-    ) -> list[int] | None:
-        """Every rank's number, by rank.
+    ) -> None:
+        """Compare a number with every rank's, before an exchange: all ranks call it.
+
+        Without ``tell`` the host waits until it is known that all numbers are equal. With it, it goes on: a device
+        compares on its stream and stops if they differ, ``tell`` is then called with all numbers, in another thread,
+        and `apart` has them; or hosts compare while they compute, and `settle` waits for them.
 
         Args:
-            value: not 0 if ``tell`` is given.
-            plan: what is to be computed, told to ranks that wait in vain.
+            number: not 0.
+            plan: fingerprint of what is to be computed, told to ranks that wait in vain.
             device: of the tensors that are exchanged if all numbers are equal; None if none will be.
-            tell: given if the host need not know: in a group of NCCL alone it then does not wait and gets None. If the
-                numbers differ, the device stops, ``tell`` is called with them in another thread, and `apart` has them.
+
+        Raises:
+            Apart: they differ; on every rank that waits.
+            Astray: a rank waits in another group.
+            ConnectionError: a rank did not come, or is gone.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Return when what hosts compare is known to be equal; a device is not waited for. Nothing that arrives is read
+        before. Raises as `compare` does.
         """
         ...
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cpflex.links.protocol import Message, Words, Work
+from cpflex.links.protocol import Apart, Message, Words, Work
 
 Result = TypeVar("Result")
 
@@ -60,7 +60,8 @@ class _Board:
     world_size: int
     timeout: float
     changed: threading.Condition = field(default_factory=threading.Condition)
-    mail: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+    mail: dict[tuple[Any, ...], list[torch.Tensor]] = field(default_factory=dict)
+    """Messages by sender, receiver and tag."""
     values: dict[int, dict[int, int]] = field(default_factory=dict)
     words: dict[int, Words] = field(default_factory=dict)
     stopped: bool = False
@@ -88,9 +89,14 @@ class ThreadLinks:
         self.bytes_sent = 0
         self.num_exchanges = 0
         self.num_gathered = 0
+        self.num_waits = 0
+        """Comparisons for which it waited before it did anything else."""
         self.num_said = 0
         self.agreed: dict[int, Words] = {}
-        self._received: dict[int, int] = {}
+        self.waits = False
+        self._open: dict[int, int] | None = None
+        self._tag = (0, 0)
+        """Of messages that follow a comparison: those of another call are not taken for them."""
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
         self.num_exchanges += 1
@@ -98,26 +104,38 @@ class ThreadLinks:
             for peer, tensor in sends:
                 assert tensor.ndim == 1, "a message is 1-D"
                 self.bytes_sent += tensor.numel() * tensor.element_size()
-                self.board.mail.setdefault((self.rank, peer), []).append(tensor.clone())
+                self.board.mail.setdefault((self.rank, peer, self._tag), []).append(tensor.clone())
             self.board.changed.notify_all()
         return _Delivery(self, receives)
 
-    def all_gather_number(
+    def compare(
         self,
-        value: int,
+        number: int,
         plan: str,
         device: torch.device | None = None,
         tell: Callable[[list[int]], None] | None = None,
-    ) -> list[int] | None:
+    ) -> None:
+        self.settle()
         self.num_gathered += 1
-        values = self.board.values
         with self.board.changed:
-            round_ = values.setdefault(self.num_gathered, {})
-            round_[self.rank] = value
+            self._open = self.board.values.setdefault(self.num_gathered, {})
+            self._open[self.rank] = number
             self.board.changed.notify_all()
-            self.board.until(lambda: len(round_) == self.world_size, "a value of every rank")
-            values.pop(self.num_gathered - 1, None)
-        return [round_[rank] for rank in range(self.world_size)]
+        self._tag = self.num_gathered, number
+        if tell is None or self.waits:
+            self.num_waits += 1
+            self.settle()
+
+    def settle(self) -> None:
+        numbers, self._open = self._open, None
+        if numbers is None:
+            return
+        with self.board.changed:
+            self.board.until(lambda: len(numbers) == self.world_size, "a value of every rank")
+            self.board.values.pop(self.num_gathered - 1, None)
+        if len(set(numbers.values())) > 1:
+            self._tag = self.num_gathered, 0
+            raise Apart([numbers[rank] for rank in range(self.world_size)])
 
     def apart(self) -> list[int] | None:
         return None
@@ -139,14 +157,18 @@ class _Delivery:
     def __init__(self, links: ThreadLinks, receives: Sequence[Message]) -> None:
         self.links = links
         self.receives = list(receives)
+        self.tag = links._tag
 
     def wait(self) -> None:
+        self.links.settle()
         board = self.links.board
         for peer, buffer in self.receives:
-            mail = board.mail.setdefault((peer, self.links.rank), [])
+            place = peer, self.links.rank, self.tag
             with board.changed:
-                board.until(lambda mail=mail: mail, f"a message from rank {peer}")
-                message = mail.pop(0)
+                board.until(lambda place=place: place in board.mail, f"a message from rank {peer}")
+                message = board.mail[place].pop(0)
+                if not board.mail[place]:
+                    del board.mail[place]
             if (message.numel(), message.dtype) != (buffer.numel(), buffer.dtype):
                 raise RuntimeError(
                     f"rank {self.links.rank} expected {buffer.numel()} x {buffer.dtype} from rank {peer}; "

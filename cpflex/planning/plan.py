@@ -228,6 +228,15 @@ class Plan:
             RankMismatch: on every rank, naming which of the ``facts`` differ.
         """
         self._any_bound.agree(dict(facts), device)
+        self._any_bound.settle(str(facts["direction"]))
+
+    def wait_for_agreement(self, at_every_call: bool = True) -> None:
+        """Let this rank's host wait at every call until all ranks are known to make the same, rather than at the first
+        of a kind: a disagreement is then raised where it happens, and no device is stopped. For all plans of the group.
+        """
+        links = self._any_bound.links
+        if links is not None:
+            links.waits = at_every_call
 
     def refuse(self, error: Exception) -> None:
         """Make the other ranks' next attention on this plan raise too, before this one raises ``error``."""

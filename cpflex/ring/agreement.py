@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpflex.links.protocol import Links, Words
+from cpflex.links.protocol import Apart, Links, Words
 from cpflex.links.whereabouts import Astray
 
 REFUSAL = "refusal"
@@ -59,8 +59,8 @@ def checksum(x: Tensor) -> str:
 def agree(links: Links, plan: str, words: Words, number: int, device: torch.device | None) -> None:
     """Compare ``words`` with every rank's, by their number.
 
-    In a group of NCCL alone the host waits for a number that is new in the group, and only the device for one that all
-    ranks had before: if they differ then, it stops on all ranks.
+    The host waits for a number that is new in the group. For one that all ranks had before it goes on: devices stop on
+    all ranks if they differ then; hosts that compare among themselves read no message before `settle`.
 
     Args:
         plan: fingerprint, by which ranks that wait for one another in different groups are found.
@@ -74,14 +74,23 @@ def agree(links: Links, plan: str, words: Words, number: int, device: torch.devi
     if new:
         log.debug("group rank %d: a new kind of call: %s", links.rank, words)
     with in_words(links):
-        numbers = _gathered(links, number, plan, device, None if new else partial(_log_difference, links))
-    if numbers is not None and any(other != number for other in numbers):
-        links.say(number, words)
-        raise RankMismatch(_difference(links, numbers))
+        try:
+            links.compare(number, plan, device, None if new else partial(_log_difference, links))
+        except Apart:
+            links.say(number, words)
+            raise
     if new:
         links.agreed[number] = words
     if len(links.agreed) > NUM_REMEMBERED:
         links.agreed.pop(next(iter(links.agreed)))
+
+
+def settle(links: Links) -> None:
+    """Return when all ranks are known to make the call that was agreed on, as far as a host can know it without waiting
+    for its device. Raises as `agree` does.
+    """
+    with in_words(links):
+        links.settle()
 
 
 def refuse(links: Links, plan: str, error: Exception) -> None:
@@ -91,27 +100,31 @@ def refuse(links: Links, plan: str, error: Exception) -> None:
     words = {REFUSAL: f"{type(error).__name__}: {error}"}
     number = -number_of(words)
     links.say(number, words)  # first: whoever sees the number finds it
-    _gathered(links, number, plan)
+    try:
+        links.compare(number, plan)
+    except Apart:
+        return
+    except Astray as astray:
+        raise RankMismatch(str(astray)) from None
 
 
 @contextmanager
 def in_words(links: Links) -> Iterator[None]:
-    """What fails inside because the device was stopped, now or before, is raised as what the ranks disagree about."""
+    """What fails inside because ranks differ, or because the device was stopped, now or before, is raised as what the
+    ranks disagree about.
+    """
     try:
-        if links.apart():
-            raise RuntimeError("the device was stopped before this call")
+        if numbers := links.apart():
+            raise Apart(numbers)
         yield
+    except Apart as found:
+        raise RankMismatch(_difference(links, found.numbers)) from None
+    except Astray as error:
+        raise RankMismatch(str(error)) from None
     except (RuntimeError, ConnectionError) as error:
         if isinstance(error, RankMismatch) or not (numbers := links.apart()):
             raise
         raise RankMismatch(_difference(links, numbers)) from error
-
-
-def _gathered(links: Links, number: int, plan: str, *args: Any) -> list[int] | None:
-    try:
-        return links.all_gather_number(number, plan, *args)
-    except Astray as error:
-        raise RankMismatch(str(error)) from None
 
 
 def _log_difference(links: Links, numbers: list[int]) -> None:
@@ -123,7 +136,7 @@ def _difference(links: Links, numbers: list[int]) -> str:
     known = {number: links.agreed[number] for number in numbers if number in links.agreed}
     for number, words in known.items():
         links.say(number, words)  # for ranks whose first call of a kind meets another's later one
-    known |= links.find(set(numbers) - known.keys())
+    known |= links.find(set(numbers) - known.keys() - {0})
     calls = [known.get(number) for number in numbers]
     refusals = {
         rank: "an error that it did not tell" if words is None else words[REFUSAL]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ def backward(
     lse: Tensor,  # [B, Hq, S_local] fp32
     call: Call,
     transport: Transport,
+    settle: Callable[[], None] = lambda: None,  # as in forward
 ) -> tuple[Tensor, Pair, list[Tensor]]:
     """Gradients of q, of (k, v), and of each captured tensor in ``call.wanted`` (this rank's part); fp32 where parts
     are added up (`gradient_dtype`).
@@ -37,5 +40,7 @@ def backward(
     for index, step, (k, v) in transport.circulate():
         dk, dv = attend_backward(q, k, v, grad_out, lse, delta, step.tile_mask, call, dq, d_captured)
         del k, v  # before the next block is unpacked
+        if index == 0:
+            settle()
         transport.give_back(index, Pair(dk, dv))
     return dq, transport.home(), d_captured

@@ -14,7 +14,7 @@ from cpflex.kernels import Call
 from cpflex.kernels.tables import Tables, bring, foresee
 from cpflex.links.protocol import Links, Words
 from cpflex.mods.graph import Mod
-from cpflex.ring.agreement import agree, checksum, in_words, number_of, refuse, words_of
+from cpflex.ring.agreement import agree, checksum, in_words, number_of, refuse, settle, words_of
 from cpflex.ring.schedule import Step
 from cpflex.tile_mask import Idle
 
@@ -75,18 +75,32 @@ class Bound:
         return self.links is not None and self.links.world_size > 1
 
     def agree(self, facts: dict[str, Any], device: torch.device) -> None:
-        """Compare this call with the other ranks', before every exchange of tensors on ``device``."""
-        if self.links is None or self.links.world_size == 1:
+        """Compare this call with the other ranks', before every exchange of tensors on ``device``. Before anything that
+        arrives is used, `settle`.
+        """
+        if not self.has_peers:
             return
+        assert self.links is not None
         kind = tuple(facts.items())
         if kind not in self.calls:
             words = words_of({**self.facts, **facts})
             self.calls[kind] = words, number_of(words)
-        try:
+        with self._before(facts["direction"]):
             agree(self.links, self.fingerprint, *self.calls[kind], device)
+
+    def settle(self, direction: str) -> None:
+        """Return when the others are known to make the same call, which is in this direction."""
+        if self.has_peers:
+            assert self.links is not None
+            with self._before(direction):
+                settle(self.links)
+
+    @contextmanager
+    def _before(self, direction: str) -> Iterator[None]:
+        try:
+            yield
         except ConnectionError as error:
-            kind_name = self.facts["mask kind"]
-            raise ConnectionError(f"before {facts['direction']}, mask kind {kind_name!r}: {error}") from error
+            raise ConnectionError(f"before {direction}, mask kind {self.facts['mask kind']!r}: {error}") from error
 
     def require_same(self, tensors: Mapping[str, Tensor]) -> None:
         """Compare tensors with the other ranks', by their checksums, once."""

@@ -7,11 +7,11 @@ one graph.
 
 from __future__ import annotations
 
-import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def intern_score_mod(mod: Mod) -> Mod:
 def _without_autocast(compute: Callable[..., Any]) -> Callable[..., Any]:
     """The precision of each operation inside is chosen there; autocast would round what is kept in fp32."""
 
-    @functools.wraps(compute)
+    @wraps(compute)
     def run(first: Tensor, *rest: Any) -> Any:
         if not torch.is_autocast_enabled(first.device.type):
             return compute(first, *rest)
@@ -98,7 +98,8 @@ def attention(
         after = replace(call, wanted=wanted) if wanted else call
     k, v = (_without(x, idle.keys) for x in (k, v))
     with bound.in_words():
-        return forward(q, v.shape[-1], call, Transport(bound.links, steps, Pair(k, v)), after)
+        transport = Transport(bound.links, steps, Pair(k, v))
+        return forward(q, v.shape[-1], call, transport, after, partial(bound.settle, "forward"))
 
 
 @torch.library.register_fake("cpflex::attention", lib=_library)
@@ -137,7 +138,9 @@ def attention_backward(
         grad_lse = grad_lse.squeeze(-1)
     transport = Transport(bound.links, steps, Pair(k, v))
     with bound.in_words():
-        dq, (dk, dv), d_captured = backward(grad_out, grad_lse, q, out, lse, call, transport)
+        dq, (dk, dv), d_captured = backward(
+            grad_out, grad_lse, q, out, lse, call, transport, partial(bound.settle, "backward")
+        )
     likes = [q, k, v, *(captured[slot] for slot in wanted)]
     return [grad.to(like.dtype) for grad, like in zip([dq, dk, dv, *d_captured], likes, strict=True)]
 
