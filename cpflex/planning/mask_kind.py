@@ -11,12 +11,13 @@ import numpy as np
 
 from cpflex.mods.graph import Mod
 from cpflex.planning.idle import find_idle
-from cpflex.planning.needs import Needs, blocks_of, chunk_needs, classifier
+from cpflex.planning.needs import Needs, chunk_needs, classifier, whole_mask
+from cpflex.planning.squares import Squares
 from cpflex.planning.tables import make_tile_masks
 from cpflex.ring.schedule import Exchange, ScheduleFn, Step
 from cpflex.sharding.balance import work_per_rank
 from cpflex.sharding.layout import ChunkNeeds, Layout
-from cpflex.tile_mask import Idle
+from cpflex.tile_mask import TILE, Idle, Tiles
 from cpflex.topology import Machine
 from cpflex.version import __version__
 
@@ -36,7 +37,7 @@ class MaskKind:
     schedule: str
     reason: str
     recv_tokens: tuple[int, ...]  # K/V rows that each rank receives in one forward
-    work: np.ndarray  # (query, key) pairs to compute in blocks that are not EMPTY, int64 [world_size]
+    work: np.ndarray  # (query, key) pairs in tiles that are not EMPTY, int64 [world_size]
     tokens: np.ndarray  # K/V rows of rank o's shard that rank r needs, by block, int64 [world_size (r), world_size (o)]
     machine: Machine | None = None
 
@@ -65,13 +66,21 @@ class KindWork:
         self.machine = machine
         self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
         self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
+        self._squares: dict[int, dict[str, Squares]] = {}
 
     def __call__(self, chunk_len: int, num_chunks: int) -> dict[str, ChunkNeeds]:
         if (chunk_len, num_chunks) not in self._known:
-            blocks = blocks_of(chunk_len, num_chunks)
-            needs = {kind: chunk_needs(classify, blocks) for kind, classify in self.classifiers.items()}
-            self._known[chunk_len, num_chunks] = needs
+            tiles = Tiles(chunk_len, num_chunks)
+            squares = self._whole_masks(tiles)
+            self._known[chunk_len, num_chunks] = {kind: chunk_needs(squares[kind], tiles) for kind in squares}
         return self._known[chunk_len, num_chunks]
+
+    def _whole_masks(self, tiles: Tiles) -> dict[str, Squares]:
+        """Of each kind. Chunks of whole tiles are cut at the same positions, and tiles of pads are EMPTY."""
+        grid = tiles.chunk_len if tiles.chunk_len % TILE else TILE
+        if grid not in self._squares:
+            self._squares[grid] = {kind: whole_mask(classify, tiles) for kind, classify in self.classifiers.items()}
+        return self._squares[grid]
 
 
 def plan_kind(

@@ -13,14 +13,20 @@ import numpy as np
 
 from cpflex.mods.graph import Mod
 from cpflex.mods.intervals import TileClassifier
-from cpflex.planning.squares import Classify, Squares, classify_squares
+from cpflex.planning.squares import Classify, Squares, classify_squares, repeat
 from cpflex.ring.schedule import Rows
 from cpflex.sharding.layout import ChunkNeeds, Layout
 from cpflex.tile_mask import TILE, Tiles
 from cpflex.topology import Machine
 
 MAX_BLOCKS = 4096
-"""Blocks of the whole sequence in which a layout and the overall traffic are judged."""
+"""Blocks of the whole sequence in which foreign keys are counted, unless there are more chunks."""
+
+MAX_SQUARES = 1 << 22
+"""PARTIAL squares of the whole mask in which work is counted: tiles, unless the mask has so many on its boundary."""
+
+SLAB_CELLS = 1 << 20
+"""Cells of a table that are filled at once."""
 
 
 def classifier(mod: Mod, batch_size: int, num_heads: int) -> Classify:
@@ -38,15 +44,54 @@ def blocks_of(chunk_len: int, num_chunks: int) -> Tiles:
     return Tiles(chunk_len, num_chunks, block_len)
 
 
-def chunk_needs(classify: Classify, blocks: Tiles) -> ChunkNeeds:
-    """What the queries of each chunk compute and see, block by block."""
-    squares = classify_squares(classify, blocks)
-    row, first, end = squares.rows(blocks)
-    start = np.append(blocks.lo, blocks.hi[-1:] + 1)
-    pairs = blocks.length[row] * (start[end] - start[first])
-    work = np.bincount(blocks.chunk[row], pairs, blocks.num_chunks).astype(np.int64)
-    sees = _covered(squares, range(blocks.num_tiles), blocks.chunk, blocks.num_chunks)
+def whole_mask(classify: Classify, tiles: Tiles) -> Squares:
+    """The tiles of the whole mask that are not EMPTY; coarser squares where its boundary is too long for tiles."""
+    return classify_squares(classify, tiles, most=MAX_SQUARES)
+
+
+def chunk_needs(squares: Squares, tiles: Tiles) -> ChunkNeeds:
+    """What the queries of each chunk compute, by tile, and see, by block: never too little.
+
+    Args:
+        squares: of the whole mask, in these tiles or in those of other chunks that are cut at the same positions.
+    """
+    row, col, side = squares.all
+    exists = (row < tiles.num_tiles) & (col < tiles.num_tiles)
+    row, col, side = row[exists], col[exists], side[exists]
+    row_end, col_end = (np.minimum(first + side, tiles.num_tiles) for first in (row, col))
+    start = np.append(tiles.lo, tiles.hi[-1:] + 1)
+    keys = start[col_end] - start[col]
+    # float64 is exact: a row has fewer than 2**31 keys, and there are fewer than 2**22 rows
+    change = np.bincount(row, keys, tiles.num_tiles + 1) - np.bincount(row_end, keys, tiles.num_tiles + 1)
+    pairs = tiles.length * np.cumsum(change[:-1]).astype(np.int64)
+    work = pairs.reshape(tiles.num_chunks, -1).sum(axis=1)
+    blocks = blocks_of(tiles.chunk_len, tiles.num_chunks)
+    block = tiles.chunk * blocks.per_chunk + np.arange(tiles.num_tiles) % tiles.per_chunk * TILE // blocks.tile_len
+    sees = _rectangles(
+        (tiles.chunk[row], tiles.chunk[row_end - 1] + 1, block[col], block[col_end - 1] + 1),
+        (tiles.num_chunks, blocks.num_tiles),
+    )
     return ChunkNeeds(work, sees, blocks.chunk, blocks.length)
+
+
+def _rectangles(bounds: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """bool ``shape``: cells in any of the rectangles (first line, end line, first column, end column)."""
+    line, line_end, first, end = bounds
+    seen = np.zeros(shape, dtype=bool)
+    single = (line_end - line == 1) & (end - first == 1)
+    seen[line[single], first[single]] = True
+    rectangle, nth = repeat((line_end - line)[~single])
+    line, first, end = line[~single][rectangle] + nth, first[~single][rectangle], end[~single][rectangle]
+    order = np.argsort(line, kind="stable")
+    line, first, end = line[order], first[order], end[order]
+    height = max(1, SLAB_CELLS // (shape[1] + 1))
+    for top in range(0, shape[0], height):
+        slab = slice(*np.searchsorted(line, [top, top + height]))
+        at, size = (line[slab] - top) * (shape[1] + 1), height * (shape[1] + 1)
+        opened = np.bincount(at + first[slab], minlength=size) - np.bincount(at + end[slab], minlength=size)
+        covered = np.cumsum(opened).reshape(height, -1)[:, :-1] > 0
+        seen[top : top + height] |= covered[: shape[0] - top]
+    return seen
 
 
 def _covered(squares: Squares, cols: range, line_of_row: np.ndarray, num_lines: int) -> np.ndarray:

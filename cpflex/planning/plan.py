@@ -130,7 +130,7 @@ class Plan:
     def stats(self) -> dict[str, Any]:
         """Figures of the one mask kind, or of each: ``stats[kind]``.
 
-        Of each rank: ``work`` (query, key) pairs in blocks with work, ``recv_tokens`` K/V rows received in one forward
+        Of each rank: ``work`` (query, key) pairs in tiles with work, ``recv_tokens`` K/V rows received in one forward
         (exact for this rank, by block for others), ``needed_tokens`` K/V rows of other ranks that it needs, by block.
         ``imbalance`` max / mean work, ``all_gather_tokens`` what an all-gather would bring to each rank. Of this rank:
         ``sent_tokens``, ``full_tiles``, ``partial_tiles``, and how many of these are ``unproven_tiles``. ``schedule``

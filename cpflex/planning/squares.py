@@ -29,18 +29,28 @@ class Squares:
         """(row, first column, end column) of each row of each square, PARTIAL and FULL; squares overhang the last
         tile.
         """
+        return _lines(*self.all, tiles)
+
+    @property
+    def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(first row, first column, side) of each square, FULL and PARTIAL."""
         (rows, cols, sides), (partial_rows, partial_cols) = self.full, self.partial
         sides = np.append(sides, np.ones_like(partial_rows))
-        return _lines(np.append(rows, partial_rows), np.append(cols, partial_cols), sides, tiles)
+        return np.append(rows, partial_rows), np.append(cols, partial_cols), sides
 
 
 def classify_squares(
-    classify: Classify, tiles: Tiles, rows: np.ndarray | None = None, cols: np.ndarray | None = None
+    classify: Classify,
+    tiles: Tiles,
+    rows: np.ndarray | None = None,
+    cols: np.ndarray | None = None,
+    most: int | None = None,
 ) -> Squares:
     """Coarse to fine: a square that is all EMPTY or all FULL is settled, any other is cut in four.
 
     Args:
         rows, cols: bool [num_tiles]; squares without a wanted row and a wanted column are left out.
+        most: PARTIAL squares are cut no further where they would be more than this; they then count among the FULL.
     """
     side = 1 << (tiles.num_tiles - 1).bit_length()
     lo, hi = _pyramid(tiles.lo, np.minimum, side), _pyramid(tiles.hi, np.maximum, side)
@@ -52,6 +62,9 @@ def classify_squares(
         is_full = verdict == FULL
         full.append((row[is_full] * side, col[is_full] * side, np.full(is_full.sum(), side)))
         row, col = row[verdict == PARTIAL], col[verdict == PARTIAL]
+        if most is not None and side > 1 and 4 * len(row) > most:
+            full.append((row * side, col * side, np.full(len(row), side)))
+            row, col, side = row[:0], col[:0], 1
         if side == 1:
             return Squares(tuple(np.concatenate(parts) for parts in zip(*full, strict=True)), (row, col))  # type: ignore[arg-type]
         side //= 2

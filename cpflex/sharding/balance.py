@@ -35,6 +35,9 @@ head.
 MAX_GROUPS = 512
 """Groups of neighbouring blocks in which foreign keys are counted while chunks are swapped."""
 
+WORK_BITS = 33
+"""Of the work of all chunks, while chunks are dealt: a thousand million times as much fits into 64 bits."""
+
 MAX_CHUNKS_PER_RANK = 16
 
 MIN_LOOKS, MAX_LOOKS_PER_RANK = 80, 8
@@ -151,7 +154,7 @@ class _Problem:
 
     world_size: int
     per_rank: int
-    work: np.ndarray  # int64 [kinds, chunks]
+    work: np.ndarray  # int64 [kinds, chunks]: pairs, or so many times 2, 4, 8 ... that all have `WORK_BITS` bits
     limit: np.ndarray  # int64 [kinds]: work up to which a rank counts as balanced
     weights: np.ndarray  # float64 [kinds]: traffic of one group of blocks
     sees: np.ndarray  # uint64 [kinds, chunks, words]: groups of blocks that the chunk's queries see
@@ -175,6 +178,7 @@ class _Problem:
         ])  # fmt: skip
         held = np.repeat(np.eye(num_chunks, dtype=bool), groups, axis=1)
         work = np.stack([needs[kind].work for kind in kinds])
+        work = np.stack([one >> max(0, int(one.sum()).bit_length() - WORK_BITS) for one in work])
         limit = work.sum(axis=1) * (1000 + SLACK_PERMILLE) // (1000 * world_size)
         scale = np.array([weights[kind] for kind in kinds])
         fragments_per_group = num_chunks * groups / int(any_kind.block_len.sum())
