@@ -15,8 +15,7 @@ from cpflex.planning.needs import Needs, chunk_needs, classifier, whole_mask
 from cpflex.planning.squares import Squares
 from cpflex.planning.tables import make_tile_masks
 from cpflex.ring.schedule import Exchange, ScheduleFn, Step
-from cpflex.sharding.balance import work_per_rank
-from cpflex.sharding.layout import ChunkNeeds, Layout
+from cpflex.sharding.layout import ChunkNeeds, Layout, work_per_rank
 from cpflex.tile_mask import TILE, Idle, Tiles
 from cpflex.topology import Machine
 from cpflex.version import __version__

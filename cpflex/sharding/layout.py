@@ -90,7 +90,7 @@ class Layout:
 class ChunkNeeds:
     """What the queries of each chunk compute and see, for one mask kind."""
 
-    work: np.ndarray  # (query, key) pairs, int64 [num_chunks]
+    work: np.ndarray  # (query, key) pairs in tiles that are not EMPTY, int64 [num_chunks]
     sees: np.ndarray  # bool [num_chunks, num_blocks]
     block_chunk: np.ndarray  # chunk of each block of keys, int64 [num_blocks]
     block_len: np.ndarray  # tokens of each block, int64 [num_blocks]
@@ -112,6 +112,11 @@ class ChunkWork(Protocol):
     def __call__(self, chunk_len: int, num_chunks: int) -> Mapping[str, ChunkNeeds]:
         """Per mask kind, for a sequence cut like this."""
         ...
+
+
+def work_per_rank(layout: Layout, needs: ChunkNeeds) -> np.ndarray:
+    """(query, key) pairs that each rank computes, int64 [world_size]."""
+    return needs.work[np.array(layout.chunks)].sum(axis=1)
 
 
 LayoutFn = Callable[[int, int, "ChunkWork | None"], Layout]
