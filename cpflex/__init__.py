@@ -4,6 +4,7 @@ from cpflex.attention import flex_attention, score_mod
 from cpflex.masks import MaskMod, causal, document, full, prefix_lm, sliding_window
 from cpflex.mods.trace import UnsupportedMod
 from cpflex.planning.make import make_plan
+from cpflex.planning.nodes import topology_of
 from cpflex.planning.plan import Plan
 from cpflex.ring.agreement import RankMismatch
 from cpflex.ring.schedule import auto, direct, ring
@@ -35,5 +36,6 @@ __all__ = [
     "score_mod",
     "sliding_window",
     "striped",
+    "topology_of",
     "zigzag",
 ]

@@ -5,11 +5,16 @@ Planning reads them and asks nothing else: no clock, no device, no environment. 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import NamedTuple, TypeVar
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 Known = TypeVar("Known")
+
+FORMAT = 1
+"""Version of the files that `Topology.save` and `Device.save` write."""
 
 
 def _require_numbers(of: object, positive: tuple[str, ...], other: tuple[str, ...]) -> None:
@@ -24,6 +29,31 @@ def _named(name: str, known: Mapping[str, Known]) -> Known:
     if name not in known:
         raise ValueError(f"there is no {name!r}; there are {', '.join(known)}")
     return known[name]
+
+
+def _save(value: Any, path: str | Path, notes: Mapping[str, Any] | None) -> None:
+    head = {"cpflex": type(value).__name__, "format": FORMAT}
+    text = json.dumps(head | asdict(value) | ({"notes": dict(notes)} if notes else {}), indent=1)
+    Path(path).write_text(text + "\n")
+
+
+def _load(kind: type[Known], path: str | Path) -> Known:
+    name = kind.__name__
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON, as {name}.save writes it; {error}") from error
+    if not isinstance(found, dict) or found.pop("cpflex", None) != name:
+        raise ValueError(f'{path} must hold a {name}, {{"cpflex": "{name}", ...}}; make one with {name}.save')
+    if (version := found.pop("format", None)) != FORMAT:
+        raise ValueError(f"{path} is of format {version!r}; this version reads format {FORMAT}: save it again")
+    found.pop("notes", None)
+    known = {field.name: field.default is MISSING for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(found.keys() - known.keys()):
+        raise ValueError(f"{path} has fields that a {name} has not: {', '.join(unknown)}; it has {', '.join(known)}")
+    if missing := [field for field, is_needed in known.items() if is_needed and field not in found]:
+        raise ValueError(f"{path} must give a {name} its {', '.join(missing)}")
+    return kind(**found)
 
 
 @dataclass(frozen=True)
@@ -68,6 +98,19 @@ class Topology:
             ValueError: there is none of this name; the message lists them.
         """
         return _named(name, TOPOLOGIES)
+
+    def save(self, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+        """Write a file of JSON that `load` reads, with notes for people, such as how it was measured."""
+        _save(self, path, notes)
+
+    @staticmethod
+    def load(path: str | Path) -> Topology:
+        """What `save` wrote, or a file like it; fields that are left out have their defaults.
+
+        Raises:
+            ValueError: the file holds something else, another format, or fields that are not known.
+        """
+        return _load(Topology, path)
 
     @property
     def nic_gb_per_s(self) -> float:
@@ -115,6 +158,19 @@ class Device:
             ValueError: there is none of this name; the message lists them.
         """
         return _named(name, DEVICES)
+
+    def save(self, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
+        """Write a file of JSON that `load` reads, with notes for people, such as how it was measured."""
+        _save(self, path, notes)
+
+    @staticmethod
+    def load(path: str | Path) -> Device:
+        """What `save` wrote, or a file like it; fields that are left out have their defaults.
+
+        Raises:
+            ValueError: the file holds something else, another format, or fields that are not known.
+        """
+        return _load(Device, path)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +73,42 @@ def test_a_machine_is_given_whole_and_of_its_kind():
             cpflex.make_plan(cpflex.causal(), 64, **argument)
     with pytest.raises(TypeError, match=r"topology must be a cpflex.Topology; got str"):
         cpflex.make_plan(cpflex.causal(), 64, topology="h100-ib")
+
+
+@pytest.mark.parametrize("value", [dataclasses.replace(H100, nics_per_node=4), cpflex.Device(tflops=312.5)])
+def test_what_is_saved_is_read_again(value, tmp_path: Path):
+    path = tmp_path / "machine.json"
+    value.save(path, notes={"gpu": "H100", "torch": "2.13"})
+    assert repr(type(value).load(path)) == repr(value)  # plans compare words: 47 is not 47.0
+    assert json.loads(path.read_text())["notes"] == {"gpu": "H100", "torch": "2.13"}
+
+
+def test_what_a_file_leaves_out_has_its_default(tmp_path: Path):
+    (tmp_path / "one.json").write_text(
+        '{"cpflex": "Topology", "format": 1, "gpus_per_node": 4, "intra_gb_per_s": 1.0, "inter_gb_per_s": 2.0}'
+    )
+    assert cpflex.Topology.load(tmp_path / "one.json") == cpflex.Topology(4, 1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("no JSON", "must hold JSON, as Topology.save writes it"),
+        ("[]", "must hold a Topology"),
+        ('{"cpflex": "Device", "format": 1}', "must hold a Topology"),
+        ('{"cpflex": "Topology", "format": 2}', "is of format 2; this version reads format 1"),
+        (
+            '{"cpflex": "Topology", "format": 1, "nics": 4, "gpus": 8}',
+            "a Topology has not: gpus, nics; it has gpus_per",
+        ),
+        ('{"cpflex": "Topology", "format": 1, "gpus_per_node": 8}', "its intra_gb_per_s, inter_gb_per_s"),
+        (
+            '{"cpflex": "Topology", "format": 1, "gpus_per_node": 8, "intra_gb_per_s": "fast", "inter_gb_per_s": 1}',
+            "intra_gb_per_s must be a positive number; got 'fast'",
+        ),
+    ],
+)
+def test_a_file_that_holds_something_else_is_refused(text: str, said: str, tmp_path: Path):
+    (tmp_path / "machine.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        cpflex.Topology.load(tmp_path / "machine.json")
