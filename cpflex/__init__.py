@@ -7,7 +7,7 @@ from cpflex.planning.make import make_plan
 from cpflex.planning.nodes import topology_of
 from cpflex.planning.plan import Plan
 from cpflex.ring.agreement import RankMismatch
-from cpflex.ring.schedule import auto, direct, ring
+from cpflex.ring.schedule import auto, direct, even, gather, ring, ring_both
 from cpflex.sharding.balance import balanced
 from cpflex.sharding.layout import Layout, contiguous, striped, zigzag
 from cpflex.topology import Device, Heads, Topology
@@ -28,11 +28,14 @@ __all__ = [
     "contiguous",
     "direct",
     "document",
+    "even",
     "flex_attention",
     "full",
+    "gather",
     "make_plan",
     "prefix_lm",
     "ring",
+    "ring_both",
     "score_mod",
     "sliding_window",
     "striped",

@@ -20,7 +20,8 @@ import cpflex
 from oracle import Attention, MaskFn, ScoreFn, dense_attention
 
 LAYOUTS = {layout.__name__: layout for layout in (cpflex.contiguous, cpflex.zigzag, cpflex.striped, cpflex.balanced)}
-SCHEDULES = {schedule.__name__: schedule for schedule in (cpflex.ring, cpflex.direct, cpflex.auto)}
+SCHEDULES = {"ring": cpflex.ring, "ring:both": cpflex.ring_both, "direct": cpflex.direct, "auto": cpflex.auto}
+SCHEDULES |= {"even:3": cpflex.even(3), "even:1/4": cpflex.even((1, 4)), "gather": cpflex.gather}
 LENGTHS = (1, 5, 127, 300, 321, 1000)
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}
 DIMS = {"d16": (16, 16), "d24": (24, 24), "d16dv24": (16, 24)}

@@ -4,7 +4,6 @@ damaged on its way differs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from cpflex.planning.mask_kind import KindWork, MaskKind, plan_kind
 from cpflex.planning.plan_bytes import WrongPlan
-from cpflex.ring.schedule import ScheduleFn, direct, ring
+from cpflex.ring.named import named_schedule
+from cpflex.ring.schedule import ScheduleFn
 from cpflex.sharding.layout import Layout
-
-SCHEDULES: Mapping[str, ScheduleFn] = {"ring": ring, "direct": direct}
 
 
 def check_layout(layout: Layout, rank: int) -> None:
@@ -41,7 +39,7 @@ def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: S
     Raises:
         WrongPlan: something differs, or the schedule function is not known.
     """
-    chosen = schedule or SCHEDULES.get(kind.schedule)
+    chosen = schedule or named_schedule(kind.schedule)
     if chosen is None:
         raise WrongPlan(f"to check the plan, pass its schedule function: plan.check(schedule={kind.schedule})")
     if kind.mask.captured[-1].tolist() != layout.seq_len:

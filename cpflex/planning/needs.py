@@ -14,7 +14,7 @@ import numpy as np
 from cpflex.mods.graph import Mod
 from cpflex.mods.intervals import TileClassifier
 from cpflex.planning.squares import Classify, Squares, classify_squares, repeat
-from cpflex.ring.schedule import Rows
+from cpflex.ring.schedule import Rows, rows_of
 from cpflex.sharding.layout import ChunkNeeds, Layout
 from cpflex.tile_mask import TILE, Tiles
 from cpflex.topology import Machine
@@ -154,29 +154,56 @@ class Needs:
         return classify_squares(self._classify, self.tiles, rows=self._owner_of_tile == self.rank)
 
     @cached_property
-    def _received(self) -> np.ndarray:
-        """The rank's queries see a key of the tile, bool [num_tiles]."""
+    def received(self) -> np.ndarray:
+        """The rank's queries see a key of the tile, for each tile of each shard; bool [world_size (owner), T]."""
         line = np.where(self._owner_of_tile == self.rank, 0, -1)
-        return _covered(self.squares, range(self.tiles.num_tiles), line, 1)[0]
+        return _covered(self.squares, range(self.tiles.num_tiles), line, 1)[0][self._tile_of]
 
     @cached_property
-    def _sent(self) -> np.ndarray:
-        """Queries of rank r see a key of the tile, for the tiles that this rank holds; bool [world_size (r), local
-        tiles].
-        """
+    def sent(self) -> np.ndarray:
+        """Queries of rank r see a key of the tile, for the tiles that this rank holds; bool [world_size (r), T]."""
         is_held = self._owner_of_tile == self.rank
         squares = classify_squares(self._classify, self.tiles, cols=is_held)
         per_chunk, world_size = self.tiles.per_chunk, self.layout.world_size
         chunks = [range(c * per_chunk, (c + 1) * per_chunk) for c in self.layout.chunks[self.rank]]
         return np.concatenate([_covered(squares, cols, self._owner_of_tile, world_size) for cols in chunks], axis=1)
 
+    def seen(self, line: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Queries of any rank of a line see a key of the tile; bool [lines, world_size (owner), T].
+
+        Args:
+            line: of each rank, -1 for none; int64 [world_size].
+            columns: tiles to be looked at, bool [world_size (owner), T]; others come out False.
+        """
+        line_of_tile = line[self._owner_of_tile]
+        wanted = np.zeros(self.tiles.num_tiles, dtype=bool)
+        wanted[self._tile_of[columns]] = True
+        squares = classify_squares(self._classify, self.tiles, rows=line_of_tile >= 0, cols=wanted)
+        covered = _covered(squares, range(self.tiles.num_tiles), line_of_tile, int(line.max()) + 1)
+        return (covered & wanted)[:, self._tile_of]
+
+    def foreseen(self, line: np.ndarray) -> np.ndarray:
+        """As `seen`, of all tiles, by block: never too few, the same on every rank."""
+        lines = [
+            self._chunks.sees[np.flatnonzero(line[self.layout.owner] == one)].any(axis=0)
+            for one in range(int(line.max()) + 1)
+        ]
+        begins = np.cumsum(self._chunks.block_len) - self._chunks.block_len
+        block_of = np.searchsorted(begins, self.tiles.lo, side="right") - 1
+        return np.stack(lines)[:, block_of[self._tile_of]]
+
     def rows_from(self, owner: int) -> Rows:
         """Rows of the owner's shard that this rank needs."""
-        return self._rows(self._received[self.tiles.of_chunks(self.layout.chunks[owner])], owner)
+        return rows_of(self.received[owner], self.tile_starts)
 
     def rows_to(self, peer: int) -> Rows:
         """Rows of this rank's shard that the peer needs."""
-        return self._rows(self._sent[peer], self.rank)
+        return rows_of(self.sent[peer], self.tile_starts)
+
+    @cached_property
+    def tile_starts(self) -> np.ndarray:
+        """Row at which each tile of a shard begins, and the end of the last; int64 [T + 1]."""
+        return np.append(0, np.cumsum(self.tiles.length[self._tile_of[0]]))
 
     def tiles_of(self, owner: int, rows: Rows) -> np.ndarray:
         """Tiles of rows of a shard, in local order; rows begin and end at tiles."""
@@ -184,12 +211,10 @@ class Needs:
         start = np.cumsum(self.tiles.length[tiles]) - self.tiles.length[tiles]
         return np.concatenate([tiles[(start >= begin) & (start < end)] for begin, end in rows] or [tiles[:0]])
 
-    def _rows(self, needed: np.ndarray, owner: int) -> Rows:
-        """``needed``: bool, of the owner's tiles."""
-        tiles = self.tiles.of_chunks(self.layout.chunks[owner])
-        bounds = np.append(0, np.cumsum(self.tiles.length[tiles]))
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], needed.astype(np.int8), [0]])))
-        return tuple((int(bounds[a]), int(bounds[b])) for a, b in edges.reshape(-1, 2))
+    @cached_property
+    def _tile_of(self) -> np.ndarray:
+        """Each tile of each shard, in local order, among those of the sequence; int64 [world_size, T]."""
+        return np.stack([self.tiles.of_chunks(held) for held in self.layout.chunks])
 
     @cached_property
     def _owner_of_tile(self) -> np.ndarray:

@@ -97,12 +97,16 @@ def _rectangles(
     local = end_row > first_row
     first_row, num_rows, cols = first_row[local], (end_row - first_row)[local], cols[local]
     end = np.minimum(cols + sides[local], tiles.num_tiles)
-    # within a chunk, columns are neighbours in the block that holds them
-    first_chunk = tiles.chunk[cols]
-    square, nth = repeat(tiles.chunk[end - 1] - first_chunk + 1)
-    chunk = first_chunk[square] + nth
-    first = np.maximum(cols[square], chunk * tiles.per_chunk)
-    num_cols = np.minimum(end[square], (chunk + 1) * tiles.per_chunk) - first
+    # columns that are neighbours in the block that holds them too
+    follows = np.append(False, (np.diff(col_of) == 1) & (np.diff(step_of) == 0))
+    run = np.cumsum(~follows) - 1
+    run_ends = np.append(np.flatnonzero(~follows)[1:], tiles.num_tiles)
+    run_starts = np.append(0, run_ends[:-1])
+    first_run = run[cols]
+    square, nth = repeat(run[end - 1] - first_run + 1)
+    nth = first_run[square] + nth
+    first = np.maximum(cols[square], run_starts[nth])
+    num_cols = np.minimum(end[square], run_ends[nth]) - first
     step = step_of[first]
     assert (step >= 0).all(), "a tile that a query sees visits at some step"
     return step, first_row[square], num_rows[square], col_of[first], num_cols

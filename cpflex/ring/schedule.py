@@ -6,7 +6,8 @@ in where each block comes from and, for backward, where its dK/dV goes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -65,7 +66,10 @@ class Step:
 
 
 class Needs(Protocol):
-    """What a schedule may ask: how many K/V rows ranks need of one another, and which."""
+    """What a schedule may ask: how many K/V rows ranks need of one another, and which.
+
+    A shard is tiles, all shards alike; T of them.
+    """
 
     @property
     def machine(self) -> Machine | None:
@@ -87,6 +91,34 @@ class Needs(Protocol):
         """Rows of this rank's shard that the peer needs."""
         ...
 
+    @cached_property
+    def tile_starts(self) -> np.ndarray:
+        """Row at which each tile of a shard begins, and the end of the last; int64 [T + 1]."""
+        ...
+
+    @cached_property
+    def received(self) -> np.ndarray:
+        """Tiles of all shards that this rank needs, bool [world_size (owner), T]."""
+        ...
+
+    @cached_property
+    def sent(self) -> np.ndarray:
+        """Tiles of this rank's shard that each rank needs, bool [world_size (rank), T]."""
+        ...
+
+    def seen(self, line: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Tiles that any rank of a line needs, bool [lines, world_size (owner), T], as exact as those above.
+
+        Args:
+            line: of each rank, -1 for none; int64 [world_size].
+            columns: tiles to be looked at, bool [world_size (owner), T]; others come out False.
+        """
+        ...
+
+    def foreseen(self, line: np.ndarray) -> np.ndarray:
+        """As `seen`, of all tiles, by block: never too few, cheap, the same on every rank."""
+        ...
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -100,6 +132,12 @@ class Schedule:
 
 
 ScheduleFn = Callable[[Layout, int, Needs], Schedule]
+
+Ask = Callable[[int], Rows]
+"""Rows by the rank at the other end."""
+
+Stages = int | tuple[int, ...]
+"""How many parts, or parts in proportion: ``(1, 4, 4)``."""
 
 
 def ring(layout: Layout, rank: int, needs: Needs) -> Schedule:
@@ -133,6 +171,57 @@ def ring(layout: Layout, rank: int, needs: Needs) -> Schedule:
     return Schedule("ring", f"asked for; {num_hops} of {world_size - 1} hops are needed", tuple(exchanges), moved)
 
 
+def ring_both(layout: Layout, rank: int, needs: Needs) -> Schedule:
+    """Whole shards travel both ways round the ring, so that links are used in both directions and there are half as
+    many steps, each with two shards: one from either side. Receive buffers hold four. In backward each way's dK/dV
+    follow it as in `ring`.
+    """
+    world_size, shard = layout.world_size, ((0, layout.local_len),)
+    hops = _hops_both_ways(needs.tokens)
+    exchanges = [Exchange(sources=(Source(rank, shard),))]
+    for hop in range(1, max(hops) + 1):
+        parts = [_hop(way, hop, hops, layout.local_len, world_size, rank) for way in (0, 1) if hop <= hops[way]]
+        exchanges.append(Exchange(*(tuple(itertools.chain(*x)) for x in zip(*parts, strict=True))))
+    moved = (sum(hops) * layout.local_len,) * world_size
+    reason = f"asked for; {hops[0]} hops one way and {hops[1]} the other of {world_size - 1} are needed"
+    return Schedule("ring:both", reason, tuple(exchanges), moved)
+
+
+def _hop(way: int, hop: int, hops: tuple[int, int], shard_len: int, world_size: int, rank: int) -> tuple[tuple, ...]:
+    """Of one way round (0: to the next rank, 1: to the previous), as the fields of an `Exchange`."""
+    sign = (1, -1)[way]
+
+    def rows(hop: int) -> Rows:
+        """Where the shard of this way is in the block of a hop: after that of the other, if that still travels."""
+        begin = shard_len if way == 1 and 1 <= hop <= hops[0] else 0
+        return ((begin, begin + shard_len),)
+
+    to, from_, owner = ((rank + step * sign) % world_size for step in (1, -1, -hop))
+    is_last = hop == hops[way]
+    return (
+        (Source(owner, ((0, shard_len),)),),
+        (Transfer(to, hop - 1, rows(hop - 1)),),
+        (Transfer(from_, hop, rows(hop)),),
+        (Transfer(owner if is_last else to, hop, rows(hop)),),
+        (
+            Transfer((rank + hop * sign) % world_size, 0, rows(0))
+            if is_last
+            else Transfer(from_, hop + 1, rows(hop + 1)),
+        ),
+    )
+
+
+def _hops_both_ways(tokens: np.ndarray) -> tuple[int, int]:
+    """The fewest steps, then the fewest hops, that bring every shard to where it is needed, from either side."""
+    ranks, owners = np.nonzero(tokens)
+    distances = sorted({0, *((ranks - owners) % len(tokens)).tolist()})
+    ends = [*distances[1:], len(tokens)]
+    return min(
+        ((near, len(tokens) - far) for near, far in zip(distances, ends, strict=True)),
+        key=lambda hops: (max(hops), sum(hops)),
+    )
+
+
 def direct(layout: Layout, rank: int, needs: Needs) -> Schedule:
     """Each owner sends exactly the tiles that a rank needs, straight to it; dK/dV return the same way.
 
@@ -143,23 +232,22 @@ def direct(layout: Layout, rank: int, needs: Needs) -> Schedule:
     shard = ((0, layout.local_len),)
     exchanges = [Exchange(sources=(Source(rank, shard),))]
     for distances in _stages(needs.tokens, layout.local_len):
-        stage = _direct_stage(len(exchanges), distances, layout.world_size, rank, needs)
+        stage = _stage(len(exchanges), distances, layout.world_size, rank, needs.rows_to, needs.rows_from)
         exchanges.append(stage)
-    foreign = needs.tokens.sum(axis=1) - np.diag(needs.tokens)
-    return Schedule(
-        "direct", f"asked for; {len(exchanges) - 1} remote stages", tuple(exchanges), tuple(foreign.tolist())
-    )
+    reason = f"asked for; {len(exchanges) - 1} remote stages"
+    return Schedule("direct", reason, tuple(exchanges), _foreign(needs.tokens))
 
 
-def _direct_stage(index: int, distances: list[int], world_size: int, rank: int, needs: Needs) -> Exchange:
+def _stage(index: int, distances: Iterable[int], world_size: int, rank: int, to: Ask, from_: Ask) -> Exchange:
+    """Straight from owners to ranks: what step ``index`` brings, by distance between the two."""
     sources, sends, receives, grad_sends, grad_receives = [], [], [], [], []
     offset = 0
     for distance in distances:
         peer, owner = (rank + distance) % world_size, (rank - distance) % world_size
-        if rows := needs.rows_to(peer):
+        if rows := to(peer):
             sends.append(Transfer(peer, 0, rows))
             grad_receives.append(Transfer(peer, 0, rows))
-        if rows := needs.rows_from(owner):
+        if rows := from_(owner):
             num_rows = sum(stop - start for start, stop in rows)
             here = ((offset, offset + num_rows),)
             offset += num_rows
@@ -190,6 +278,105 @@ def _stages(tokens: np.ndarray, limit: int) -> list[list[int]]:
         stages[stage].append(distance)
         totals[stage] = totals[stage] + moved[distance]
     return [sorted(stage) for stage in stages]
+
+
+def even(stages: Stages) -> ScheduleFn:
+    """A schedule like `direct`, but every pair's needed rows are cut into parts, one for each remote stage: so all
+    stages are of one size, or in the proportions given, whichever owners a rank needs. A small first part is soon
+    there; many parts leave little for the last step to wait for.
+
+    Receive buffers hold two stages. The stages of dynamic context parallelism (MagiAttention's overlap degree) are
+    alike, cut by cost of a solver rather than by share.
+
+    >>> cpflex.make_plan(mask, seq_len, group, schedule=cpflex.even((1, 4, 4)))
+
+    Raises:
+        ValueError: no stage, or one of no share.
+    """
+    parts = parts_of(stages)
+
+    def cut_evenly(layout: Layout, rank: int, needs: Needs) -> Schedule:
+        return _even(f"even:{name_of(parts)}", parts, layout, rank, needs)
+
+    return with_name(cut_evenly, f"even:{name_of(parts)}")
+
+
+def gather(layout: Layout, rank: int, needs: Needs) -> Schedule:
+    """All that a rank needs of others in one remote step: the fewest messages and steps, and the most memory. An
+    all-gather (Llama 3, arXiv:2407.21783, section 3.3.2) of what is needed only.
+    """
+    return _even("gather", (1,), layout, rank, needs)
+
+
+def _even(name: str, parts: tuple[int, ...], layout: Layout, rank: int, needs: Needs) -> Schedule:
+    world_size = layout.world_size
+    exchanges = [Exchange(sources=(Source(rank, ((0, layout.local_len),)),))]
+    received = _foreign(needs.tokens)
+    if any(received):
+        both, starts = rank + np.arange(world_size), needs.tile_starts
+        parts_to, parts_from = cut(needs.sent, parts, both), cut(needs.received, parts, both)
+        for part in range(len(parts)):
+            tiles = needs.sent & (parts_to == part), needs.received & (parts_from == part)
+            to, from_ = ([rows_of(needed, starts) for needed in one] for one in tiles)
+            distances = range(1, world_size)
+            exchanges.append(_stage(part + 1, distances, world_size, rank, to.__getitem__, from_.__getitem__))
+    return Schedule(name, f"asked for; {_count(len(exchanges) - 1)}", tuple(exchanges), received)
+
+
+def parts_of(stages: Stages) -> tuple[int, ...]:
+    """The proportions of stages.
+
+    Raises:
+        ValueError: no stage, or one of no share.
+    """
+    parts = (stages,) if isinstance(stages, int) else stages
+    if not isinstance(parts, tuple) or not parts or not all(type(part) is int and part >= 1 for part in parts):
+        raise ValueError(f"stages must be a number of at least 1, or a tuple of such shares; got {stages!r}")
+    return (1,) * stages if isinstance(stages, int) else parts
+
+
+def name_of(parts: tuple[int, ...]) -> str:
+    """``"4"`` of four equal parts, ``"1/4/4"`` of others."""
+    return "/".join(map(str, parts)) if set(parts) != {1} else str(len(parts))
+
+
+def with_name(schedule: ScheduleFn, name: str) -> ScheduleFn:
+    """The function, called by the name of its schedules."""
+    schedule.__name__ = schedule.__qualname__ = name  # type: ignore[attr-defined]
+    return schedule
+
+
+def cut(needed: np.ndarray, parts: tuple[int, ...], phase: np.ndarray) -> np.ndarray:
+    """The part to which each needed tile of a shard belongs: of n needed ones, part i ends before number
+    ``(n * sum(parts[: i + 1]) + phase) // sum(parts)``.
+
+    Args:
+        needed: bool [..., T].
+        phase: rounds up for some shards what it rounds down for others, int64 [...].
+
+    Returns:
+        int64 [..., T]; of tiles that are not needed it says nothing.
+    """
+    total = sum(parts)
+    before = np.cumsum(needed, axis=-1) - needed
+    counts = needed.sum(axis=-1)
+    ends = [(counts * share + phase % total) // total for share in itertools.accumulate(parts)]
+    return np.sum([before >= end[..., None] for end in ends], axis=0)
+
+
+def rows_of(needed: np.ndarray, tile_starts: np.ndarray) -> Rows:
+    """Rows of a shard's tiles, bool [T]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], needed.astype(np.int8), [0]])))
+    return tuple((int(tile_starts[a]), int(tile_starts[b])) for a, b in edges.reshape(-1, 2))
+
+
+def _foreign(tokens: np.ndarray) -> tuple[int, ...]:
+    """Rows of other ranks that each needs."""
+    return tuple((tokens.sum(axis=1) - np.diag(tokens)).tolist())
+
+
+def _count(stages: int) -> str:
+    return f"{stages} remote stage{'' if stages == 1 else 's'}"
 
 
 def auto(layout: Layout, rank: int, needs: Needs) -> Schedule:
