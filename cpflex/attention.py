@@ -15,6 +15,7 @@ from cpflex.kernels.call import BACKENDS
 from cpflex.mods.graph import Mod, table_sizes
 from cpflex.mods.trace import trace_score_mod
 from cpflex.planning.plan import Plan
+from cpflex.ring.heads import why_not_divided
 from cpflex.ring.operator import attention, intern_score_mod
 
 ScoreFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -113,8 +114,8 @@ def flex_attention(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *captured))
     score_key = "" if mod is None else mod.key
     wants_max = return_aux is not None and return_aux.max_scores
-    out, lse, max_scores = attention(
-        query, key, value, captured, plan.handle, score_key, scale, backend, needs_grad, wants_max
+    out, lse, max_scores, _ = attention(
+        query, key, value, captured, plan.handle, score_key, scale, backend, needs_grad, wants_max, plan.ulysses_size
     )
     if return_aux is not None:
         return out, AuxOutput(lse if return_aux.lse else None, max_scores if wants_max else None)
@@ -162,6 +163,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, plan: Plan, enable
     if query.shape[3] != key.shape[3]:
         raise ValueError(f"query and key must have one head dim; got {query.shape[3]} and {key.shape[3]}")
     _check_heads(query.shape[1], key.shape[1], value.shape[1], enable_gqa)
+    if plan.ulysses_size > 1 and (error := why_not_divided(query.shape[1], key.shape[1], plan.ulysses_size)):
+        raise ValueError(error)
     if plan.batch_size is not None and plan.batch_size != query.shape[0]:
         raise ValueError(f"the plan was made for batch_size={plan.batch_size}; query has batch size {query.shape[0]}")
     if plan.num_heads is not None and plan.num_heads != query.shape[1]:

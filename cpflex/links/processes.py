@@ -13,11 +13,15 @@ import torch.distributed.nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from cpflex.links.comparing import Comparisons
+from cpflex.links.grid import GridLinks
 from cpflex.links.protocol import Links, Message, Words, Work
 from cpflex.links.words import find, say
 
-Group = dist.ProcessGroup | DeviceMesh | Links
-"""What `make_plan` takes for the ranks that share a sequence."""
+Group = dist.ProcessGroup | DeviceMesh | Links | tuple[Any, Any]
+"""What `make_plan` takes for the ranks that share a sequence: a tuple is (group of heads, group of the sequence)."""
+
+HEADS_DIM = "heads"
+"""Name of the dim of a 2-D mesh among whose ranks heads are exchanged; the first dim, if none has it."""
 
 
 class ProcessLinks:
@@ -95,20 +99,53 @@ class _ProcessWork:
 
 
 def links_of(group: Group) -> Links:
-    """The links of a process group, a 1-D device mesh, or an object that is links already.
+    """The links of a process group, a device mesh, or an object that is links already; of a 2-D mesh or two groups, as
+    one group.
 
     Raises:
-        ValueError: a mesh of more than one dim, or a process that is not a member of the group.
+        ValueError: a mesh of more than two dims, two groups that are no grid, or a process that is not a member of the
+            group.
         TypeError: anything else.
     """
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(f"the mesh must be 1-D, for instance mesh['cp']; got dims {group.mesh_dim_names}")
-        group = group.get_group()
+        group = _group_of(group)
+    if isinstance(group, tuple) and len(group) == 2:
+        return _grid_of(*group)
     if isinstance(group, dist.ProcessGroup):
         if group.rank() < 0:
             raise ValueError("this process is not a member of the group")
         return ProcessLinks(group)
     if isinstance(group, Links):
         return group
-    raise TypeError(f"group must be a ProcessGroup, a 1-D DeviceMesh or None; got {type(group).__name__}")
+    raise TypeError(
+        "group must be a ProcessGroup, a DeviceMesh, two groups (of heads, of the sequence) or None; got "
+        f"{type(group).__name__}"
+    )
+
+
+def _group_of(mesh: DeviceMesh) -> Group:
+    if mesh.ndim > 2:
+        raise ValueError(
+            f"the mesh must be 1-D or 2-D, for instance mesh['cp'] or mesh['heads', 'cp']; got dims "
+            f"{mesh.mesh_dim_names}"
+        )
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    heads = (mesh.mesh_dim_names or ()).index(HEADS_DIM) if HEADS_DIM in (mesh.mesh_dim_names or ()) else 0
+    return mesh.get_group(heads), mesh.get_group(1 - heads)
+
+
+def _grid_of(heads: Any, sequence: Any) -> GridLinks:
+    """Of two groups that have one rank in common, this one."""
+    inner, outer = links_of(heads), links_of(sequence)
+    if isinstance(inner, GridLinks) or isinstance(outer, GridLinks):
+        raise ValueError("each of two groups must be of one dim; got a pair of groups, or a 2-D mesh, as one of them")
+    if isinstance(inner, ProcessLinks) and isinstance(outer, ProcessLinks):
+        rows, columns = (set(dist.get_process_group_ranks(links.group)) for links in (inner, outer))
+        if len(rows & columns) != 1:
+            raise ValueError(
+                "the group of heads and that of the sequence must have this process alone in common; got ranks "
+                f"{sorted(rows)} and {sorted(columns)}"
+            )
+        return GridLinks(inner, outer, Comparisons([inner.group, outer.group]))
+    return GridLinks(inner, outer)

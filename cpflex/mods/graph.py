@@ -152,6 +152,22 @@ class Mod:
         state["captured"] = tuple(_decompressed(t) for t in state["captured"])
         self.__dict__.update(state)
 
+    @cached_property
+    def of_later_heads(self) -> Graph:
+        """The graph for heads that are numbered from 0 and begin at another: at ``h`` plus a number, which is one more
+        captured tensor, int64 [], the last. As it is if it does not depend on ``h``.
+        """
+        if not self.uses("h"):
+            return self.graph
+        builder, new = GraphBuilder(), dict[int, Ref]()
+        for index, node in enumerate(self.graph.nodes):
+            args = (new[arg.index] if isinstance(arg, Ref) else arg for arg in node.args)
+            new[index] = builder.add(node.op, *args, dtype=node.dtype)
+            if node.op == "input" and node.args == ("h",):
+                first = builder.add("captured", len(self.captured), dtype=torch.int64)
+                new[index] = builder.add("add", new[index], first, dtype=torch.int64)
+        return builder.graph(*(new[ref.index] for ref in self.graph.outputs))
+
     def map_captured(self, fn: Callable[[Tensor], Tensor]) -> Mod:
         return Mod(self.graph, tuple(fn(t) for t in self.captured), self.name)
 

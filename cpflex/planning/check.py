@@ -18,8 +18,8 @@ from cpflex.ring.schedule import ScheduleFn
 from cpflex.sharding.layout import Layout
 
 
-def check_layout(layout: Layout, rank: int) -> None:
-    """A layout itself refuses a table that does not deal out every chunk once.
+def check_layout(layout: Layout, rank: int, ulysses_size: int) -> None:
+    """A layout itself refuses a table that does not deal out every chunk once, or whose shards cannot be cut.
 
     Raises:
         WrongPlan: numbers that no layout has.
@@ -27,14 +27,17 @@ def check_layout(layout: Layout, rank: int) -> None:
     for name, value, least, most in (
         ("seq_len", layout.seq_len, 1, 2**31 - 1),
         ("chunk_len", layout.chunk_len, 1, 2**31 - 1),
-        ("rank", rank, 0, layout.world_size - 1),
+        ("ulysses_size", ulysses_size, 1, layout.local_len),
+        ("rank", rank, 0, layout.world_size * ulysses_size - 1),
     ):
         if type(value) is not int or not least <= value <= most:
             raise WrongPlan(f"the plan is wrong: {name} must be from {least} to {most}; got {value!r}")
 
 
-def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: ScheduleFn | None) -> None:
-    """Plan one mask again and compare.
+def check_kind(
+    name: str, kind: MaskKind, layout: Layout, rank: int, schedule: ScheduleFn | None, ulysses_size: int
+) -> None:
+    """Plan one mask again and compare. ``layout`` and ``rank``: of the outer shards.
 
     Raises:
         WrongPlan: something differs, or the schedule function is not known.
@@ -46,7 +49,7 @@ def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: S
         raise WrongPlan(f"the plan is wrong: the mask of {name!r} is of another sequence length")
     batch_size, num_heads = kind.sizes
     work = KindWork({name: kind.mask}, {name: 1.0}, batch_size or 1, num_heads or 1, kind.machine)
-    again = plan_kind(name, kind.mask, layout, rank, work, chosen, batch_size, num_heads)
+    again = plan_kind(name, kind.mask, layout, rank, work, chosen, batch_size, num_heads, ulysses_size)
     if part := _difference(replace(again, reason=kind.reason), kind, f"kinds[{name!r}]"):
         raise WrongPlan(f"the plan is wrong: {part} is not what make_plan would make of its mask and layout")
 

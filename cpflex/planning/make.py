@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cpflex.links.grid import GridLinks
 from cpflex.links.processes import Group, links_of
 from cpflex.links.protocol import Links
 from cpflex.masks import MaskFn, MaskMod, is_count
@@ -17,9 +19,10 @@ from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
 from cpflex.mods.trace import trace_mask_mod
 from cpflex.planning.mask_kind import KindWork, plan_kind
 from cpflex.planning.plan import Plan
+from cpflex.ring.heads import why_not_divided
 from cpflex.ring.schedule import ScheduleFn, auto
 from cpflex.sharding.balance import balanced
-from cpflex.sharding.layout import Layout, LayoutFn
+from cpflex.sharding.layout import ALIGNMENT, STRIPE, ChunkWork, Layout, LayoutFn
 from cpflex.topology import Device, Heads, Machine, Topology
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ def make_plan(
     *,
     rank: int | None = None,
     world_size: int | None = None,
+    ulysses_size: int | None = None,
     weights: Mapping[str, float] | None = None,
     batch_size: int | None = None,
     num_heads: int | None = None,
@@ -50,8 +54,12 @@ def make_plan(
             all kinds share one layout. Captured tensors are copied.
         seq_len: tokens of the whole sequence, below 2**31; any number of them.
         group: the ranks that share the sequence: a process group, a 1-D device mesh such as ``mesh["cp"]``, or None for
-            one rank.
+            one rank. A 2-D mesh, ``mesh["cp", "heads"]``, or two groups, ``(heads_group, cp_group)``, exchange heads
+            among the ranks of the dim that is named "heads", or is the first, and keys among those of the other.
         rank, world_size: instead of a group, to plan for any rank of any job, anywhere; `Plan.bind` adds the group.
+        ulysses_size: ranks among which heads are exchanged, so many that are next to each other in the group; they then
+            share longer shards. Known from two groups or a 2-D mesh; 1, as without, if None. It must divide the query
+            heads, and the heads of keys or be a multiple of them.
         weights: layers of each kind; 1 each if None.
         batch_size, num_heads: needed when the mask depends on ``b`` or ``h``: what is computed and sent is then the
             union over them.
@@ -76,19 +84,21 @@ def make_plan(
     if not masks or not all(isinstance(kind, str) for kind in masks):
         raise ValueError(f"mask must name at least one mask kind, by strings; got {masks or 'an empty dict'}")
     _check_options(batch_size, num_heads, layout, schedule)
-    machine = _machine(topology, device, heads)
+    ulysses_size = _ulysses_size(ulysses_size, links, world_size, num_heads)
+    machine = _outer_machine(_machine(topology, device, heads), ulysses_size)
     weights = _weights(weights, masks)
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
     mods = {kind: _traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
     work = KindWork(mods, weights, batch_size or 1, num_heads or 1, machine)
-    table = layout(seq_len, world_size, work)
-    if not isinstance(table, Layout) or (table.seq_len, table.world_size) != (seq_len, world_size):
-        raise ValueError(f"layout must return a Layout of seq_len={seq_len} for {world_size} ranks; got {table!r}")
+    table = _outer_layout(layout, seq_len, world_size // ulysses_size, ulysses_size, work)
+    outer_rank = rank // ulysses_size
     planned = {
-        kind: plan_kind(kind, mod, table, rank, work, schedule, batch_size, num_heads) for kind, mod in mods.items()
+        kind: plan_kind(kind, mod, table, outer_rank, work, schedule, batch_size, num_heads, ulysses_size)
+        for kind, mod in mods.items()
     }
     by_b, by_h = (any(mod.uses(name) for mod in mods.values()) for name in "bh")
-    plan = Plan(table, rank, planned, links, batch_size if by_b else None, num_heads if by_h else None)
+    sizes = batch_size if by_b else None, num_heads if by_h else None
+    plan = Plan(table, rank, planned, links, *sizes, ulysses_size)
     if log.isEnabledFor(logging.INFO):
         log.info("%r made in %.1f ms: %s", plan, 1e3 * (time.perf_counter() - began), _summary(plan))
     return plan
@@ -98,8 +108,9 @@ def _summary(plan: Plan) -> str:
     """What was decided, for the log."""
     plans = {name: plan[name].stats for name in plan.kinds}
     return "; ".join(
-        f"{name}: {s['schedule']}, work {s['imbalance']:.3f} x the mean at most, {s['recv_tokens'][plan.rank]} K/V "
-        f"rows to receive, {s['full_tiles']} FULL and {s['partial_tiles']} PARTIAL tiles"
+        f"{name}: {s['schedule']}, work {s['imbalance']:.3f} x the mean at most, "
+        f"{s['recv_tokens'][plan.outer_rank]} K/V rows to receive, "
+        f"{s['full_tiles']} FULL and {s['partial_tiles']} PARTIAL tiles"
         for name, s in plans.items()
     )
 
@@ -122,6 +133,54 @@ def _machine(topology: Topology | None, device: Device | None, heads: Heads | No
             raise ValueError("device and heads are used with a topology; pass topology=cpflex.Topology(...) too")
         return None
     return Machine(topology, device or Device(), heads or Heads())
+
+
+def _ulysses_size(given: int | None, links: Links | None, world_size: int, num_heads: int | None) -> int:
+    if given is not None and not is_count(given, 1):
+        raise ValueError(f"ulysses_size must be an integer of at least 1; got {given!r}")
+    by_groups = links.inner.world_size if isinstance(links, GridLinks) else None
+    if by_groups is not None and given not in (None, by_groups):
+        raise ValueError(f"heads are exchanged among the {by_groups} ranks of their group; got ulysses_size={given}")
+    size = by_groups or given or 1
+    if world_size % size:
+        raise ValueError(f"ulysses_size must divide the ranks of the group; got {size} for {world_size} ranks")
+    if num_heads is not None and num_heads % size:
+        raise ValueError(f"the ranks that exchange heads must divide them; got {size} ranks and num_heads={num_heads}")
+    return size
+
+
+def _outer_layout(layout: LayoutFn, seq_len: int, world_size: int, ulysses_size: int, work: ChunkWork) -> Layout:
+    """Of shards that ``ulysses_size`` ranks can share equally: where they cannot, with more pads."""
+    at_least = seq_len
+    for unit in (1, 2 * ALIGNMENT, 2 * STRIPE):
+        unit = unit * world_size * ulysses_size if unit > 1 else 1
+        at_least = -(-seq_len // unit) * unit
+        table = layout(at_least, world_size, work)
+        if not isinstance(table, Layout) or (table.seq_len, table.world_size) != (at_least, world_size):
+            raise ValueError(f"layout must return a Layout of seq_len={at_least} for {world_size} ranks; got {table!r}")
+        if table.local_len % ulysses_size == 0:
+            return replace(table, seq_len=seq_len)
+    raise ValueError(
+        f"layout must give shards that {ulysses_size} ranks can share equally; got {table.local_len} tokens, also of "
+        f"{at_least} - use another ulysses_size, or a layout that gives multiples of it"
+    )
+
+
+def _outer_machine(machine: Machine | None, ulysses_size: int) -> Machine | None:
+    """As the outer shards see it: so many ranks are one, on a share of the heads, with the network of one."""
+    if machine is None or ulysses_size == 1:
+        return machine
+    topology, heads = machine.topology, machine.heads
+    if error := why_not_divided(heads.query, heads.kv, ulysses_size):
+        raise ValueError(error)
+    in_node = 1 if topology.gpus_per_node % ulysses_size else topology.gpus_per_node // ulysses_size
+    nics = None if topology.nics_per_node is None else topology.nics_per_node * in_node / topology.gpus_per_node
+    if nics is None or nics == int(nics):
+        topology = replace(topology, gpus_per_node=in_node, nics_per_node=None if nics is None else int(nics))
+    else:
+        topology = replace(topology, gpus_per_node=in_node, nics_per_node=None, inter_gb_per_s=topology.nic_gb_per_s)
+    kv = max(1, heads.kv // ulysses_size)
+    return machine._replace(topology=topology, heads=replace(heads, query=heads.query // ulysses_size, kv=kv))
 
 
 def _membership(group: Group | None, rank: int | None, world_size: int | None) -> tuple[Links | None, int, int]:

@@ -91,7 +91,9 @@ def plan_kind(
     schedule: ScheduleFn,
     batch_size: int | None,
     num_heads: int | None,
+    ulysses_size: int = 1,
 ) -> MaskKind:
+    """``table`` and ``rank``: of the outer shards, each of ``ulysses_size`` ranks that exchange heads."""
     chunks = work(table.chunk_len, table.num_chunks)[kind]
     needs = Needs(work.classifiers[kind], table, rank, chunks, work.machine)
     chosen = schedule(table, rank, needs)
@@ -101,6 +103,7 @@ def plan_kind(
         "seq_len": table.seq_len,
         "layout": f"{table.name}, {len(table.chunks[0])} chunks of {table.chunk_len} tokens per rank, {table.key}",
         "schedule": chosen.name,
+        "ranks that exchange heads": ulysses_size,
         "machine": "not given" if work.machine is None else repr(work.machine),
         "mask kind": kind,
         "batch_size of the plan": batch_size if mod.uses("b") else None,

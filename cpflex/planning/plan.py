@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpflex.links.grid import GridLinks, lanes_of
 from cpflex.links.processes import Group, links_of
 from cpflex.links.protocol import Links
 from cpflex.mods.graph import Graph, Mod, Node, Ref
@@ -21,8 +22,9 @@ from cpflex.planning.mask_kind import FORMAT, MaskKind
 from cpflex.planning.plan_bytes import WrongPlan
 from cpflex.ring import handles
 from cpflex.ring.bound import Bound
+from cpflex.ring.heads import HeadExchange
 from cpflex.ring.schedule import Exchange, ScheduleFn, Source, Step, Transfer
-from cpflex.sharding.layout import Layout
+from cpflex.sharding.layout import Layout, cut_shards
 from cpflex.sharding.shard import shard, unshard
 from cpflex.tile_mask import Idle, Runs, TileMask
 from cpflex.topology import Device, Heads, Machine, Topology
@@ -57,9 +59,14 @@ class Plan:
         links: Links | None = None,
         batch_size: int | None = None,
         num_heads: int | None = None,
+        ulysses_size: int = 1,
     ) -> None:
-        self.layout = layout
+        self.outer = layout
+        """The shards among which keys travel, of ``ulysses_size`` ranks each, on which the mask kinds are planned."""
+        self.ulysses_size = ulysses_size
+        self.layout = layout = cut_shards(layout, ulysses_size)
         self.rank = rank
+        self.outer_rank = rank // ulysses_size
         self.kinds = dict(kinds)
         self.batch_size = batch_size
         self.num_heads = num_heads
@@ -75,7 +82,8 @@ class Plan:
                 f"this plan has the mask kinds {sorted(kinds)}; index it first, for instance plan[{min(kinds)!r}]"
             )
             self._one_kind = {
-                name: Plan(layout, rank, {name: kind}, links, batch_size, num_heads) for name, kind in kinds.items()
+                name: Plan(self.outer, rank, {name: kind}, links, batch_size, num_heads, ulysses_size)
+                for name, kind in kinds.items()
             }
             return
         if links is None and self.world_size > 1:
@@ -83,9 +91,15 @@ class Plan:
                 "this plan was made for inspection, without a group; call plan = plan.bind(group) first"
             )
         (kind,) = self.kinds.values()
-        bound = Bound(kind.mask, kind.steps, kind.idle, links, kind.facts, kind.fingerprint)
-        self.handle = handles.register(bound)
+        self.handle = handles.register(self._bound(kind))
         """Stands for this plan in the operator, int64 []."""
+
+    def _bound(self, kind: MaskKind) -> Bound:
+        links, size = self._links, self.ulysses_size
+        inner, outer = (None, links) if links is None or size == 1 else lanes_of(links, size)
+        heads = HeadExchange(size, self.rank % size, inner)
+        mask, idle = heads.of_mask(kind.mask, self.num_heads), heads.of_idle(kind.idle)
+        return Bound(mask, kind.steps, idle, links, kind.facts, kind.fingerprint, outer, heads)
 
     def __getitem__(self, kind: str) -> Plan:
         """The plan of one mask kind, on the same layout."""
@@ -130,11 +144,12 @@ class Plan:
     def stats(self) -> dict[str, Any]:
         """Figures of the one mask kind, or of each: ``stats[kind]``.
 
-        Of each rank: ``work`` (query, key) pairs in tiles with work, ``recv_tokens`` K/V rows received in one forward
-        (exact for this rank, by block for others), ``needed_tokens`` K/V rows of other ranks that it needs, by block.
-        ``imbalance`` max / mean work, ``all_gather_tokens`` what an all-gather would bring to each rank. Of this rank:
-        ``sent_tokens``, ``full_tiles``, ``partial_tiles``, and how many of these are ``unproven_tiles``. ``schedule``
-        and ``reason``.
+        Of each outer shard, which is a rank's where no heads are exchanged: ``work`` (query, key) pairs in tiles with
+        work, ``recv_tokens`` K/V rows received in one forward (exact for this one, by block for others),
+        ``needed_tokens`` K/V rows of others that it needs, by block. ``imbalance`` max / mean work,
+        ``all_gather_tokens`` what an all-gather would bring to each. Of this one: ``sent_tokens``, ``full_tiles``,
+        ``partial_tiles``, and how many of these are ``unproven_tiles``. ``schedule`` and ``reason``. Each rank of a row
+        has so many rows and pairs of its heads.
         """
         figures = {name: self._stats_of(kind) for name, kind in self.kinds.items()}
         return figures if len(figures) > 1 else next(iter(figures.values()))
@@ -143,14 +158,14 @@ class Plan:
         masks = [step.tile_mask for step in kind.steps]
         exchanges = [step.exchange for step in kind.steps]
         received = list(kind.recv_tokens)
-        received[self.rank] = sum(t.num_rows for exchange in exchanges for t in exchange.receives)
+        received[self.outer_rank] = sum(t.num_rows for exchange in exchanges for t in exchange.receives)
         return {
             "work": kind.work.tolist(),
             "imbalance": float(kind.work.max() / kind.work.mean()) if kind.work.any() else 1.0,
             "recv_tokens": received,
             "sent_tokens": sum(t.num_rows for exchange in exchanges for t in exchange.sends),
             "needed_tokens": (kind.tokens.sum(axis=1) - np.diag(kind.tokens)).tolist(),
-            "all_gather_tokens": self.local_len * (self.world_size - 1),
+            "all_gather_tokens": self.outer.local_len * (self.outer.world_size - 1),
             "full_tiles": sum(mask.full.num_tiles for mask in masks),
             "partial_tiles": sum(mask.partial.num_tiles for mask in masks),
             "unproven_tiles": sum(mask.num_unproven for mask in masks),
@@ -205,12 +220,16 @@ class Plan:
         """
         links = None if group is None else links_of(group)
         rank, world_size = (0, 1) if links is None else (links.rank, links.world_size)
+        if isinstance(links, GridLinks) and links.inner.world_size != self.ulysses_size:
+            made = f"for heads exchanged among {self.ulysses_size} ranks"
+            made = made if self.ulysses_size > 1 else "without an exchange of heads"
+            raise ValueError(f"the plan was made {made}; the group exchanges them among {links.inner.world_size} ranks")
         if (rank, world_size) != (self.rank, self.world_size):
             raise ValueError(
                 f"the plan was made for rank {self.rank} of {self.world_size}; "
                 f"the group makes this process rank {rank} of {world_size}"
             )
-        return Plan(self.layout, self.rank, self.kinds, links, self.batch_size, self.num_heads)
+        return Plan(self.outer, self.rank, self.kinds, links, self.batch_size, self.num_heads, self.ulysses_size)
 
     def to(self, device: torch.device | str | int) -> Plan:
         """Bring the plan's tables to a device now, with those of the kernels that 16-bit tensors use there, rather
@@ -260,14 +279,15 @@ class Plan:
         plot(self, path)
 
     def __repr__(self) -> str:
+        grid = f", heads among {self.ulysses_size}" if self.ulysses_size > 1 else ""
         return (
             f"Plan({', '.join(sorted(self.kinds))}; seq_len={self.seq_len}, {self.layout.name} on rank {self.rank} of "
-            f"{self.world_size}, local_len={self.local_len})"
+            f"{self.world_size}{grid}, local_len={self.local_len})"
         )
 
     def to_bytes(self) -> bytes:
         """The plan, to be stored or sent; the group is left behind."""
-        parts = (self.layout, self.rank, self.kinds, self.batch_size, self.num_heads)
+        parts = (self.outer, self.rank, self.kinds, self.batch_size, self.num_heads, self.ulysses_size)
         return plan_bytes.to_bytes(parts, VERSION)
 
     @staticmethod
@@ -298,9 +318,9 @@ class Plan:
         Raises:
             ValueError: this plan is not what `make_plan` would make; the message names a part that differs.
         """
-        check_layout(self.layout, self.rank)
+        check_layout(self.outer, self.rank, self.ulysses_size)
         for name, kind in self.kinds.items():
-            check_kind(name, kind, self.layout, self.rank, schedule)
+            check_kind(name, kind, self.outer, self.outer_rank, schedule, self.ulysses_size)
         sizes = [next(filter(None, found), None) for found in zip(*(k.sizes for k in self.kinds.values()), strict=True)]
         if [self.batch_size, self.num_heads] != sizes:
             raise WrongPlan(f"the plan is wrong: batch_size={self.batch_size}, num_heads={self.num_heads}")

@@ -15,6 +15,7 @@ from cpflex.kernels.tables import Tables, bring, foresee
 from cpflex.links.protocol import Links, Words
 from cpflex.mods.graph import Mod
 from cpflex.ring.agreement import agree, checksum, in_words, number_of, refuse, settle, words_of
+from cpflex.ring.heads import HeadExchange
 from cpflex.ring.schedule import Step
 from cpflex.tile_mask import Idle
 
@@ -38,6 +39,9 @@ class Bound:
     """What ranks must agree on to have plans that belong together."""
     fingerprint: str
     """Of the facts."""
+    outer: Links | None = None
+    """The ranks among which keys travel: all, or one of each row that exchanges heads."""
+    heads: HeadExchange = field(default_factory=HeadExchange)
     calls: dict[Any, tuple[Words, int]] = field(default_factory=dict)
     """Kinds of calls that were made, in words and as the number by which ranks compare them."""
     devices: dict[torch.device, OnDevice] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from cpflex.ring.backward import backward
 from cpflex.ring.bound import Bound
 from cpflex.ring.forward import forward
 from cpflex.ring.handles import resolve
+from cpflex.ring.heads import summed
 from cpflex.ring.schedule import Step
 from cpflex.ring.transport import Pair, Transport
 from cpflex.tile_mask import Idle
@@ -83,30 +84,51 @@ def attention(
     backend: str,
     needs_grad: bool,
     wants_max: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    ulysses_size: int,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """out [B, Hq, S_local, Dv] in q's dtype, lse and max_scores [B, Hq, S_local] fp32, the last only if ``wants_max``,
     else [0]. Exchanges K/V with the ranks of the plan's group.
+
+    The list is what backward takes instead of q, k, v, out and lse where heads were exchanged, if it is to follow: some
+    heads of more tokens.
     """
     _refuse_capture(q.device)
     bound: Bound = resolve(plan)
     if bound.has_peers:
         bound.agree(_facts("forward", q, k, v, captured, score_key, scale, backend, needs_grad), q.device)
-    call, steps, idle = _call(bound, captured, score_key, scale, backend, (), q.device, wants_max)
+    kv_heads = k.shape[1]
+    with bound.in_words():
+        q, k, v = bound.heads.to_heads(q, k, v)
+    call, steps, idle = _call(bound, captured, score_key, scale, backend, (), q, wants_max)
     after = None
     if needs_grad:
         wanted = tuple(slot for slot, x in enumerate(captured) if x.requires_grad)
         after = replace(call, wanted=wanted) if wanted else call
     k, v = (_without(x, idle.keys) for x in (k, v))
     with bound.in_words():
-        transport = Transport(bound.links, steps, Pair(k, v))
-        return forward(q, v.shape[-1], call, transport, after, partial(bound.settle, "forward"))
+        transport = Transport(bound.outer, steps, Pair(k, v), is_part=ulysses_size > kv_heads)
+        settle = partial(bound.settle, "forward")
+        out, lse, max_scores = forward(q, v.shape[-1], call, transport, after, settle)
+        if ulysses_size == 1:
+            return out, lse, max_scores, []
+        kept = [q, k, v, out, lse] if needs_grad else []
+        out, lse, *largest = bound.heads.to_tokens(*(out, lse, max_scores)[: 2 + wants_max])
+        return out, lse, *(largest or [max_scores]), kept  # type: ignore[return-value]
 
 
 @torch.library.register_fake("cpflex::attention", lib=_library)
-def _(q, k, v, captured, plan, score_key, scale, backend, needs_grad, wants_max):
+def _(q, k, v, captured, plan, score_key, scale, backend, needs_grad, wants_max, ulysses_size):
+    def lse_and_out(rows: Sequence[int]) -> list[Tensor]:
+        return [q.new_empty(*rows, v.shape[-1]), q.new_empty(rows, dtype=torch.float32)]
+
     rows = q.shape[:-1]
-    lse, max_scores = (q.new_empty(shape, dtype=torch.float32) for shape in (rows, rows if wants_max else (0,)))
-    return q.new_empty(*rows, v.shape[-1]), lse, max_scores
+    max_scores = q.new_empty(rows if wants_max else (0,), dtype=torch.float32)
+    kept = []
+    if needs_grad and ulysses_size > 1:
+        sizes = [(x.shape[0], max(1, x.shape[1] // ulysses_size), x.shape[2] * ulysses_size) for x in (q, k, v)]
+        exchanged = [x.new_empty(*size, x.shape[3]) for x, size in zip((q, k, v), sizes, strict=True)]
+        kept = exchanged + lse_and_out(sizes[0])
+    return *lse_and_out(rows), max_scores, kept
 
 
 @_operator
@@ -125,41 +147,59 @@ def attention_backward(
     scale: float,
     backend: str,
     wanted: Sequence[int],
+    ulysses_size: int,
+    kv_heads: int,
 ) -> list[Tensor]:
-    """[dq, dk, dv, *gradients of the captured tensors in the slots ``wanted``], each in the dtype of its tensor."""
+    """[dq, dk, dv, *gradients of the captured tensors in the slots ``wanted``], each in the dtype of its tensor.
+
+    Args:
+        q, k, v, out, lse: as `attention` took and gave them, or as it kept them.
+        kv_heads: those of k before heads were exchanged.
+    """
     _refuse_capture(q.device)
     bound: Bound = resolve(plan)
     if bound.has_peers:
         bound.agree(_facts("backward", q, k, v, captured, score_key, scale, backend, True), q.device)
-    call, steps, idle = _call(bound, captured, score_key, scale, backend, tuple(wanted), q.device)
+    with bound.in_words():
+        grad_out, grad_lse = bound.heads.to_heads(grad_out, grad_lse)
+    call, steps, idle = _call(bound, captured, score_key, scale, backend, tuple(wanted), q)
     k, v = (_without(x, idle.keys) for x in (k, v))
     if idle.queries.numel():
         q, grad_out, grad_lse = (_without(x, idle.queries) for x in (q, grad_out, grad_lse.unsqueeze(-1)))
         grad_lse = grad_lse.squeeze(-1)
-    transport = Transport(bound.links, steps, Pair(k, v))
+    is_part = ulysses_size > kv_heads
+    transport = Transport(bound.outer, steps, Pair(k, v), is_part=is_part)
     with bound.in_words():
-        dq, (dk, dv), d_captured = backward(
-            grad_out, grad_lse, q, out, lse, call, transport, partial(bound.settle, "backward")
-        )
+        settle = partial(bound.settle, "backward")
+        dq, (dk, dv), d_captured = backward(grad_out, grad_lse, q, out, lse, call, transport, settle)
+        if ulysses_size > 1:
+            if not is_part:  # else they are summed before they are rounded
+                dk, dv = dk.to(k.dtype), dv.to(v.dtype)
+            dq, dk, dv = bound.heads.to_tokens(dq.to(q.dtype), dk, dv)
+            dk, dv = summed(dk, kv_heads), summed(dv, kv_heads)
     likes = [q, k, v, *(captured[slot] for slot in wanted)]
     return [grad.to(like.dtype) for grad, like in zip([dq, dk, dv, *d_captured], likes, strict=True)]
 
 
 @torch.library.register_fake("cpflex::attention_backward", lib=_library)
-def _(grad_out, grad_lse, q, k, v, out, lse, captured, plan, score_key, scale, backend, wanted):
-    return [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *(captured[i] for i in wanted))
-    ]
+def _(grad_out, grad_lse, q, k, v, out, lse, captured, plan, score_key, scale, backend, wanted, ulysses_size, kv_heads):
+    batch, num_heads, length = grad_lse.shape
+    sizes = [(batch, heads, length, x.shape[3]) for x, heads in ((q, num_heads), (k, kv_heads), (v, kv_heads))]
+    grads = [x.new_empty(size) for x, size in zip((q, k, v), sizes, strict=True)]
+    return grads + [torch.empty_like(captured[i], memory_format=torch.contiguous_format) for i in wanted]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, score_key, scale, backend, needs_grad, wants_max, *captured):
+    def forward(ctx, q, k, v, plan, score_key, scale, backend, needs_grad, wants_max, ulysses_size, *captured):
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse, max_scores = attention(q, k, v, captured, plan, score_key, scale, backend, needs_grad, wants_max)
+            out, lse, max_scores, kept = attention(
+                q, k, v, captured, plan, score_key, scale, backend, needs_grad, wants_max, ulysses_size
+            )
         ctx.mark_non_differentiable(max_scores)
-        ctx.save_for_backward(q, k, v, out, lse, plan, *captured)
+        ctx.save_for_backward(*(kept or (q, k, v, out, lse)), plan, *captured)
         ctx.score_key, ctx.scale, ctx.backend = score_key, scale, backend
+        ctx.ulysses_size, ctx.kv_heads = ulysses_size, k.shape[1]
         ctx.score_mod = _score_mods.get(score_key)  # alive until backward
         ctx.wanted = [slot for slot, tensor in enumerate(captured) if tensor.requires_grad]
         ctx.set_materialize_grads(False)  # nothing is made for max_scores
@@ -168,15 +208,18 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None, _: None):  # type: ignore[override]
         q, k, v, out, lse, plan, *captured = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+        batch, heads, length = lse.shape
+        rows = (batch, heads * ctx.ulysses_size, length // ctx.ulysses_size)
+        grad_out = out.new_zeros(*rows, out.shape[3]) if grad_out is None else grad_out
+        grad_lse = lse.new_zeros(rows) if grad_lse is None else grad_lse
         dq, dk, dv, *d_captured = attention_backward(
-            grad_out, grad_lse, q, k, v, out, lse, captured, plan, ctx.score_key, ctx.scale, ctx.backend, ctx.wanted
+            *(grad_out, grad_lse, q, k, v, out, lse, captured, plan, ctx.score_key, ctx.scale, ctx.backend, ctx.wanted),
+            *(ctx.ulysses_size, ctx.kv_heads),
         )
         by_slot: list[Tensor | None] = [None] * len(captured)
         for slot, grad in zip(ctx.wanted, d_captured, strict=True):
             by_slot[slot] = grad
-        return dq, dk, dv, None, None, None, None, None, None, *by_slot
+        return dq, dk, dv, None, None, None, None, None, None, None, *by_slot
 
 
 class _Backward(torch.autograd.Function):
@@ -194,7 +237,7 @@ class _Backward(torch.autograd.Function):
 
 def _with_gradient(q, k, v, captured, *rest):
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *captured)):
-        return _Attention.apply(q, k, v, *rest, *captured)
+        return *_Attention.apply(q, k, v, *rest, *captured), []  # type: ignore[misc]
     with torch._C._AutoDispatchBelowAutograd():
         return attention(q, k, v, captured, *rest)
 
@@ -251,15 +294,18 @@ def _call(
     scale: float,
     backend: str,
     wanted: tuple[int, ...],
-    device: torch.device,
+    q: Tensor,
     wants_max: bool = False,
 ) -> tuple[Call, Sequence[Step], Idle]:
+    device, num_heads = q.device, q.shape[1]
     steps, tables = bound.tables_on(device)
-    kind = (device, score_key, scale, backend, wanted, wants_max)
+    kind = (device, score_key, scale, backend, wanted, wants_max, num_heads)
     if (call := bound.decided.get(kind)) is None:
-        score_graph = _score_mods[score_key].graph if score_key else None
+        score_graph, brought = None, _brought(captured, device)
+        if score_key:
+            score_graph, brought = bound.heads.of_scores(_score_mods[score_key], brought, num_heads, device)
         call = Call(
-            *(tables.mask, scale, score_graph, _brought(captured, device), wanted, backend or None, wants_max),
+            *(tables.mask, scale, score_graph, brought, wanted, backend or None, wants_max),
             packed_mask=tables.packed_mask,
         )
         if not captured:

@@ -43,13 +43,14 @@ class Transport:
         links: the group; None with one rank.
         steps: the rank's steps.
         shard: the rank's own K and V: block 0.
-        timeout_hint: what to say when a peer does not answer.
+        is_part: dK and dV of the shard are added to elsewhere.
     """
 
-    def __init__(self, links: Links | None, steps: Sequence[Step], shard: Pair) -> None:
+    def __init__(self, links: Links | None, steps: Sequence[Step], shard: Pair, *, is_part: bool = False) -> None:
         self.links = links
         self.steps = steps
         self.shard = shard
+        self.is_part = is_part
         self.bytes_sent = 0
         self._grads: dict[int, list[_Arrival]] = {}  # by the block that they are added to
         self._sent: list[Work] = []
@@ -112,7 +113,7 @@ class Transport:
     @property
     def is_alone(self) -> bool:
         """One step, and no gradients from elsewhere: what it computes is not added to."""
-        return len(self.steps) == 1 and not self.steps[0].exchange.grad_receives
+        return not self.is_part and len(self.steps) == 1 and not self.steps[0].exchange.grad_receives
 
     def home(self) -> Pair:
         """dK, dV of the rank's own shard, all ranks' parts added."""

@@ -30,6 +30,11 @@ MANY_UNPROVEN, MUCH_WASTE = 0.10, 0.25
 """Shares: of all tiles that are unproven, of PARTIAL tiles that need not be."""
 
 
+def holder(plan: Plan) -> str:
+    """What holds a part of the keys: a rank, or a row of ranks that exchange heads."""
+    return "rank" if plan.ulysses_size == 1 else "shard"
+
+
 def doubts(plan: Plan) -> list[str]:
     """Warnings, in words; none for a plan that is as it should be."""
     layout, found = plan.layout, []
@@ -51,25 +56,26 @@ def _doubts_of(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[str]:
             "use causal() & sliding_window(w), or sliding_window(left, right) if that is meant"
         )
     if blind := _blind_queries(plan, kind):
-        found.append(f"at least {blind:,} queries of rank {plan.rank} see no key: their output is 0")
+        found.append(f"at least {blind:,} queries of {holder(plan)} {plan.outer_rank} see no key: their output is 0")
     work, needed = np.array(stats["work"]), np.array(stats["needed_tokens"])
     balancing = "" if plan.layout.name == "balanced" else " - pass layout=cpflex.balanced"
     if stats["imbalance"] > HEAVY_IMBALANCE:
         found.append(
-            f"rank {work.argmax()} has {stats['imbalance']:.2f} x the mean work, and the others wait for it{balancing}"
+            f"{holder(plan)} {work.argmax()} has {stats['imbalance']:.2f} x the mean work, and the others wait for it"
+            f"{balancing}"
         )
     density = work.sum() / plan.seq_len**2
     share = needed.mean() / max(stats["all_gather_tokens"], 1)
     if share > MUCH_TRAFFIC and density < SPARSE_DENSITY:
         found.append(
-            f"the mask shows {density:.0%} of all pairs, but ranks need {share:.0%} of all K/V: "
+            f"the mask shows {density:.0%} of all pairs, but {holder(plan)}s need {share:.0%} of all K/V: "
             f"the layout scatters what belongs together{balancing}"
         )
     received, least = max(stats["recv_tokens"]), int(needed.max())
     if received > 2 * max(least, 1):
         found.append(
-            f"{stats['schedule']} moves {received:,} K/V rows to each rank where {least:,} are needed at most - "
-            "pass schedule=cpflex.direct"
+            f"{stats['schedule']} moves {received:,} K/V rows to each {holder(plan)} where {least:,} are needed at "
+            "most - pass schedule=cpflex.direct"
         )
     num_unproven, num_tiles = stats["unproven_tiles"], stats["full_tiles"] + stats["partial_tiles"]
     if num_unproven > MANY_UNPROVEN * num_tiles and (waste := _wasted_share(plan, kind)) > MUCH_WASTE:
@@ -81,11 +87,12 @@ def _doubts_of(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[str]:
 
 
 def _blind_queries(plan: Plan, kind: MaskKind) -> int:
-    """Queries of this rank, pads left out, in tiles where no key is seen; there may be more."""
+    """Queries of this rank, or of its row, pads left out, in tiles where no key is seen; there may be more."""
     masks = [step.tile_mask for step in kind.steps]
     runs = torch.stack([mask.full.offsets.diff() + mask.partial.offsets.diff() for mask in masks]).sum(dim=0)
     in_blind_tile = torch.repeat_interleave(runs == 0, masks[0].q_starts.diff())
-    return int((in_blind_tile & (plan.positions < plan.seq_len)).sum())
+    positions = torch.from_numpy(plan.outer.positions(plan.outer_rank))
+    return int((in_blind_tile & (positions < plan.seq_len)).sum())
 
 
 def _wasted_share(plan: Plan, kind: MaskKind, sample_elements: int = 1 << 20) -> float:

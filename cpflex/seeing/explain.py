@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cpflex.mods.intervals import EMPTY, FULL, PARTIAL
 from cpflex.planning.needs import blocks_of, classifier
-from cpflex.seeing.doubts import doubts
+from cpflex.seeing.doubts import doubts, holder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +34,7 @@ PIXELS = 256
 def explain(plan: Plan) -> str:
     """The plan in words: layout, work per rank, K/V received, tiles, schedule, memory, and warnings."""
     lines = [f"{plan.seq_len:,} tokens on {_count(plan.world_size, 'rank')}, seen from rank {plan.rank}", ""]
+    lines += _grid(plan)
     lines += _layout(plan)
     for name in plan.kinds:
         lines += ["", *_kind(plan, name)]
@@ -42,6 +43,20 @@ def explain(plan: Plan) -> str:
     for doubt in found:
         lines += textwrap.wrap(doubt, WIDTH, initial_indent="  - ", subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def _grid(plan: Plan) -> list[str]:
+    """Rows and columns of ranks, where heads are exchanged."""
+    size, shards = plan.ulysses_size, plan.outer.world_size
+    if size == 1:
+        return []
+    shard = plan.outer_rank
+    row = ", ".join(map(str, range(shard * size, (shard + 1) * size)))
+    fact = (
+        f"{_count(shards, 'row')} of {size} ranks; ranks {row} exchange heads: each computes 1/{size} of them on shard "
+        f"{shard}, {plan.outer.local_len:,} tokens; keys travel between shards"
+    )
+    return _facts([("grid", fact)], indent="")
 
 
 def _layout(plan: Plan) -> list[str]:
@@ -77,7 +92,7 @@ def _kind(plan: Plan, name: str) -> list[str]:
     masks = [step.tile_mask for step in kind.steps]
     rows = len(masks[0].q_starts) - 1
     num_full, num_partial = stats["full_tiles"], stats["partial_tiles"]
-    empty = _percent(1 - (num_full + num_partial) / (rows * rows * plan.world_size))
+    empty = _percent(1 - (num_full + num_partial) / (rows * rows * plan.outer.world_size))
     buffered = _buffered_rows(kind)
     unproven = f"{stats['unproven_tiles']:,} unproven"
     facts = [
@@ -85,11 +100,11 @@ def _kind(plan: Plan, name: str) -> list[str]:
         ("tiles", f"{num_full:,} FULL, {num_partial:,} PARTIAL ({unproven}); {empty} are EMPTY"),
         (
             "memory",
-            f"receive buffers of {buffered:,} K/V rows at most ({buffered / plan.local_len:.2f} shards), "
+            f"receive buffers of {buffered:,} K/V rows at most ({buffered / plan.outer.local_len:.2f} shards), "
             f"index tables of {_bytes(_total_bytes(masks))}",
         ),
     ]
-    if plan.world_size > 1:
+    if plan.outer.world_size > 1:
         steps = _count(len(masks) - 1, "remote step")
         facts[1:1] = [
             ("received", _received(plan, stats, _least_rows(kind))),
@@ -100,9 +115,9 @@ def _kind(plan: Plan, name: str) -> list[str]:
 
 
 def _received(plan: Plan, stats: dict[str, Any], least: int) -> str:
-    received, all_gather = stats["recv_tokens"][plan.rank], stats["all_gather_tokens"]
+    received, all_gather = stats["recv_tokens"][plan.outer_rank], stats["all_gather_tokens"]
     share = f"{_percent(received / all_gather)} of an all-gather ({all_gather:,} rows)"
-    moved = f"{received:,} K/V rows by rank {plan.rank}, {stats['sent_tokens']:,} sent; {share}"
+    moved = f"{received:,} K/V rows by {holder(plan)} {plan.outer_rank}, {stats['sent_tokens']:,} sent; {share}"
     if not received:
         return moved
     ratio = f"{received / least:.2f} x" if least else "its queries need none:"
@@ -112,33 +127,34 @@ def _received(plan: Plan, stats: dict[str, Any], least: int) -> str:
 def _ranks_table(plan: Plan, stats: dict[str, Any]) -> list[str]:
     """Work and needs of each rank, or of their extremes when there are many."""
     work, needed = np.array(stats["work"]), np.array(stats["needed_tokens"])
-    all_gather = stats["all_gather_tokens"]
+    all_gather, num_shards, noun = stats["all_gather_tokens"], plan.outer.world_size, holder(plan)
 
     def row(title: str, pairs: float, rows: float) -> list[str]:
         share = _percent(rows / max(all_gather, 1))
         return [title, f"{pairs:,.0f}", f"{pairs / max(work.mean(), 1):.3f}", f"{rows:,.0f}", share]
 
     rows = [["", "work, pairs", "/ mean", "K/V rows needed", "of all-gather"]]
-    shown = range(plan.world_size) if plan.world_size <= MANY_RANKS else [plan.rank]
+    shown = range(num_shards) if num_shards <= MANY_RANKS else [plan.outer_rank]
     rows += [
-        row(f"rank {r}" + (" (this one)" if r == plan.rank else ""), float(work[r]), float(needed[r])) for r in shown
+        row(f"{noun} {r}" + (" (this one)" if r == plan.outer_rank else ""), float(work[r]), float(needed[r]))
+        for r in shown
     ]
     extremes = {"min": np.min, "mean": np.mean, "max": np.max}
-    if plan.world_size <= MANY_RANKS:
+    if num_shards <= MANY_RANKS:
         del extremes["min"]
-    if plan.world_size > 1:
+    if num_shards > 1:
         rows += [row(title, float(f(work)), float(f(needed))) for title, f in extremes.items()]
     else:
         rows = [cells[:2] for cells in rows]
-    if plan.world_size > MANY_RANKS:
-        rows += [["worst rank", f"rank {work.argmax()}", "", f"rank {needed.argmax()}", ""]]
+    if num_shards > MANY_RANKS:
+        rows += [[f"worst {noun}", f"{noun} {work.argmax()}", "", f"{noun} {needed.argmax()}", ""]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = [
         title.ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
         for title, *cells in rows
     ]
-    if plan.world_size > 1:
-        block = min(blocks_of(plan.layout.chunk_len, plan.layout.num_chunks).tile_len, plan.layout.chunk_len)
+    if num_shards > 1:
+        block = min(blocks_of(plan.outer.chunk_len, plan.outer.num_chunks).tile_len, plan.outer.chunk_len)
         table.append(f"(both columns by blocks of {block:,} tokens, never too few)")
     return table
 
@@ -223,7 +239,7 @@ INK, FAINT = "#333333", "#8a8a8a"
 
 
 def plot(plan: Plan, path: str) -> None:
-    """Draw each mask kind, coloured by the rank that owns the query, beside its work and K/V needs per rank.
+    """Draw each mask kind, coloured by the rank (or shard) that owns the query, beside its work and K/V needs per rank.
 
     FULL squares are solid, PARTIAL ones lighter, EMPTY ones white; the strips show who holds the queries (left) and
     the keys (top). Squares are larger than tiles: at most `PIXELS` on a side; a thin mask is shown enlarged as well.
@@ -244,7 +260,7 @@ def plot(plan: Plan, path: str) -> None:
     title = f"{plan.seq_len:,} tokens on {_count(plan.world_size, 'rank')}"
     chunks = f"{_count(len(layout.chunks[0]), 'chunk')} of {layout.chunk_len:,} tokens per rank"
     figure.suptitle(f"{title}   ·   {layout.name}: {chunks}", color=INK, fontsize=13, fontweight="bold")
-    colors = _rank_colors(plan.world_size)
+    colors = _rank_colors(plan.outer.world_size)
     panels = figure.subplots(len(plan.kinds), 3, squeeze=False, width_ratios=(1.15, 1, 1))
     for (name, kind), (mask, work, traffic) in zip(plan.kinds.items(), panels, strict=True):
         _draw_mask(mask, plan, kind, name, colors)
@@ -309,7 +325,7 @@ def _squares(plan: Plan, kind: MaskKind, begin: int, end: int) -> tuple[np.ndarr
     hi = np.minimum(lo + pixel_len, end) - 1
     classify = classifier(kind.mask, plan.batch_size or 1, plan.num_heads or 1)
     verdicts = classify(lo[:, None], hi[:, None], lo, hi)
-    return verdicts, plan.layout.owner[(lo + hi) // 2 // plan.layout.chunk_len], pixel_len
+    return verdicts, plan.outer.owner[(lo + hi) // 2 // plan.outer.chunk_len], pixel_len
 
 
 def _paint(ax: Axes, verdicts: np.ndarray, colors: np.ndarray, begin: int, end: int) -> None:
@@ -331,16 +347,18 @@ def _draw_work(ax: Axes, stats: dict[str, Any], colors: np.ndarray) -> None:
 
 def _draw_traffic(ax: Axes, plan: Plan, stats: dict[str, Any], colors: np.ndarray) -> None:
     all_gather = max(stats["all_gather_tokens"], 1)
-    needed, received = np.array(stats["needed_tokens"]) / all_gather, stats["recv_tokens"][plan.rank] / all_gather
-    title = f"worst {_percent(needed.max())} of an all-gather" if plan.world_size > 1 else "one rank, nothing travels"
+    needed, received = np.array(stats["needed_tokens"]) / all_gather, stats["recv_tokens"][plan.outer_rank] / all_gather
+    noun = holder(plan)
+    alone = plan.outer.world_size == 1
+    title = f"one {noun}, nothing travels" if alone else f"worst {_percent(needed.max())} of an all-gather"
     ax.set_title(f"K/V per rank: {title}", loc="left", color=INK, fontsize=10, pad=14)
     _draw_bars(ax, needed, colors)
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     ax.set_ylabel("K/V rows needed of other ranks", color=INK)
-    if plan.world_size == 1:
+    if alone:
         return
-    label = f"received by rank {plan.rank} ({stats['schedule']})"
-    ax.plot([plan.rank], [received], "D", color=INK, markersize=5, label=label)
+    label = f"received by {noun} {plan.outer_rank} ({stats['schedule']})"
+    ax.plot([plan.outer_rank], [received], "D", color=INK, markersize=5, label=label)
     top = max(needed.max(), received)
     label = "all-gather"
     if 0 < top < OFF_THE_SCALE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,6 +85,25 @@ class Layout:
     @cached_property
     def key(self) -> str:
         return hashlib.sha256(f"{self.seq_len}|{self.chunk_len}|{self.chunks}".encode()).hexdigest()[:16]
+
+
+def cut_shards(layout: Layout, pieces: int) -> Layout:
+    """Each shard in ``pieces`` equal ones, for ``pieces`` ranks next to each other: one after the other they are the
+    shard, in its local order. Chunks become as small as that takes.
+
+    Raises:
+        ValueError: the local length is not a multiple of ``pieces``.
+    """
+    if pieces == 1:
+        return layout
+    piece_len, rest = divmod(layout.local_len, pieces)
+    if rest:
+        raise ValueError(f"a shard of {layout.local_len} tokens cannot be cut into {pieces} equal pieces")
+    chunk_len = math.gcd(layout.chunk_len, piece_len)
+    per_chunk, per_piece = layout.chunk_len // chunk_len, piece_len // chunk_len
+    small = [[chunk * per_chunk + i for chunk in held for i in range(per_chunk)] for held in layout.chunks]
+    chunks = (tuple(held[i * per_piece : (i + 1) * per_piece]) for held in small for i in range(pieces))
+    return Layout(layout.seq_len, chunk_len, tuple(chunks), layout.name)
 
 
 @dataclass(frozen=True)
