@@ -24,6 +24,8 @@ SCHEDULES = {"ring": cpflex.ring, "ring:both": cpflex.ring_both, "direct": cpfle
 SCHEDULES |= {"even:3": cpflex.even(3), "even:1/4": cpflex.even((1, 4)), "gather": cpflex.gather}
 LENGTHS = (1, 5, 127, 300, 321, 1000)
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}
+HEADS_OF_GRIDS = {"mha4": (4, 4), "gqa": (4, 2), "mqa4": (4, 1)}
+"""Those that 2 and 4 ranks can divide."""
 DIMS = {"d16": (16, 16), "d24": (24, 24), "d16dv24": (16, 24)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,6 +44,7 @@ class Problem:
     schedule: str = "auto"
     world_size: int = 1
     batch_size: int = 2
+    ulysses_size: int = 1
 
     def __str__(self) -> str:
         parts = (
@@ -54,11 +57,16 @@ class Problem:
             self.layout,
             self.schedule,
         )
-        return "-".join(map(str, (*parts, f"w{self.world_size}")))
+        heads = f"a{self.ulysses_size}" if self.ulysses_size > 1 else ""
+        return "-".join(map(str, (*parts, f"w{self.world_size}{heads}")))
 
     @property
     def num_heads(self) -> int:
-        return HEADS[self.heads][0]
+        return self.all_heads[0]
+
+    @property
+    def all_heads(self) -> tuple[int, int]:
+        return (HEADS | HEADS_OF_GRIDS)[self.heads]
 
     def random(self, what: str) -> torch.Generator:
         """The same stream on every rank, whatever else was drawn."""
@@ -67,7 +75,7 @@ class Problem:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """q, k, v, grad_out [B, H, S, D] and grad_lse [B, Hq, S]."""
-        (num_heads, kv_heads), (dim, v_dim) = HEADS[self.heads], DIMS[self.dims]
+        (num_heads, kv_heads), (dim, v_dim) = self.all_heads, DIMS[self.dims]
         sizes = {"q": (num_heads, dim), "k": (kv_heads, dim), "v": (kv_heads, v_dim), "grad_out": (num_heads, v_dim)}
         random = self.random("inputs")
         made = {
@@ -97,7 +105,7 @@ class Problem:
             num_heads=self.num_heads,
             layout=LAYOUTS[self.layout],
             schedule=SCHEDULES[self.schedule],
-            **options,
+            **({"ulysses_size": self.ulysses_size} | options),
         )
 
     def dense(self, precision: torch.dtype = torch.float64) -> Attention:

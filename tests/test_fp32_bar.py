@@ -55,8 +55,8 @@ class Bar:
         return made | {"grad_out": torch.ones_like(made["q"]), "grad_lse": grad_lse}
 
 
-def attend(group: Any, bar: Bar) -> dict[str, Any]:
-    plan = cpflex.make_plan(bar.mask_mod(), bar.seq_len, group, batch_size=BATCH)
+def attend(group: Any, bar: Bar, **options: Any) -> dict[str, Any]:
+    plan = cpflex.make_plan(bar.mask_mod(), bar.seq_len, group, batch_size=BATCH, **options)
     local = {name: plan.shard(x, dim=2, pad_value=0.0) for name, x in bar.tensors().items()}
     q, k, v = (local[name].requires_grad_() for name in "qkv")
     out, lse = cpflex.flex_attention(q, k, v, block_mask=plan, return_lse=True)
