@@ -47,4 +47,3 @@ def in_two_groups(group: Any, size: int) -> Any:
 def mesh_of(group: dist.ProcessGroup, size: int) -> Any:
     """The ranks of a row are next to each other."""
     return init_device_mesh("cpu", (group.size() // size, size), mesh_dim_names=("cp", "heads"))
-

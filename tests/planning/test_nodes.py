@@ -61,7 +61,7 @@ def test_a_gpu_keeps_its_share_of_the_nics_of_a_node_that_the_group_does_not_fil
 def ask_by_processes(group: dist.ProcessGroup, nodes: Sequence[str]) -> tuple[Any, ...]:
     """What a process group, a mesh, and the name of this host say, and how often ranks met for the first."""
     with mock.patch.object(
-        processes_of_links.ProcessLinks, "_gather", autospec=True, side_effect=processes_of_links.ProcessLinks._gather
+        processes_of_links.ProcessLinks, "compare", autospec=True, side_effect=processes_of_links.ProcessLinks.compare
     ) as gathered:
         by_group = ask(group, nodes)
     mesh = init_device_mesh("cpu", (group.size(),), mesh_dim_names=("cp",))
