@@ -66,7 +66,7 @@ class NcclLike(ProcessLinks):
 
     def __init__(self, group: dist.ProcessGroup, communicator: dist.ProcessGroup, alone: bool) -> None:
         super().__init__(group)
-        self.comparisons = LikeNccl(group, communicator, alone)
+        self.comparisons = LikeNccl([group], communicator, alone)
         self.ledger = self.comparisons.known.ledgers[CPU]
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Any:
@@ -78,8 +78,8 @@ class NcclLike(ProcessLinks):
 class LikeNccl(Comparisons):
     """CPU tensors are on devices; hosts have two numbers and a flag to compare, devices two numbers."""
 
-    def __init__(self, group: dist.ProcessGroup, communicator: dist.ProcessGroup, alone: bool) -> None:
-        super().__init__([group])
+    def __init__(self, groups: Sequence[dist.ProcessGroup], communicator: dist.ProcessGroup, alone: bool) -> None:
+        super().__init__(groups)
         self._communicator = communicator
         self.has_nccl, self.has_gloo = True, not alone
         self.num_host_waits = 0
@@ -98,7 +98,8 @@ class LikeNccl(Comparisons):
 
     def _own_device(self, device: torch.device | None, plan: str) -> torch.device:
         if not self.known.connected:
-            Watch(self.groups[0], plan).until_done(Meeting(self.groups[0]))
+            for group in self.groups:
+                Watch(group, plan).until_done(Meeting(group))
             self.known.connected.append(CPU)
         return CPU
 

@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import cpflex
+from cpflex.ring import forward
 from patience import patience
 from processes import RankProcesses
 
 
-def attend(plan: cpflex.Plan) -> torch.Tensor:
-    q = torch.randn(1, 2, plan.local_len, 16)
+def attend(plan: cpflex.Plan, dim: int = 16) -> torch.Tensor:
+    q = torch.randn(1, 2, plan.local_len, dim)
     out = cpflex.flex_attention(q, q, q, block_mask=plan)
     assert isinstance(out, torch.Tensor)
     return out
@@ -92,3 +93,68 @@ def test_layers_in_another_order_are_found_at_once(four_processes: RankProcesses
             "the ranks disagree about mask kind: group ranks 0, 1, 2: full; group rank 3: sliding"
         )
         assert outcome.seconds < patience(10)
+
+
+def attend_in_dims(group: dist.ProcessGroup, dims: list[list[int]], has_idle_ranks: bool) -> list[str]:
+    """Calls of kinds that all ranks know, of which each rank has its own: what each raised; "" for none."""
+    mask, schedule = cpflex.causal(), cpflex.ring
+    if has_idle_ranks:
+        mask, schedule = mask & cpflex.document(cu_seqlens=[0, 256, 768, 1024]), cpflex.direct
+    plan = cpflex.make_plan(mask, 1024, group, layout=cpflex.contiguous, schedule=schedule)
+    messages = [t for step in plan.steps for t in (*step.exchange.sends, *step.exchange.receives)]
+    assert bool(messages) != (has_idle_ranks and group.rank() in (0, 3))
+    said = []
+    for dim in (16, 8, *dims[group.rank()]):
+        try:
+            assert attend(plan, dim).isfinite().all()
+            said.append("")
+        except cpflex.RankMismatch as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("has_idle_ranks", [False, True])
+def test_known_calls_with_messages_of_other_sizes_are_found_out_and_the_group_goes_on(
+    has_idle_ranks: bool, four_processes: RankProcesses
+):
+    """gloo ends a process that gets a message longer than it asked for."""
+    dims = [[16, 16, 16, 8], [16, 16, 8, 8], [8, 16, 8, 8], [16, 16, 8, 8]]
+    found = four_processes.run(attend_in_dims, dims, has_idle_ranks, timeout=40)
+    told = "the ranks disagree about query: group rank"
+    for said in found:
+        assert [text[: len(told)] for text in said] == ["", "", told, "", told, ""], said
+        assert said == found[0]
+
+
+def compute_while_another_is_late(group: dist.ProcessGroup, waits: bool) -> list[bool]:
+    """Of a first call and of a second of the same kind: the own keys were attended to before rank 1 had come."""
+    mask = cpflex.causal() & cpflex.sliding_window(200 + waits)  # of which this group has had no call
+    plan = cpflex.make_plan(mask, 300, group, schedule=cpflex.ring)
+    plan.wait_for_agreement(waits)
+    done: list[float] = []
+
+    def attend_and_note(*arguments) -> None:
+        compute(*arguments)
+        done.append(time.monotonic())
+
+    compute, forward.attend = forward.attend, attend_and_note
+    early = []
+    try:
+        for _ in range(2):
+            dist.barrier(group=group)
+            began = time.monotonic()
+            if group.rank() == 1:
+                time.sleep(1.0)
+            attend(plan)
+            early.append(done[0] - began < 1.0)
+            done.clear()
+    finally:
+        forward.attend = compute
+        plan.wait_for_agreement(False)
+    return early
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["by default", "if told to wait"])
+def test_a_host_waits_for_a_late_rank_only_in_the_first_call_of_a_kind(waits: bool, two_processes: RankProcesses):
+    prompt, _ = two_processes.run(compute_while_another_is_late, waits)
+    assert prompt == [False, not waits]

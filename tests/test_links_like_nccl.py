@@ -49,8 +49,11 @@ def errors_of(outcomes: list[Outcome], within: float = 10.0) -> list[str]:
 TOLD = "RankMismatch: nothing was exchanged: group rank 1 raised ValueError: query and key must have one head dim"
 
 
-def refuse_after(group: dist.ProcessGroup, num_calls: int) -> None:
-    plan = plan_on(nccl_like([0, 1], alone=True))
+KINDS_OF_GROUPS = pytest.mark.parametrize("alone", [False, True], ids=["beside gloo", "alone"])
+
+
+def refuse_after(group: dist.ProcessGroup, num_calls: int, alone: bool) -> None:
+    plan = plan_on(nccl_like([0, 1], alone))
     for _ in range(num_calls):
         attend(plan)
     if group.rank() == 1:
@@ -58,11 +61,12 @@ def refuse_after(group: dist.ProcessGroup, num_calls: int) -> None:
     attend(plan)
 
 
-@pytest.mark.parametrize("num_calls", [0, 2], ids=["in the first call", "later"])
-def test_the_reason_of_a_refusal_reaches_the_others_in_a_group_of_nccl_alone(
-    num_calls: int, two_processes: RankProcesses
+@KINDS_OF_GROUPS
+@pytest.mark.parametrize("num_calls", [0, 1, 3], ids=["in the first call", "in the second", "later"])
+def test_the_reason_of_a_refusal_reaches_the_others_in_groups_of_nccl(
+    num_calls: int, alone: bool, two_processes: RankProcesses
 ):
-    other, own = errors_of(two_processes.outcomes(refuse_after, num_calls, timeout=60))
+    other, own = errors_of(two_processes.outcomes(refuse_after, num_calls, alone, timeout=60))
     assert own.startswith("ValueError: query and key must have one head dim")
     assert other.startswith(TOLD)
 
@@ -74,7 +78,7 @@ def hold_another_batch(group: dist.ProcessGroup, alone: bool) -> None:
         plan.require_same(ids=torch.arange(SEQ_LEN) + step * group.rank() // 3)
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["beside gloo", "alone"])
+@KINDS_OF_GROUPS
 def test_ranks_that_hold_other_tokens_are_found_out_in_groups_of_nccl(alone: bool, two_processes: RankProcesses):
     for error in errors_of(two_processes.outcomes(hold_another_batch, alone, timeout=60)):
         assert error.startswith("RankMismatch: the ranks disagree about ids: group rank 0: (256,) int64 "), error
@@ -110,14 +114,15 @@ def test_a_device_that_stops_is_explained_in_the_log_as_its_error_may_come_anywh
     )
 
 
-def disagree(group: dist.ProcessGroup, how: str) -> None:
-    links = nccl_like([0, 1], alone=True)
+def disagree(group: dist.ProcessGroup, how: str, alone: bool) -> None:
+    links = nccl_like([0, 1], alone)
     masks = {"full": cpflex.full(), "sliding": cpflex.sliding_window(9)}
     plan = cpflex.make_plan(masks, SEQ_LEN, links, schedule=cpflex.ring)
     if how != "in the first call":
         for kind in masks:
             attend(plan[kind])
     strange = group.rank() == 1
+    plan.wait_for_agreement(how == "later, one waits" and strange)
     if how == "a new kind of call":
         attend(plan["full"], dim=8 if strange else 16)
     else:
@@ -125,9 +130,10 @@ def disagree(group: dist.ProcessGroup, how: str) -> None:
     attend(plan["full"])
 
 
-@pytest.mark.parametrize("how", ["in the first call", "later", "a new kind of call"])
-def test_ranks_that_disagree_are_told_in_words_in_a_group_of_nccl_alone(how: str, two_processes: RankProcesses):
-    first, second = errors_of(two_processes.outcomes(disagree, how, timeout=60))
+@KINDS_OF_GROUPS
+@pytest.mark.parametrize("how", ["in the first call", "later", "later, one waits", "a new kind of call"])
+def test_ranks_that_disagree_are_told_in_words_in_groups_of_nccl(how: str, alone: bool, two_processes: RankProcesses):
+    first, second = errors_of(two_processes.outcomes(disagree, how, alone, timeout=60))
     assert first == second
     if how == "a new kind of call":
         assert first.startswith("RankMismatch: the ranks disagree about query: group rank 0: ('torch.float32', (1, 1,")
@@ -135,8 +141,8 @@ def test_ranks_that_disagree_are_told_in_words_in_a_group_of_nccl_alone(how: str
         assert first == "RankMismatch: the ranks disagree about mask kind: group rank 0: full; group rank 1: sliding"
 
 
-def count_waits(group: dist.ProcessGroup) -> list[int]:
-    links = nccl_like([0, 1], alone=True)
+def count_waits(group: dist.ProcessGroup, alone: bool) -> list[int]:
+    links = nccl_like([0, 1], alone)
     waits = []
     for cut in (100, 100, 100, 70, 70):
         plan = plan_on(links, cut)
@@ -148,9 +154,30 @@ def count_waits(group: dist.ProcessGroup) -> list[int]:
     return waits
 
 
-def test_the_host_waits_only_for_a_kind_of_call_that_is_new_in_a_group_of_nccl_alone(two_processes: RankProcesses):
+@KINDS_OF_GROUPS
+def test_the_host_waits_only_for_a_kind_of_call_that_is_new_in_groups_of_nccl(
+    alone: bool, two_processes: RankProcesses
+):
     """One forward and one backward; another plan of the same documents is nothing new."""
-    assert two_processes.run(count_waits) == [[2, 2, 2, 4, 4]] * 2
+    assert two_processes.run(count_waits, alone) == [[2, 2, 2, 4, 4]] * 2
+
+
+def compare_by_turns(group: dist.ProcessGroup) -> tuple[int, int]:
+    """On hosts, on devices whatever comes once they are connected, on hosts in a group that has no devices."""
+    links = nccl_like([0, 1], alone=False)
+    facts = {"direction": "forward"}
+    plan = plan_on(links)
+    plan.require_same(ids=torch.arange(3))
+    on_hosts = links.comparisons.num_on_devices
+    plan.agree(facts, CPU)
+    plan.require_same(ids=torch.arange(4))
+    plan.agree(facts, CPU)
+    return on_hosts, links.comparisons.num_on_devices
+
+
+def test_hosts_meet_until_devices_are_connected_in_a_group_of_gloo_and_nccl(two_processes: RankProcesses):
+    """One operation connects them; the two comparisons that follow are theirs."""
+    assert two_processes.run(compare_by_turns) == [(0, 3)] * 2
 
 
 def rank_without_messages(group: dist.ProcessGroup, alone: bool) -> list[bool]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import cpflex
-from cpflex.ring.agreement import agree, checksum, number_of, refuse, words_of
+from cpflex.links.protocol import Apart
+from cpflex.ring.agreement import agree, checksum, in_words, number_of, refuse, words_of
 from cpflex.testing import ThreadLinks, run_ranks
 
 
@@ -81,6 +82,15 @@ def test_every_refusal_is_told():
     )
 
 
+def test_a_rank_that_did_not_tell_its_number_is_named():
+    def call(group: ThreadLinks) -> None:
+        group.agreed[7] = {"plan": "a"}
+        with in_words(group):
+            raise Apart([7, 0, 7])
+
+    assert said_by(call, 1) == ["the ranks disagree about plan: group ranks 0, 2: a; group rank 1: (it did not tell)"]
+
+
 def test_calls_are_compared_by_one_number_each_and_words_travel_only_when_numbers_differ():
     """A new plan, new shapes, new documents: none of them costs more than a call that was made before."""
 
@@ -94,6 +104,71 @@ def test_calls_are_compared_by_one_number_each_and_words_travel_only_when_number
         return counts
 
     assert run_ranks(call, 2) == [[(2, 0), (4, 0), (6, 0), (8, 0)]] * 2
+
+
+def test_only_the_first_call_of_a_kind_waits_before_it_computes():
+    def call(group: ThreadLinks) -> list[int]:
+        waits = []
+        for dim in (16, 16, 8, 16, 8):
+            plan = cpflex.make_plan(cpflex.causal(), 64, group)
+            q = torch.randn(1, 1, plan.local_len, dim, requires_grad=True)
+            cpflex.flex_attention(q, q, q, block_mask=plan).sum().backward()
+            waits.append(group.num_waits)
+        plan.wait_for_agreement()
+        cpflex.flex_attention(q, q, q, block_mask=plan).sum().backward()
+        waits.append(group.num_waits)
+        plan.wait_for_agreement(False)
+        cpflex.flex_attention(q, q, q, block_mask=plan).sum().backward()
+        return [*waits, group.num_waits]
+
+    assert run_ranks(call, 3) == [[2, 2, 4, 4, 4, 6, 6]] * 3
+
+
+def test_one_rank_may_wait_at_every_call_beside_others_that_do_not():
+    def call(group: ThreadLinks) -> tuple[int, torch.Tensor]:
+        plan = cpflex.make_plan(cpflex.causal(), 64, group, schedule=cpflex.ring)
+        plan.wait_for_agreement(group.rank == 1)
+        x = torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(0))
+        for _ in range(3):
+            q = plan.shard(x, dim=2, pad_value=0.0)
+            out = cpflex.flex_attention(q, q, q, block_mask=plan)
+        return group.num_waits, plan.unshard(out, dim=2)
+
+    found = run_ranks(call, 3)
+    assert [waits for waits, _ in found] == [1, 3, 1]
+    alone = cpflex.make_plan(cpflex.causal(), 64)
+    x = torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(0))
+    for _, out in found:
+        torch.testing.assert_close(out, cpflex.flex_attention(x, x, x, block_mask=alone))
+
+
+def attend_in_dims(group: ThreadLinks, dims: list[int], cuts: list[int] | None = None) -> list[str]:
+    """Calls of kinds that all ranks know: what each raised; "" for none."""
+    mask = cpflex.causal() if cuts is None else cpflex.causal() & cpflex.document(cu_seqlens=cuts)
+    plan = cpflex.make_plan(mask, 64, group, layout=cpflex.contiguous, schedule=cpflex.direct if cuts else cpflex.ring)
+    said = []
+    for dim in (16, 8, *dims):
+        q = torch.randn(1, 1, plan.local_len, dim, requires_grad=True)
+        try:
+            cpflex.flex_attention(q, q, q, block_mask=plan).sum().backward()
+            said.append("")
+        except cpflex.RankMismatch as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("cuts", [None, [0, 16, 48, 64]], ids=["all have messages", "two have none"])
+def test_known_calls_with_messages_of_other_sizes_are_found_out_and_the_group_goes_on(cuts: list[int] | None):
+    """The first messages are on their way when the ranks find out: nobody takes them for those of a later call."""
+
+    def call(group: ThreadLinks) -> list[str]:
+        return attend_in_dims(group, [8 if group.rank == 2 else 16, 16, 16 if group.rank == 0 else 8, 8], cuts)
+
+    found = run_ranks(call, 4, timeout=60)
+    told = "the ranks disagree about query: group rank"
+    for said in found:
+        assert [text[: len(told)] for text in said] == ["", "", told, "", told, ""]
+        assert said == found[0]
 
 
 def call_in_order(group: ThreadLinks, kinds: list[str], backward: bool) -> None:
