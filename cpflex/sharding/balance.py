@@ -70,7 +70,9 @@ def balanced(seq_len: int, world_size: int, work: ChunkWork | None = None, *, fr
     if world_size == 1:
         return contiguous(seq_len, world_size)
     if work.machine is not None and not fragment_cost:
-        if layout := over_nodes(seq_len, world_size, work, work.machine):
+        counts = _chunk_counts(seq_len, world_size)
+        layout = over_nodes(seq_len, world_size, counts, work, work.machine)
+        if layout is not None:
             return layout
     return _flat(seq_len, world_size, work, fragment_cost)
 

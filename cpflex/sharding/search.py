@@ -76,7 +76,7 @@ class Problem:
     def foreign(self, sees: np.ndarray, holds: np.ndarray) -> np.ndarray:
         """Weighted groups that are seen [kinds, ..., words] and not held [..., words]."""
         count = np.bitwise_count(sees & ~holds).sum(axis=-1, dtype=np.int64)
-        return np.tensordot(self.weights, count, axes=1)
+        return self.weights[0] * count[0] if len(count) == 1 else np.tensordot(self.weights, count, axes=1)
 
 
 def least_overload(needs: Mapping[str, ChunkNeeds], world_size: int) -> float:
@@ -137,23 +137,25 @@ class Deal:
         ranks, count = chunks.shape
         kinds, _, words = problem.sees.shape
         self.load = np.empty((kinds, ranks), dtype=np.int64)
+        self.excess = np.empty(ranks, dtype=np.int64)
+        """Work above the limit, of the kind that has most of it."""
         self.traffic = np.empty(ranks)
         # what the rank's chunks but one see and hold, for each one left out
         self.rest_sees = np.empty((kinds, ranks, count, words), dtype=np.uint64)
         self.rest_holds = np.empty((ranks, count, words), dtype=np.uint64)
         self._update(np.arange(ranks))
 
+    def cost(self) -> tuple[int, float]:
+        """Overload, then traffic, of the worst rank."""
+        return int(self.excess.max()), float(self.traffic.max())
+
     def _update(self, ranks: np.ndarray) -> None:
         problem, held = self.problem, self.chunks[ranks]
         sees, holds = problem.sees[:, held], problem.holds[held]
         self.rest_sees[:, ranks], self.rest_holds[ranks] = _or_of_others(sees), _or_of_others(holds)
-        self.load[:, ranks] = problem.work[:, held].sum(axis=2)
+        self.load[:, ranks] = load = problem.work[:, held].sum(axis=2)
+        self.excess[ranks] = np.maximum(load - problem.limit[:, None], 0).max(axis=0)
         self.traffic[ranks] = problem.foreign(np.bitwise_or.reduce(sees, axis=2), np.bitwise_or.reduce(holds, axis=1))
-
-    def excess(self, ranks: int | np.ndarray) -> np.ndarray:
-        """Work above the limit, of the kind that has most of it."""
-        over = self.load[:, ranks] - self.problem.limit.reshape(-1, *[1] * np.ndim(ranks))
-        return np.maximum(over, 0).max(axis=0)
 
     def swap(self, rank: int, mine: int, other: int, theirs: int) -> None:
         chunks = self.chunks
@@ -242,28 +244,27 @@ def _or_of_others(bits: np.ndarray) -> np.ndarray:
     return others
 
 
-def refine(problem: Problem, chunks: np.ndarray) -> np.ndarray:
-    """Swap chunks of the worst rank with any other's while that helps."""
+def refine(problem: Problem, chunks: np.ndarray, most_looks: int | None = None) -> np.ndarray:
+    """Swap chunks of the worst rank with any other's while that helps, in few looks if there are to be few."""
     deal = Deal(problem, chunks)
     settled = np.zeros(problem.world_size, dtype=bool)
     kinds, _, words = problem.sees.shape
     swaps = problem.per_rank**2 * min(problem.world_size - 1, MAX_PARTNERS)
     looks = max(MIN_LOOKS, min(MAX_LOOKS_PER_RANK * problem.world_size, MAX_WORDS // (swaps * kinds * words)))
-    reliefs = MAX_RELIEFS
+    looks, reliefs = min(looks, most_looks or looks), MAX_RELIEFS
     while looks and reliefs:
-        excess = deal.excess(np.arange(len(settled)))
-        worst = np.lexsort((np.arange(len(settled)), -deal.traffic, -excess, settled))[0]
+        worst = int(np.lexsort((np.arange(len(settled)), -deal.traffic, -deal.excess, settled))[0])
         if settled[worst]:
             break
-        swap = deal.best_swap(int(worst))
+        swap = deal.best_swap(worst)
         if swap is None:
             settled[worst] = True
             looks -= 1
             continue
-        before = deal.excess(int(worst))
-        deal.swap(int(worst), *swap)
+        before = deal.excess[worst]
+        deal.swap(worst, *swap)
         settled[:] = False
-        if deal.excess(int(worst)) < before:
+        if deal.excess[worst] < before:
             reliefs -= 1
         else:
             looks -= 1
