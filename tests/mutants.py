@@ -90,7 +90,7 @@ PLANNER = [
     Mutant("every rank thinks it holds the first rank's tokens", "sharding/layout.py", "np.asarray(self.chunks[rank], dtype=np.int64)", "np.asarray(self.chunks[0], dtype=np.int64)", "sharding/test_shard.py"),
     Mutant("unshard puts every part where the own belongs", "sharding/shard.py", "layout.positions(owner)", "layout.positions(rank)", "sharding/test_shard.py"),
     Mutant("gradients of unshard not summed", "sharding/shard.py", "torch.stack(_swap(parts, rank, links)).sum(dim=0)", "_swap(parts, rank, links)[rank]", "sharding/test_shard.py"),
-    Mutant("only the first mask kind is balanced", "sharding/balance.py", "work = np.stack([needs[kind].work for kind in kinds])", "work = np.stack([needs[kinds[0]].work for kind in kinds])", "sharding/test_balance.py"),
+    Mutant("only the first mask kind is balanced", "sharding/search.py", "work = np.stack([needs[kind].work for kind in kinds])", "work = np.stack([needs[kinds[0]].work for kind in kinds])", "sharding/test_balance.py"),
 ]  # fmt: skip
 RING = [
     Mutant("K and V swapped on the way", "ring/transport.py", "for x, packed in zip(pair, ", "for x, packed in zip(pair[::-1], ", RANKS),
