@@ -8,6 +8,7 @@ from cpflex.planning.nodes import topology_of
 from cpflex.planning.plan import Plan
 from cpflex.ring.agreement import RankMismatch
 from cpflex.ring.schedule import auto, direct, even, gather, ring, ring_both
+from cpflex.ring.two_level import relay
 from cpflex.sharding.balance import balanced
 from cpflex.sharding.layout import Layout, contiguous, striped, zigzag
 from cpflex.topology import Device, Heads, Topology
@@ -34,6 +35,7 @@ __all__ = [
     "gather",
     "make_plan",
     "prefix_lm",
+    "relay",
     "ring",
     "ring_both",
     "score_mod",

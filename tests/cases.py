@@ -22,12 +22,20 @@ from oracle import Attention, MaskFn, ScoreFn, dense_attention
 LAYOUTS = {layout.__name__: layout for layout in (cpflex.contiguous, cpflex.zigzag, cpflex.striped, cpflex.balanced)}
 SCHEDULES = {"ring": cpflex.ring, "ring:both": cpflex.ring_both, "direct": cpflex.direct, "auto": cpflex.auto}
 SCHEDULES |= {"even:3": cpflex.even(3), "even:1/4": cpflex.even((1, 4)), "gather": cpflex.gather}
+SCHEDULES |= {"relay:2": cpflex.relay(2), "striped:1/2": cpflex.relay((1, 2), stripe=True)}
+NODES_OF_TWO = cpflex.Topology(gpus_per_node=2, intra_gb_per_s=370.0, inter_gb_per_s=47.0)
 LENGTHS = (1, 5, 127, 300, 321, 1000)
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}
 HEADS_OF_GRIDS = {"mha4": (4, 4), "gqa": (4, 2), "mqa4": (4, 1)}
 """Those that 2 and 4 ranks can divide."""
 DIMS = {"d16": (16, 16), "d24": (24, 24), "d16dv24": (16, 24)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def options_of(schedule: str) -> dict[str, Any]:
+    """Of `make_plan`: the schedule, and a topology for those that need one."""
+    knows_nodes = schedule.startswith(("relay", "striped"))
+    return {"schedule": SCHEDULES[schedule]} | ({"topology": NODES_OF_TWO} if knows_nodes else {})
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,7 @@ class Problem:
             batch_size=self.batch_size,
             num_heads=self.num_heads,
             layout=LAYOUTS[self.layout],
-            schedule=SCHEDULES[self.schedule],
-            **({"ulysses_size": self.ulysses_size} | options),
+            **options_of(self.schedule) | {"ulysses_size": self.ulysses_size} | options,
         )
 
     def dense(self, precision: torch.dtype = torch.float64) -> Attention:

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cpflex
-from cases import DTYPES, LAYOUTS, SCHEDULES
+from cases import DTYPES, LAYOUTS, SCHEDULES, options_of
 from cpflex.mods.graph import Graph
 from cpflex.mods.trace import trace_mask_mod, trace_score_mod
 from cpflex.testing import run_ranks
@@ -166,7 +166,7 @@ class Case:
         )
         plan = cpflex.make_plan(
             masks, self.seq_len, **where, batch_size=self.batch_size, num_heads=self.heads[0],
-            layout=LAYOUTS[self.layout], schedule=SCHEDULES[self.schedule],
+            layout=LAYOUTS[self.layout], **options_of(self.schedule),
         )  # fmt: skip
         if self.stored:
             plan = cpflex.Plan.from_bytes(plan.to_bytes()).bind(group)

@@ -7,6 +7,7 @@ a tile has one verdict.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -142,11 +143,20 @@ class Needs:
         """K/V rows of rank o's shard that rank r needs, by block: never too few. int64 [world_size (r), world_size
         (o)].
         """
-        sees = np.stack([self._chunks.sees[list(held)].any(axis=0) for held in self.layout.chunks])
+        return self.tokens_of(np.arange(self.layout.world_size))
+
+    def tokens_of(self, line: np.ndarray) -> np.ndarray:
+        """As `tokens`, of lines of ranks: the line of each rank, -1 for none; int64 [lines, world_size (o)]."""
         owner = self.layout.owner[self._chunks.block_chunk]
-        return np.stack([np.bincount(owner[row], self._chunks.block_len[row], len(sees)) for row in sees]).astype(
+        sees = self._sees(line)
+        return np.stack([np.bincount(owner[row], self._chunks.block_len[row], len(line)) for row in sees]).astype(
             np.int64
         )
+
+    def _sees(self, line: np.ndarray) -> np.ndarray:
+        """Blocks of which queries of any rank of a line see a key, bool [lines, num_blocks]."""
+        line_of_chunk = line[self.layout.owner]
+        return np.stack([self._chunks.sees[line_of_chunk == one].any(axis=0) for one in range(int(line.max()) + 1)])
 
     @cached_property
     def squares(self) -> Squares:
@@ -182,15 +192,13 @@ class Needs:
         covered = _covered(squares, range(self.tiles.num_tiles), line_of_tile, int(line.max()) + 1)
         return (covered & wanted)[:, self._tile_of]
 
-    def foreseen(self, line: np.ndarray) -> np.ndarray:
-        """As `seen`, of all tiles, by block: never too few, the same on every rank."""
-        lines = [
-            self._chunks.sees[np.flatnonzero(line[self.layout.owner] == one)].any(axis=0)
-            for one in range(int(line.max()) + 1)
-        ]
+    def foreseen(self, line: np.ndarray, owners: Sequence[int]) -> np.ndarray:
+        """As `seen`, of all tiles of some owners, by block: never too few, the same on every rank; bool [lines,
+        owners, T].
+        """
         begins = np.cumsum(self._chunks.block_len) - self._chunks.block_len
         block_of = np.searchsorted(begins, self.tiles.lo, side="right") - 1
-        return np.stack(lines)[:, block_of[self._tile_of]]
+        return self._sees(line)[:, block_of[self._tile_of[list(owners)]]]
 
     def rows_from(self, owner: int) -> Rows:
         """Rows of the owner's shard that this rank needs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -145,11 +145,12 @@ class Plan:
         """Figures of the one mask kind, or of each: ``stats[kind]``.
 
         Of each outer shard, which is a rank's where no heads are exchanged: ``work`` (query, key) pairs in tiles with
-        work, ``recv_tokens`` K/V rows received in one forward (exact for this one, by block for others),
-        ``needed_tokens`` K/V rows of others that it needs, by block. ``imbalance`` max / mean work,
+        work, ``recv_tokens`` K/V rows received in one forward, those to be passed on included (exact for this one, by
+        block for others), ``needed_tokens`` K/V rows of others that it needs, by block. ``imbalance`` max / mean work,
         ``all_gather_tokens`` what an all-gather would bring to each. Of this one: ``sent_tokens``, ``full_tiles``,
-        ``partial_tiles``, and how many of these are ``unproven_tiles``. ``schedule`` and ``reason``. Each rank of a row
-        has so many rows and pairs of its heads.
+        ``partial_tiles``, and how many of these are ``unproven_tiles``. ``schedule`` and ``reason``. ``cross_tokens``
+        K/V rows that it sends to other nodes, if the topology is known. Each rank of a row has so many rows and pairs
+        of its heads.
         """
         figures = {name: self._stats_of(kind) for name, kind in self.kinds.items()}
         return figures if len(figures) > 1 else next(iter(figures.values()))
@@ -158,12 +159,12 @@ class Plan:
         masks = [step.tile_mask for step in kind.steps]
         exchanges = [step.exchange for step in kind.steps]
         received = list(kind.recv_tokens)
-        received[self.outer_rank] = sum(t.num_rows for exchange in exchanges for t in exchange.receives)
+        received[self.outer_rank] = self._num_rows(t for exchange in exchanges for t in exchange.receives)
         return {
             "work": kind.work.tolist(),
             "imbalance": float(kind.work.max() / kind.work.mean()) if kind.work.any() else 1.0,
             "recv_tokens": received,
-            "sent_tokens": sum(t.num_rows for exchange in exchanges for t in exchange.sends),
+            "sent_tokens": self._num_rows(t for exchange in exchanges for t in exchange.sends),
             "needed_tokens": (kind.tokens.sum(axis=1) - np.diag(kind.tokens)).tolist(),
             "all_gather_tokens": self.outer.local_len * (self.outer.world_size - 1),
             "full_tiles": sum(mask.full.num_tiles for mask in masks),
@@ -171,7 +172,18 @@ class Plan:
             "unproven_tiles": sum(mask.num_unproven for mask in masks),
             "schedule": kind.schedule,
             "reason": kind.reason,
+            **self._across(kind, [t for exchange in exchanges for t in exchange.sends]),
         }
+
+    def _num_rows(self, transfers: Iterable[Transfer]) -> int:
+        """Of messages to or from other ranks."""
+        return sum(t.num_rows for t in transfers if t.peer != self.outer_rank)
+
+    def _across(self, kind: MaskKind, sends: Sequence[Transfer]) -> dict[str, int]:
+        if kind.machine is None:
+            return {}
+        node_of = kind.machine.topology.node_of
+        return {"cross_tokens": self._num_rows(t for t in sends if node_of(t.peer) != node_of(self.outer_rank))}
 
     def shard(
         self, x: Tensor, dim: int, *, pad_value: float | int | bool | None = None, require_same: bool = False

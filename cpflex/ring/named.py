@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from cpflex.ring.schedule import ScheduleFn, Stages, direct, even, gather, ring, ring_both
+from cpflex.ring.two_level import relay
 
 PLAIN: dict[str, ScheduleFn] = {"ring": ring, "ring:both": ring_both, "direct": direct, "gather": gather}
-STAGED: dict[str, Callable[[Stages], ScheduleFn]] = {"even": even}
+STAGED: dict[str, Callable[[Stages], ScheduleFn]] = {
+    "even": even,
+    "relay": relay,
+    "striped": partial(relay, stripe=True),
+}
 
 
 def named_schedule(name: str) -> ScheduleFn | None:

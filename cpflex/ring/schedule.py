@@ -1,13 +1,15 @@
 """Who sends which rows to whom at each step: pure data, made alike on every rank.
 
-The block of step t is the K/V that is visiting at that step; block 0 is the rank's own shard. A schedule function fills
-in where each block comes from and, for backward, where its dK/dV goes.
+The block of step t is the K/V that is visiting at that step; block 0 is the rank's own shard. Blocks of other numbers
+are on their way to other ranks. A schedule function fills in where each block comes from and, for backward, where its
+dK/dV goes.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -43,18 +45,20 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Exchange:
-    """The messages of one step."""
+    """The messages of one step. A rank's own among them, to itself, are copies from one block to another."""
 
     sources: tuple[Source, ...] = ()
     """What the step's block consists of, in order."""
     sends: tuple[Transfer, ...] = ()
-    """K/V rows sent so that peers have their block of this step; ``block`` is the one that holds the rows here."""
+    """K/V rows that leave before the step; ``block`` is the one that holds the rows here."""
     receives: tuple[Transfer, ...] = ()
-    """K/V rows that arrive for this step's block."""
+    """K/V rows that arrive for this step's block, or for one that is passed on; together they fill their blocks."""
     grad_sends: tuple[Transfer, ...] = ()
-    """dK/dV rows of this step's block that leave once the step is computed."""
+    """dK/dV rows that leave once the step is computed: of its block, or of one that was passed on."""
     grad_receives: tuple[Transfer, ...] = ()
     """dK/dV rows that arrive meanwhile, to be added to those of ``block``."""
+    after: tuple[Exchange, ...] = ()
+    """Of the last step: what follows it, gradients alone."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,14 @@ class Needs(Protocol):
         """
         ...
 
-    def foreseen(self, line: np.ndarray) -> np.ndarray:
-        """As `seen`, of all tiles, by block: never too few, cheap, the same on every rank."""
+    def foreseen(self, line: np.ndarray, owners: Sequence[int]) -> np.ndarray:
+        """As `seen`, of all tiles of some owners, by block: never too few, cheap, the same on every rank; bool [lines,
+        owners, T].
+        """
+        ...
+
+    def tokens_of(self, line: np.ndarray) -> np.ndarray:
+        """As `tokens`, of lines of ranks; int64 [lines, world_size (o)]."""
         ...
 
 
@@ -232,18 +242,17 @@ def direct(layout: Layout, rank: int, needs: Needs) -> Schedule:
     shard = ((0, layout.local_len),)
     exchanges = [Exchange(sources=(Source(rank, shard),))]
     for distances in _stages(needs.tokens, layout.local_len):
-        stage = _stage(len(exchanges), distances, layout.world_size, rank, needs.rows_to, needs.rows_from)
-        exchanges.append(stage)
+        ends = _at(distances, layout.world_size, rank)
+        exchanges.append(straight(len(exchanges), ends, needs.rows_to, needs.rows_from))
     reason = f"asked for; {len(exchanges) - 1} remote stages"
     return Schedule("direct", reason, tuple(exchanges), _foreign(needs.tokens))
 
 
-def _stage(index: int, distances: Iterable[int], world_size: int, rank: int, to: Ask, from_: Ask) -> Exchange:
-    """Straight from owners to ranks: what step ``index`` brings, by distance between the two."""
+def straight(index: int, ends: Iterable[tuple[int, int]], to: Ask, from_: Ask) -> Exchange:
+    """From owners to ranks without a stop: what step ``index`` brings. ``ends``: a peer to serve and an owner, in turn."""
     sources, sends, receives, grad_sends, grad_receives = [], [], [], [], []
     offset = 0
-    for distance in distances:
-        peer, owner = (rank + distance) % world_size, (rank - distance) % world_size
+    for peer, owner in ends:
         if rows := to(peer):
             sends.append(Transfer(peer, 0, rows))
             grad_receives.append(Transfer(peer, 0, rows))
@@ -255,6 +264,11 @@ def _stage(index: int, distances: Iterable[int], world_size: int, rank: int, to:
             receives.append(Transfer(owner, index, here))
             grad_sends.append(Transfer(owner, index, here))
     return Exchange(*(tuple(x) for x in (sources, sends, receives, grad_sends, grad_receives)))
+
+
+def _at(distances: Iterable[int], world_size: int, rank: int) -> list[tuple[int, int]]:
+    """The ranks so far after this one, and before it."""
+    return [((rank + distance) % world_size, (rank - distance) % world_size) for distance in distances]
 
 
 def _stages(tokens: np.ndarray, limit: int) -> list[list[int]]:
@@ -318,8 +332,8 @@ def _even(name: str, parts: tuple[int, ...], layout: Layout, rank: int, needs: N
         for part in range(len(parts)):
             tiles = needs.sent & (parts_to == part), needs.received & (parts_from == part)
             to, from_ = ([rows_of(needed, starts) for needed in one] for one in tiles)
-            distances = range(1, world_size)
-            exchanges.append(_stage(part + 1, distances, world_size, rank, to.__getitem__, from_.__getitem__))
+            ends = _at(range(1, world_size), world_size, rank)
+            exchanges.append(straight(part + 1, ends, to.__getitem__, from_.__getitem__))
     return Schedule(name, f"asked for; {_count(len(exchanges) - 1)}", tuple(exchanges), received)
 
 
@@ -368,6 +382,39 @@ def rows_of(needed: np.ndarray, tile_starts: np.ndarray) -> Rows:
     """Rows of a shard's tiles, bool [T]."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], needed.astype(np.int8), [0]])))
     return tuple((int(tile_starts[a]), int(tile_starts[b])) for a, b in edges.reshape(-1, 2))
+
+
+def last_uses(exchanges: Sequence[Exchange]) -> list[list[int]]:
+    """The blocks that no message needs any more once that of step i + 1 is posted, for each step i."""
+    last = {index: index for index in range(len(exchanges))}
+    for index, exchange in enumerate(exchanges):
+        for transfer in exchange.sends:
+            last[transfer.block] = max(last.get(transfer.block, 0), index - 1)
+    ended: list[list[int]] = [[] for _ in exchanges]
+    for block, index in last.items():
+        ended[index].append(block)
+    return ended
+
+
+def most_rows(exchanges: Sequence[Exchange]) -> int:
+    """K/V rows of other ranks in memory at once, at most: blocks, and the messages that they are made of. What is
+    packed to be sent comes on top.
+    """
+    ended, held, most = last_uses(exchanges), {0: 0}, 0
+    arriving = [sum(t.num_rows for t in exchange.receives) for exchange in exchanges]
+    for index, exchange in enumerate(exchanges):
+        blocks = Counter(t.block for t in exchange.receives)
+        joined = sum(t.num_rows for t in exchange.receives if blocks[t.block] > 1)
+        most = max(most, sum(held.values()) + arriving[index] + joined)
+        for t in exchange.receives:
+            held[t.block] = held.get(t.block, 0) + t.num_rows
+        most = max(most, sum(held.values()) + sum(arriving[index + 1 : index + 2]))
+        for block in ended[index]:
+            if block != index:
+                held.pop(block, None)
+        most = max(most, sum(held.values()) + sum(arriving[index + 1 : index + 2]))
+        held.pop(index, None)
+    return most
 
 
 def _foreign(tokens: np.ndarray) -> tuple[int, ...]:

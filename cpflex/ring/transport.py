@@ -18,7 +18,7 @@ from torch.autograd import profiler
 from torch.profiler import record_function
 
 from cpflex.links.protocol import Links, Message, Work
-from cpflex.ring.schedule import Rows, Step, Transfer
+from cpflex.ring.schedule import Exchange, Rows, Step, Transfer, last_uses
 
 # B batch, H heads of keys and values, R rows, D head dim of keys, Dv of values
 
@@ -31,6 +31,7 @@ class Pair(NamedTuple):
 
 
 class _Arrival(NamedTuple):
+    step: int
     work: Work
     transfers: Sequence[Transfer]
     buffers: list[Tensor]
@@ -48,34 +49,36 @@ class Transport:
 
     def __init__(self, links: Links | None, steps: Sequence[Step], shard: Pair, *, is_part: bool = False) -> None:
         self.links = links
+        self.rank = links.rank if links is not None else 0
         self.steps = steps
         self.shard = shard
         self.is_part = is_part
         self.bytes_sent = 0
+        self._sums: dict[int, Pair] = {}  # dK/dV that are here, by block
         self._grads: dict[int, list[_Arrival]] = {}  # by the block that they are added to
         self._sent: list[Work] = []
-        self._last_uses = _last_uses(steps)
+        self._last_uses = last_uses([step.exchange for step in steps])
 
     def circulate(self) -> Iterator[tuple[int, Step, Pair]]:
         """(index, step, its K and V) for each step, in order; while the caller computes one, the next is on its way.
 
-        A caller that lets go of K and V before it asks for the next has two blocks in memory at most, besides its own.
+        A caller that lets go of K and V before it asks for the next has at most `most_rows` of other ranks in memory:
+        two blocks, and those that are passed on.
         """
         blocks = {0: self.shard}
         packed: dict[int, Tensor] = {}  # a block that arrived as one message travels on as it came
-        arrival = None
+        first = self.steps[0].exchange
+        arrival = self._post(0, blocks, packed) if first.sends or first.receives else None
         for index, step in enumerate(self.steps):
             if arrival is not None:
-                self._wait(arrival, index, "K/V")
-                blocks[index] = self._unpack(arrival, self.shard)
-                if len(arrival.buffers) == 1:
-                    packed[index] = arrival.buffers[0]
+                self._wait(arrival, "K/V")
+                self._deliver(arrival, blocks, packed)
             arrival = None  # its buffers are gone before the next ones are made
             if index + 1 < len(self.steps):
                 arrival = self._post(index + 1, blocks, packed)
-            block = blocks[index]
+            block = blocks[index] if index in blocks else self._join([])
             for done in self._last_uses[index]:
-                blocks.pop(done)
+                blocks.pop(done, None)
                 packed.pop(done, None)
             with _shown(index, "attend"):
                 yield index, step, block
@@ -90,24 +93,37 @@ class Transport:
             if whole and transfer.block not in packed:
                 packed[transfer.block] = _pack(block, transfer.rows)
             sends.append((transfer.peer, packed[transfer.block] if whole else _pack(block, transfer.rows)))
-        return self._start(sends, exchange.receives, self.shard)
+        return self._start(index, sends, exchange.receives, self.shard)
+
+    def _deliver(self, arrival: _Arrival, blocks: dict[int, Pair], packed: dict[int, Tensor]) -> None:
+        parts: dict[int, list[tuple[Transfer, Tensor]]] = {}
+        for transfer, buffer in zip(arrival.transfers, arrival.buffers, strict=True):
+            parts.setdefault(transfer.block, []).append((transfer, buffer))
+        for block, messages in parts.items():
+            blocks[block] = self._join(messages)
+            if len(messages) == 1:
+                packed[block] = messages[0][1]
 
     def give_back(self, index: int, grads: Pair) -> None:
         """Hand over dK, dV (fp32, unless `is_alone`) of step ``index``'s block; they travel to the owner of its rows.
 
-        What arrived for the block is added first. Parts for the rank's own shard are added one step after they were
-        sent for, in a fixed order: the rank's own, then by step, then by peer.
+        What arrived for a block is added before it leaves. Parts for the rank's own shard are added one step after
+        they were sent for, in a fixed order: the rank's own, then by step, then as the step lists them.
         """
-        exchange = self.steps[index].exchange
-        if index == 0:
-            self._home = grads
-            return
-        grads = self._add_arrived(index, grads)
-        sends = [(t.peer, _pack(grads, t.rows)) for t in exchange.grad_sends]
-        arrival = self._start(sends, exchange.grad_receives, self._home)
-        self._home = self._add_arrived(0, self._home)
+        self._sums[index] = grads
+        if index:
+            self._return(index, self.steps[index].exchange)
+
+    def _return(self, step: int, exchange: Exchange) -> None:
+        for block, rows in _extents(exchange.grad_sends).items():
+            self._add_arrived(block, rows)
+        sends = [(t.peer, _pack(self._sums[t.block], t.rows)) for t in exchange.grad_sends]
+        arrival = self._start(step, sends, exchange.grad_receives, self._sums[0])
+        for block in {step, *(t.block for t in exchange.grad_sends)}:
+            self._sums.pop(block, None)
+        self._add_arrived(0, 0)
         for transfer, buffer in zip(exchange.grad_receives, arrival.buffers, strict=True):
-            self._grads.setdefault(transfer.block, []).append(_Arrival(arrival.work, [transfer], [buffer]))
+            self._grads.setdefault(transfer.block, []).append(_Arrival(step, arrival.work, [transfer], [buffer]))
         self._sent.append(arrival.work)
 
     @property
@@ -117,50 +133,69 @@ class Transport:
 
     def home(self) -> Pair:
         """dK, dV of the rank's own shard, all ranks' parts added."""
-        total = self._add_arrived(0, self._home)
+        for step, exchange in enumerate(self.steps[-1].exchange.after, len(self.steps)):
+            self._return(step, exchange)
+        self._add_arrived(0, 0)
         for work in self._sent:
             work.wait()
-        return total
+        return self._sums.pop(0)
 
-    def _add_arrived(self, block: int, grads: Pair) -> Pair:
+    def _add_arrived(self, block: int, num_rows: int) -> None:
+        """What arrived for a block, which begins as zeros of so many rows if nothing of it was computed here."""
+        if block not in self._sums:
+            self._sums[block] = Pair(*(x.new_zeros(*x.shape[:2], num_rows, x.shape[3]) for x in self._sums[0]))
+        total = self._sums[block]
         for arrival in self._grads.pop(block, []):
-            self._wait(arrival, block, "dK/dV")
-            part = self._unpack(arrival, grads)
+            self._wait(arrival, "dK/dV")
+            transfer, buffer = arrival.transfers[0], arrival.buffers[0]
+            part = _split(buffer, transfer.num_rows, total)
             offset = 0
-            for start, stop in arrival.transfers[0].rows:
-                for mine, arrived in zip(grads, part, strict=True):
+            for start, stop in transfer.rows:
+                for mine, arrived in zip(total, part, strict=True):
                     _rows(mine, start, stop).add_(_rows(arrived, offset, offset + stop - start))
                 offset += stop - start
-        return grads
 
-    def _start(self, sends: list[Message], receives: Sequence[Transfer], like: Pair) -> _Arrival:
+    def _start(self, step: int, sends: list[Message], receives: Sequence[Transfer], like: Pair) -> _Arrival:
+        """Post a step's messages. What a rank sends itself stays where it is."""
         width = _row_elements(like)
-        buffers = [like.k.new_empty(t.num_rows * width) for t in receives]
-        for _, tensor in sends:
+        kept = iter([tensor for peer, tensor in sends if peer == self.rank])
+        buffers = [next(kept) if t.peer == self.rank else like.k.new_empty(t.num_rows * width) for t in receives]
+        outgoing = [message for message in sends if message[0] != self.rank]
+        incoming = [(t.peer, buffer) for t, buffer in zip(receives, buffers, strict=True) if t.peer != self.rank]
+        for _, tensor in outgoing:
             self.bytes_sent += tensor.numel() * tensor.element_size()
-        assert self.links is not None or not (sends or receives), "one rank has nobody to exchange with"
-        incoming = [(t.peer, buffer) for t, buffer in zip(receives, buffers, strict=True)]
-        work = self.links.exchange(sends, incoming) if self.links is not None else _Done()
-        return _Arrival(work, receives, buffers)
+        assert self.links is not None or not (outgoing or incoming), "one rank has nobody to exchange with"
+        work = self.links.exchange(outgoing, incoming) if self.links is not None else _Done()
+        return _Arrival(step, work, receives, buffers)
 
-    def _wait(self, arrival: _Arrival, index: int, what: str) -> None:
+    def _wait(self, arrival: _Arrival, what: str) -> None:
         try:
-            with _shown(index, "wait", what):
+            with _shown(arrival.step, "wait", what):
                 arrival.work.wait()
         except (ConnectionError, TimeoutError) as error:
-            rank = self.links.rank if self.links is not None else 0
-            peers = sorted({t.peer for t in arrival.transfers})
-            raise type(error)(
-                f"group rank {rank}: {what} of step {index} from group ranks {peers} did not arrive: {error}"
-            ) from error
+            peers = sorted({t.peer for t in arrival.transfers} - {self.rank})
+            what = f"{what} of step {arrival.step} from group ranks {peers}"
+            raise type(error)(f"group rank {self.rank}: {what} did not arrive: {error}") from error
 
-    def _unpack(self, arrival: _Arrival, like: Pair) -> Pair:
-        parts = [_split(b, t.num_rows, like) for b, t in zip(arrival.buffers, arrival.transfers, strict=True)]
-        if len(parts) == 1:
-            return parts[0]
+    def _join(self, messages: Sequence[tuple[Transfer, Tensor]]) -> Pair:
+        """The block whose rows the messages hold."""
+        like = self.shard
+        parts = [(t.rows, _split(buffer, t.num_rows, like)) for t, buffer in messages]
         if not parts:
             return Pair(like.k[:, :, :0], like.v[:, :, :0])
-        return Pair(torch.cat([p.k for p in parts], dim=2), torch.cat([p.v for p in parts], dim=2))
+        if len(parts) == 1 and len(parts[0][0]) == 1:
+            return parts[0][1]
+        pieces = []
+        for rows, part in parts:
+            offset = 0
+            for start, stop in rows:
+                pieces.append((start, part, offset, stop - start))
+                offset += stop - start
+        pieces.sort(key=lambda piece: piece[0])
+        return Pair(
+            torch.cat([part.k.narrow(2, offset, length) for _, part, offset, length in pieces], dim=2),
+            torch.cat([part.v.narrow(2, offset, length) for _, part, offset, length in pieces], dim=2),
+        )
 
 
 class _Done:
@@ -168,16 +203,12 @@ class _Done:
         return
 
 
-def _last_uses(steps: Sequence[Step]) -> list[list[int]]:
-    """The blocks that no message needs any more once that of step i + 1 is posted, for each step i."""
-    last = list(range(len(steps)))
-    for index, step in enumerate(steps):
-        for transfer in step.exchange.sends:
-            last[transfer.block] = max(last[transfer.block], index - 1)
-    ended: list[list[int]] = [[] for _ in steps]
-    for block, index in enumerate(last):
-        ended[index].append(block)
-    return ended
+def _extents(transfers: Sequence[Transfer]) -> dict[int, int]:
+    """Rows of each block that leaves whole, in several messages."""
+    found: dict[int, int] = {}
+    for t in transfers:
+        found[t.block] = max(found.get(t.block, 0), *(stop for _, stop in t.rows))
+    return found
 
 
 _UNSEEN = contextlib.nullcontext()
@@ -204,10 +235,10 @@ def _pack(pair: Pair, rows: Rows) -> Tensor:
     num_rows = sum(stop - start for start, stop in rows)
     message = pair.k.new_empty(num_rows * _row_elements(pair))
     for x, packed in zip(pair, _split(message, num_rows, pair), strict=True):
-        offset = 0
-        for start, stop in rows:
-            _rows(packed, offset, offset + stop - start).copy_(_rows(x, start, stop))
-            offset += stop - start
+        if len(rows) == 1:
+            packed.copy_(_rows(x, *rows[0]))
+        else:
+            torch.cat([_rows(x, start, stop) for start, stop in rows], dim=2, out=packed)
     return message
 
 

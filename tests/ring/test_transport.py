@@ -172,16 +172,15 @@ class Weighed(Transport):
         self.alive: dict[int, int] = {}
         self.peak = 0
 
-    def _start(self, sends, receives, like) -> Any:
-        arrival = super()._start(sends, receives, like)
+    def _start(self, step, sends, receives, like) -> Any:
+        arrival = super()._start(step, sends, receives, like)
         if like is self.shard:  # not gradients
             self._weigh(arrival.buffers)
         return arrival
 
-    def _unpack(self, arrival, like) -> Pair:
-        block = super()._unpack(arrival, like)
-        if like is self.shard:
-            self._weigh(block)
+    def _join(self, messages) -> Pair:
+        block = super()._join(messages)
+        self._weigh(block)
         return block
 
     def _weigh(self, tensors) -> None:
