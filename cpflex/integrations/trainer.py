@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,7 @@ class OnRanks(Base):
 
     Attributes:
         shares: the ranks of one sequence, and those of one mean (`cpflex.integrations.accelerate.Shares`).
+        plan_options: of `plan_for`, for every batch: ``{"ulysses_size": 2}``, ``{"layout": cpflex.zigzag}``.
 
     Raises:
         NotImplementedError: what `refused` says: it would see this rank's tokens only.
@@ -65,6 +67,7 @@ class OnRanks(Base):
     """
 
     shares: Shares
+    plan_options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         above = super()
@@ -131,12 +134,13 @@ class OnRanks(Base):
         batch = without_flash_keywords(batch)
         config, group = self.accelerator.unwrap_model(self.model).config, self.shares.cp
         types = batch.get("token_type_ids", batch.get("mm_token_type_ids"))
+        plan = partial(plan_for, config, group, token_type_ids=types, **self.plan_options)
         if batch.get("position_ids") is not None:
-            return plan_for(config, group, position_ids=batch["position_ids"].cpu(), token_type_ids=types)
+            return plan(position_ids=batch["position_ids"].cpu())
         mask = batch.get("attention_mask")
         if mask is not None and not mask.all():
-            return plan_for(config, group, attention_mask=mask.cpu(), token_type_ids=types)
-        return plan_for(config, group, seq_len=batch["input_ids"].shape[1], token_type_ids=types)
+            return plan(attention_mask=mask.cpu())
+        return plan(seq_len=batch["input_ids"].shape[1])
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         before = self.state.num_input_tokens_seen
