@@ -31,6 +31,7 @@ import cpflex
 from cases import DTYPES, LAYOUTS, SCHEDULES, options_of
 from cpflex.mods.graph import Graph
 from cpflex.mods.trace import trace_mask_mod, trace_score_mod
+from cpflex.ring.heads import why_not_divided
 from cpflex.testing import run_ranks
 from oracle import Attention, MaskFn, ScoreFn, assert_within_budget, dense_attention
 from runs import assemble, attend_on_rank
@@ -106,6 +107,7 @@ class Case:
     stored: bool = False
     """The plan was bytes on its way to the group."""
     seed: int = 0
+    ulysses_size: int = 1
 
     def __repr__(self) -> str:
         return _code(self)
@@ -166,7 +168,7 @@ class Case:
         )
         plan = cpflex.make_plan(
             masks, self.seq_len, **where, batch_size=self.batch_size, num_heads=self.heads[0],
-            layout=LAYOUTS[self.layout], **options_of(self.schedule),
+            layout=LAYOUTS[self.layout], **options_of(self.schedule), ulysses_size=self.ulysses_size,
         )  # fmt: skip
         if self.stored:
             plan = cpflex.Plan.from_bytes(plan.to_bytes()).bind(group)
@@ -196,6 +198,7 @@ class Case:
         yield "seq_len", f"up to {next(n for n in (1, 16, 64, 128, 256, 512) if self.seq_len <= n)}"
         yield "dims", "equal" if self.dims[0] == self.dims[1] else "Dv differs"
         yield "plan", "stored" if self.stored else "made in place"
+        yield "ranks that exchange heads", self.ulysses_size
         yield "mask kinds", 2 if self.beside else 1
         yield "captured tensors with gradients", sum(self.tables[i].grad for i in self.leaves)
         visible = self.seen.any(dim=-1)
@@ -487,18 +490,22 @@ def cases(draw: Callable, worlds: Sequence[int] = tuple(range(1, 9))) -> Case:
     mods = _Mods(draw, seq_len, batch_size, kv_heads * group_size)
     mask, score = mods.mask(draw(st.sampled_from([1, 2, 3]))), mods.score()
     beside = mods.mask(1) if draw(st.sampled_from([False] * 4 + [True])) else ""
+    heads, world_size = (kv_heads * group_size, kv_heads), draw(st.sampled_from(worlds))
     case = Case(
         mask, score, tuple(mods.tables), seq_len,
-        world_size=draw(st.sampled_from(worlds)),
+        world_size=world_size,
         layout=draw(st.sampled_from(list(LAYOUTS))),
         schedule=draw(st.sampled_from(list(SCHEDULES))),
         batch_size=batch_size,
-        heads=(kv_heads * group_size, kv_heads),
+        heads=heads,
         dims=draw(st.sampled_from([(8, 8), (16, 16), (8, 24), (1, 3)])),
         dtype=draw(st.sampled_from(list(DTYPES))),
         beside=beside,
         stored=draw(st.sampled_from([False] * 7 + [True])),
         seed=draw(st.integers(0, 9)),
+        ulysses_size=draw(st.sampled_from(
+            [n for n in range(1, world_size + 1) if world_size % n == 0 and not why_not_divided(*heads, n)]
+        )),
     )  # fmt: skip
     if case.seen.any() or draw(st.sampled_from([False, False, False, True])):
         return case
