@@ -1,5 +1,6 @@
 """FlexAttention for sequences that do not fit on one GPU."""
 
+from cpflex import masks_from as masks_from
 from cpflex.attention import flex_attention, score_mod
 from cpflex.masks import MaskMod, causal, document, full, prefix_lm, sliding_window
 from cpflex.mods.trace import UnsupportedMod

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
@@ -14,6 +15,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 from cpflex.kernels.call import BACKENDS
 from cpflex.mods.graph import Mod, table_sizes
 from cpflex.mods.trace import trace_score_mod
+from cpflex.planning.block_masks import plan_of
 from cpflex.planning.plan import Plan
 from cpflex.ring.heads import why_not_divided
 from cpflex.ring.operator import attention, intern_score_mod
@@ -61,7 +63,7 @@ def flex_attention(
     key: Tensor,  # [B, Hkv, S_local, D]
     value: Tensor,  # [B, Hkv, S_local, Dv]
     score_mod: ScoreMod | ScoreFn | None = None,
-    block_mask: Plan | None = None,
+    block_mask: Plan | BlockMask | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
@@ -75,7 +77,8 @@ def flex_attention(
     Args:
         query, key, value: this rank's tokens, as `Plan.shard` gives them; float32, bfloat16 or float16, any strides.
         score_mod: ``(score, b, h, q_idx, kv_idx) -> score`` at global positions; scores are fp32.
-        block_mask: a plan of one mask kind (``plan["sliding"]`` of a plan of several), bound to its group.
+        block_mask: a plan of one mask kind (``plan["sliding"]`` of a plan of several), bound to its group. In a job of
+            one process also a torch BlockMask, of the queries' length: it is planned once and the plan kept with it.
         scale: of the scores; 1 / sqrt(D) if None.
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: also return lse; ``return_aux=AuxRequest(lse=True)`` is torch's newer spelling.
@@ -95,7 +98,7 @@ def flex_attention(
             every rank.
         RankMismatch: the ranks were given different plans, shapes, dtypes or mods.
     """
-    plan = _require_plan(block_mask)
+    plan = _plan_of(block_mask, query) if isinstance(block_mask, BlockMask) else _require_plan(block_mask)
     try:
         _check_tensors(query, key, value, plan, enable_gqa)
         backend = _backend(kernel_options)
@@ -129,11 +132,25 @@ def _require_plan(block_mask: object) -> Plan:
                 block_mask.refuse(ValueError(error))
             raise ValueError(error)
         return block_mask
-    if isinstance(block_mask, BlockMask):
-        raise TypeError(
-            "block_mask is a torch BlockMask, which knows no ranks; pass cpflex.make_plan(mask_mod, seq_len, group)"
-        )
     raise TypeError(f"block_mask must be a plan made by cpflex.make_plan; got {type(block_mask).__name__}")
+
+
+def _plan_of(block_mask: BlockMask, query: Tensor) -> Plan:
+    """Of the one rank that a BlockMask can be about."""
+    if torch.compiler.is_compiling():
+        raise TypeError("under torch.compile, plan a BlockMask outside: plan = cpflex.make_plan(block_mask, seq_len)")
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise TypeError(
+            f"block_mask is a torch BlockMask, which knows no ranks, and this job has {dist.get_world_size()}; pass "
+            "cpflex.make_plan(block_mask, seq_len, group), with group=None if this rank holds the whole sequence"
+        )
+    if not isinstance(query, Tensor) or query.ndim != 4 or query.shape[2] != block_mask.seq_lengths[0]:
+        got = tuple(query.shape) if isinstance(query, Tensor) else type(query).__name__
+        raise ValueError(
+            f"with a BlockMask of seq_lengths={tuple(block_mask.seq_lengths)}, query must be [B, Hq, "
+            f"{block_mask.seq_lengths[0]}, D]; got {got}"
+        )
+    return plan_of(block_mask, query.shape[0], query.shape[1])
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, plan: Plan, enable_gqa: bool) -> None:

@@ -26,7 +26,7 @@ FLOORS = (
     {"attention", "recurrent", "testing"},
     {"planning"},
     {"ring"},
-    {"kernels", "sharding", "loss"},
+    {"kernels", "sharding", "loss", "masks_from"},
     {"mods", "tile_mask", "links", "masks", "topology", "version"},
 )
 """The rooms from the top. A room knows those on the floors below it, and no neighbour on its own."""

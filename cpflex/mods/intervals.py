@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpflex.mods.counts import CountTable
 from cpflex.mods.graph import Mod, Node, Ref
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -186,6 +187,7 @@ class _RangeTable:
     A sparse table: entry i of level k bounds a window of 2**k elements from i << _stride(k) on. Two or three windows
     per dim cover a box: exactly when its bounds are multiples of the stride, else reaching out by less than that. A
     level is built when the first box of its size comes; those of 32 elements and more take 1/16 of the table or less.
+    A bool table of two or more dims is counted instead, which is exact over every box.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -196,6 +198,7 @@ class _RangeTable:
         self._dtype = tensor.dtype
         self._elements = elements
         self._levels = {(0,) * elements.ndim: Interval(elements, elements)}
+        self._counts: CountTable | None = None
 
     def __call__(self, indices: Sequence[Interval]) -> Interval:
         if 0 in self._elements.shape:
@@ -203,6 +206,9 @@ class _RangeTable:
         boxes = [_wrapped(index, size) for index, size in zip(indices, self._elements.shape, strict=True)]
         sizes = [np.frexp(np.asarray(hi - lo + 1, np.float64))[1] - 1 for lo, hi in boxes]  # floor(log2(length))
         present = [np.flatnonzero(np.bincount(size.ravel())).tolist() for size in sizes]
+        if self._dtype == torch.bool and len(boxes) > 1 and any(map(any, present)):
+            self._counts = self._counts or CountTable(self._elements)
+            return Interval(*self._counts(boxes))
         if all(len(ks) == 1 for ks in present):
             return self._lookup(tuple(ks[0] for ks in present), boxes)
         shape = np.broadcast_shapes(*(size.shape for size in sizes))

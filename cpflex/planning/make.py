@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from cpflex.links.grid import GridLinks
 from cpflex.links.processes import Group, links_of
 from cpflex.links.protocol import Links
 from cpflex.masks import MaskFn, MaskMod, is_count
+from cpflex.masks_from import as_mask
 from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
 from cpflex.mods.trace import trace_mask_mod
 from cpflex.planning.mask_kind import KindWork, plan_kind
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @torch.inference_mode(False)
 def make_plan(
-    mask: MaskFn | Mapping[str, MaskFn],
+    mask: MaskFn | BlockMask | Mapping[str, MaskFn | BlockMask],
     seq_len: int,
     group: Group | None = None,
     *,
@@ -51,7 +53,8 @@ def make_plan(
 
     Args:
         mask: a mask_mod on global positions, or one per layer kind of a hybrid model, ``{"full": m1, "sliding": m2}``;
-            all kinds share one layout. Captured tensors are copied.
+            all kinds share one layout. Captured tensors are copied. A torch BlockMask is a mask too: its mask_mod in
+            the blocks of its table (`masks_from.block_mask`).
         seq_len: tokens of the whole sequence, below 2**31; any number of them.
         group: the ranks that share the sequence: a process group, a 1-D device mesh such as ``mesh["cp"]``, or None for
             one rank. A 2-D mesh, ``mesh["cp", "heads"]``, or two groups, ``(heads_group, cp_group)``, exchange heads
@@ -208,9 +211,14 @@ def _weights(weights: Mapping[str, float] | None, masks: Mapping[str, Any]) -> d
 
 
 def _traced(
-    mask: MaskFn, seq_len: int, batch_size: int | None, num_heads: int | None, copies: dict[int, tuple[Tensor, Tensor]]
+    mask: MaskFn | BlockMask,
+    seq_len: int,
+    batch_size: int | None,
+    num_heads: int | None,
+    copies: dict[int, tuple[Tensor, Tensor]],
 ) -> Mod:
     """The mask as a graph that is also false at pads, its captured tensors copied to the CPU."""
+    mask = as_mask(mask)
     if not callable(mask):
         raise TypeError(f"mask must be a mask_mod (b, h, q_idx, kv_idx) -> bool Tensor; got {type(mask).__name__}")
     if isinstance(mask, MaskMod) and mask.lengths - {seq_len}:
