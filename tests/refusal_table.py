@@ -39,7 +39,7 @@ def of_attention() -> Iterator[tuple[str, Callable[[], Any]]]:
             return test_refusals.attend(made)
 
         yield name, call
-    for name, (make, _) in test_refusals.WITHOUT_A_PLAN.items():
+    for name, (make, *_) in test_refusals.WITHOUT_A_PLAN.items():
         yield name, lambda make=make: test_refusals.attend(test_refusals.arguments() | {"block_mask": make()})
 
 

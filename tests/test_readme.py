@@ -146,9 +146,8 @@ def dtensor(group: ThreadLinks) -> None:
 def torch_block_mask(group: ThreadLinks) -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    plan = cpflex.make_plan(cpflex.causal(), S, group)
-    block_mask = create_block_mask(cpflex.causal(), None, None, plan.local_len, plan.local_len, device="cpu")
-    cpflex.flex_attention(*tensors(plan), block_mask=block_mask)  # pyright: ignore
+    block_mask = create_block_mask(cpflex.causal(), None, None, S, S, device="cpu")
+    attend(block_mask, group)  # pyright: ignore
 
 
 def float64(group: ThreadLinks) -> None:

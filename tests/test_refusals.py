@@ -201,7 +201,7 @@ def test_a_call_that_cannot_be_honoured_is_refused_by_name(name: str):
 
 
 def block_mask() -> Any:
-    return create_block_mask(lambda b, h, q, k: q >= k, 1, 1, SEQ_LEN, SEQ_LEN, device="cpu")
+    return create_block_mask(lambda b, h, q, k: q >= k, 1, 1, SEQ_LEN // 2, SEQ_LEN // 2, device="cpu")
 
 
 def test_a_trained_tensor_on_another_device_is_refused():
@@ -214,16 +214,16 @@ def test_a_trained_tensor_on_another_device_is_refused():
 
 
 WITHOUT_A_PLAN = {
-    "a torch BlockMask": (block_mask, "torch BlockMask, which knows no ranks; pass cpflex.make_plan"),
-    "no mask": (lambda: None, "must be a plan made by cpflex.make_plan; got NoneType"),
-    "a mask": (cpflex.causal, "must be a plan made by cpflex.make_plan; got MaskMod"),
+    "a torch BlockMask of another length": (block_mask, ValueError, r"seq_lengths=\(32, 32\), query must be .*, 32, D"),
+    "no mask": (lambda: None, TypeError, "must be a plan made by cpflex.make_plan; got NoneType"),
+    "a mask": (cpflex.causal, TypeError, "must be a plan made by cpflex.make_plan; got MaskMod"),
 }
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_PLAN)
 def test_a_block_mask_that_is_no_plan_is_refused(name: str):
-    make, message = WITHOUT_A_PLAN[name]
-    with pytest.raises(TypeError, match=message):
+    make, kind, message = WITHOUT_A_PLAN[name]
+    with pytest.raises(kind, match=message):
         attend(arguments() | {"block_mask": make()})
 
 

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from cpflex.mods.trace import trace_mask_mod
 from cpflex.planning.make import make_plan
 from cpflex.planning.plan import Plan
+from cpflex.sharding.layout import ChunkWork, Layout
 
 _made: WeakKeyDictionary[BlockMask, tuple[Any, Plan]] = WeakKeyDictionary()
 """By BlockMask: what its plan was made of, and the plan."""
@@ -41,13 +42,23 @@ def plan_of(block_mask: BlockMask, batch_size: int, num_heads: int) -> Plan:
     held = [x for x in (*tables, *mod.captured) if x is not None]
     sizes = batch_size, num_heads, q_len, tuple(block_mask.BLOCK_SIZE)
     if any(x.is_inference() for x in held):  # of which nobody knows when they were changed
-        return make_plan(block_mask, q_len, batch_size=batch_size, num_heads=num_heads)
+        return _planned(block_mask, batch_size, num_heads)
     state = sizes, mod.key, [(x, x._version) for x in held]
     known = _made.get(block_mask)
     if known is None or not _same(known[0], state):
-        known = state, make_plan(block_mask, q_len, batch_size=batch_size, num_heads=num_heads)
+        known = state, _planned(block_mask, batch_size, num_heads)
         _made[block_mask] = known
     return known[1]
+
+
+def _planned(block_mask: BlockMask, batch_size: int, num_heads: int) -> Plan:
+    seq_len = block_mask.seq_lengths[0]
+    return make_plan(block_mask, seq_len, batch_size=batch_size, num_heads=num_heads, layout=_as_it_is)
+
+
+def _as_it_is(seq_len: int, world_size: int, work: ChunkWork | None = None) -> Layout:
+    """All tokens in order and no pads: what is in the call."""
+    return Layout(seq_len, seq_len, ((0,),), "as it is")
 
 
 def _same(a: Any, b: Any) -> bool:

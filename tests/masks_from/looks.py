@@ -15,8 +15,9 @@ from cpflex.mods.trace import trace_mask_mod
 
 def look(mask: Any, shape: tuple[int, int, int, int]) -> Tensor:
     """bool [B, H, Q, K]: called as torch calls it, position by position."""
-    b, h, q, k = (torch.arange(size).view(-1, *[1] * (3 - dim)) for dim, size in enumerate(shape))
-    return mask(b, h, q, k).broadcast_to(shape)
+    q, k = torch.arange(shape[2])[:, None], torch.arange(shape[3])
+    heads = [[mask(torch.tensor(b), torch.tensor(h), q, k) for h in range(shape[1])] for b in range(shape[0])]
+    return torch.stack([torch.stack([seen.expand(shape[2:]) for seen in batch]) for batch in heads])
 
 
 def assert_is(mask: Any, expected: Tensor, tile: int | None = 8) -> None:
