@@ -115,6 +115,26 @@ RING = [
     Mutant("a rank without messages does not join the communicator", "links/processes.py", "if any(lacks) and", "if False and", "test_links_like_nccl.py -k without_messages"),
     Mutant("the scale is not compared", "ring/operator.py", '"scale": scale,\n', '"scale": 0,\n', "test_refusals.py -k unlike"),
 ]  # fmt: skip
+FORMATS = "masks_from/test_readers.py"
+READERS = [
+    Mutant("format: varlen aligned at the first key", "masks_from/varlen.py", "(k_bounds - q_bounds)[1:]", "(k_bounds - q_bounds)[:-1]", FORMATS),
+    Mutant("format: window one token too wide", "masks_from/varlen.py", "shift[q] - before.to(q.device)", "shift[q] - before.to(q.device) - 1", FORMATS),
+    Mutant("format: FlashMask aligned at the first key", "masks_from/columns.py", "k <= q + keys_before.to(q.device)", "k <= q", FORMATS),
+    Mutant("format: FlashMask's upper triangle forgotten", "masks_from/columns.py", "[(column[0], last), (first, column[1])]", "[(column[0], last)]", FORMATS),
+    Mutant("format: inverse causal aligned at the last key", "masks_from/ranges.py", "row + (k[:, 0] - q[:, 0])[piece]", "row + (k[:, 1] - q[:, 1])[piece]", FORMATS),
+    Mutant("format: overlapping slices not noticed", "masks_from/ranges.py", "again & (start[1:] < end[:-1])", "again & (start[1:] < start[:-1])", FORMATS),
+    Mutant("format: intervals counted from the first key of all", "masks_from/intervals.py", "ends = mask_func[:, 0::2] + first", "ends = mask_func[:, 0::2]", FORMATS),
+    Mutant("format: intervals that touch lose the first", "masks_from/rows.py", "torch.where(touches, starts[:, :, before], starts[:, :, i])", "starts[:, :, i]", FORMATS),
+    Mutant("format: heads of keys dealt to the wrong queries", "masks_from/checked.py", "table.repeat_interleave(num_heads // heads, dim=1)", "table.repeat(1, num_heads // heads, *[1] * (table.ndim - 2))", FORMATS),
+    Mutant("format: blocks of one head for all", "masks_from/rows.py", "of_h[(h, *at)]", "of_h[(0, *at)]", FORMATS),
+    Mutant("format: a bias taken for a mask", "masks_from/dense.py", "(seen | (mask <= HIDDEN)).all()", "True", FORMATS),
+    Mutant("format: a table that hides more left out", "masks_from/block_mask.py", "proofs.all_are(EMPTY, _others(both, shape, kv_axis.count))", "True", "masks_from/test_block_mask.py"),
+    Mutant("format: full blocks ask the mask_mod", "masks_from/block_mask.py", "full_is_full = proofs.all_are(FULL, full)", "full_is_full = True", "masks_from/test_block_mask.py"),
+    Mutant("format: a changed BlockMask not noticed", "planning/block_masks.py", "x is y and old == new", "x is y", "masks_from/test_block_mask.py -k kept"),
+    Mutant("format: counts of a box one corner short", "mods/counts.py", "count + sign * ", "count + abs(sign) * ", "mods/test_intervals.py"),
+    Mutant("row bounds of a union with a gap", "mods/row_bounds.py", "torch.maximum(a.first, b.first) <= torch.minimum(a.end, b.end)", "torch.maximum(a.first, b.first) <= torch.minimum(a.end, b.end) + 9", "mods/test_row_bounds.py"),
+    Mutant("row bounds of a table that does not rise", "mods/row_bounds.py", "if (key[1:] > key[:-1]).any():", "if False:", "mods/test_row_bounds.py"),
+]  # fmt: skip
 REFERENCE = [
     Mutant("lse without the sum", "kernels/state.py", "state.m + state.l.log()", "state.m", "test_attention.py"),
     Mutant("sums of steps not merged", "kernels/reference.py", "l[..., rows] = l[..., rows] * decay + p.sum(dim=-1)", "l[..., rows] = p.sum(dim=-1)", "kernels/test_reference.py"),
@@ -161,7 +181,7 @@ MODELS = [
     Mutant("models: all heads have the slope of the first", "integrations/transformers/alibi.py", "slopes[h] * (q_idx", "slopes[h - h] * (q_idx", "integrations/test_families.py -k alibi"),
     Mutant("models: what fills up the last batch is evaluated", "integrations/accelerate.py", " if left > 0 else whole", " if left > 9**9 else whole", "integrations/test_trainer.py -k evaluation"),
 ]  # fmt: skip
-MUTANTS = [*MASKS, *MODS, *PLANNER, *RING, *REFERENCE, *FUSED, *RECURRENT, *MODELS]
+MUTANTS = [*MASKS, *MODS, *PLANNER, *RING, *READERS, *REFERENCE, *FUSED, *RECURRENT, *MODELS]
 
 
 def occurrences(mutant: Mutant, root: Path = ROOT) -> int:
