@@ -34,10 +34,20 @@ def check_layout(layout: Layout, rank: int, ulysses_size: int) -> None:
             raise WrongPlan(f"the plan is wrong: {name} must be from {least} to {most}; got {value!r}")
 
 
-def check_kind(
-    name: str, kind: MaskKind, layout: Layout, rank: int, schedule: ScheduleFn | None, ulysses_size: int
-) -> None:
-    """Plan one mask again and compare. ``layout`` and ``rank``: of the outer shards.
+def check_ulysses_size(of_kind: int, of_plan: int, *, alone: bool) -> None:
+    """The shards of a mask kind are the plan's, or pieces of them if there are other kinds.
+
+    Raises:
+        WrongPlan: they are not.
+    """
+    if type(of_kind) is not int or of_kind < 1 or of_plan % of_kind or (alone and of_kind != of_plan):
+        raise WrongPlan(
+            f"the plan is wrong: ulysses_size of a mask kind is {of_kind!r}, and that of the plan {of_plan}"
+        )
+
+
+def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: ScheduleFn | None) -> None:
+    """Plan one mask again and compare. ``layout`` and ``rank``: of its shards.
 
     Raises:
         WrongPlan: something differs, or the schedule function is not known.
@@ -49,7 +59,7 @@ def check_kind(
         raise WrongPlan(f"the plan is wrong: the mask of {name!r} is of another sequence length")
     batch_size, num_heads = kind.sizes
     work = KindWork({name: kind.mask}, {name: 1.0}, batch_size or 1, num_heads or 1, kind.machine)
-    again = plan_kind(name, kind.mask, layout, rank, work, chosen, batch_size, num_heads, ulysses_size)
+    again = plan_kind(name, kind.mask, layout, rank, work, chosen, batch_size, num_heads, kind.ulysses_size)
     if part := _difference(replace(again, reason=kind.reason), kind, f"kinds[{name!r}]"):
         raise WrongPlan(f"the plan is wrong: {part} is not what make_plan would make of its mask and layout")
 

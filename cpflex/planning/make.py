@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from cpflex.planning.plan import Plan
 from cpflex.ring.heads import why_not_divided
 from cpflex.ring.schedule import ScheduleFn, auto
 from cpflex.sharding.balance import balanced
-from cpflex.sharding.layout import ALIGNMENT, STRIPE, ChunkWork, Layout, LayoutFn
+from cpflex.sharding.layout import ALIGNMENT, STRIPE, ChunkWork, Layout, LayoutFn, cut_shards
 from cpflex.topology import Device, Heads, Machine, Topology
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def make_plan(
     *,
     rank: int | None = None,
     world_size: int | None = None,
-    ulysses_size: int | None = None,
+    ulysses_size: int | Mapping[str, int] | None = None,
     weights: Mapping[str, float] | None = None,
     batch_size: int | None = None,
     num_heads: int | None = None,
@@ -62,7 +62,8 @@ def make_plan(
         rank, world_size: instead of a group, to plan for any rank of any job, anywhere; `Plan.bind` adds the group.
         ulysses_size: ranks among which heads are exchanged, so many that are next to each other in the group; they then
             share longer shards. Known from two groups or a 2-D mesh; 1, as without, if None. It must divide the query
-            heads, and the heads of keys or be a multiple of them.
+            heads, and the heads of keys or be a multiple of them. Of several mask kinds, one for each if they differ,
+            ``{"full": 8, "sliding": 1}``: windows that see little of other ranks need no exchange of heads.
         weights: layers of each kind; 1 each if None.
         batch_size, num_heads: needed when the mask depends on ``b`` or ``h``: what is computed and sent is then the
             union over them.
@@ -87,21 +88,22 @@ def make_plan(
     if not masks or not all(isinstance(kind, str) for kind in masks):
         raise ValueError(f"mask must name at least one mask kind, by strings; got {masks or 'an empty dict'}")
     _check_options(batch_size, num_heads, layout, schedule)
-    ulysses_size = _ulysses_size(ulysses_size, links, world_size, num_heads)
-    machine = _outer_machine(_machine(topology, device, heads), ulysses_size)
+    by_kind = _ulysses_sizes(ulysses_size, masks, links, world_size, num_heads)
+    largest = max(by_kind.values())
+    machine = _machine(topology, device, heads)
     weights = _weights(weights, masks)
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
     mods = {kind: _traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
-    work = KindWork(mods, weights, batch_size or 1, num_heads or 1, machine)
-    table = _outer_layout(layout, seq_len, world_size // ulysses_size, ulysses_size, work)
-    outer_rank = rank // ulysses_size
-    planned = {
-        kind: plan_kind(kind, mod, table, outer_rank, work, schedule, batch_size, num_heads, ulysses_size)
-        for kind, mod in mods.items()
-    }
+    work = KindWork(mods, weights, batch_size or 1, num_heads or 1, _outer_machine(machine, largest))
+    table = _outer_layout(layout, seq_len, world_size // largest, largest, work)
+    planned = {}
+    for kind, mod in mods.items():
+        size, shards = by_kind[kind], cut_shards(table, largest // by_kind[kind])
+        seen = work.on(_outer_machine(machine, size))
+        planned[kind] = plan_kind(kind, mod, shards, rank // size, seen, schedule, batch_size, num_heads, size)
     by_b, by_h = (any(mod.uses(name) for mod in mods.values()) for name in "bh")
     sizes = batch_size if by_b else None, num_heads if by_h else None
-    plan = Plan(table, rank, planned, links, *sizes, ulysses_size)
+    plan = Plan(table, rank, planned, links, *sizes, largest)
     if log.isEnabledFor(logging.INFO):
         log.info("%r made in %.1f ms: %s", plan, 1e3 * (time.perf_counter() - began), _summary(plan))
     return plan
@@ -109,12 +111,12 @@ def make_plan(
 
 def _summary(plan: Plan) -> str:
     """What was decided, for the log."""
-    plans = {name: plan[name].stats for name in plan.kinds}
+    plans = {name: plan[name] for name in plan.kinds}
     return "; ".join(
-        f"{name}: {s['schedule']}, work {s['imbalance']:.3f} x the mean at most, "
-        f"{s['recv_tokens'][plan.outer_rank]} K/V rows to receive, "
+        f"{name}: {(s := one.stats)['schedule']}, work {s['imbalance']:.3f} x the mean at most, "
+        f"{s['recv_tokens'][one.outer_rank]} K/V rows to receive, "
         f"{s['full_tiles']} FULL and {s['partial_tiles']} PARTIAL tiles"
-        for name, s in plans.items()
+        for name, one in plans.items()
     )
 
 
@@ -136,6 +138,25 @@ def _machine(topology: Topology | None, device: Device | None, heads: Heads | No
             raise ValueError("device and heads are used with a topology; pass topology=cpflex.Topology(...) too")
         return None
     return Machine(topology, device or Device(), heads or Heads())
+
+
+def _ulysses_sizes(
+    given: int | Mapping[str, int] | None,
+    kinds: Iterable[str],
+    links: Links | None,
+    world_size: int,
+    num_heads: int | None,
+) -> dict[str, int]:
+    """Of each mask kind."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(kinds, _ulysses_size(given, links, world_size, num_heads))
+    if set(given) != set(kinds):
+        raise ValueError(f"ulysses_size must give each mask kind of {sorted(kinds)} a size; got {dict(given)}")
+    sizes = {kind: _ulysses_size(given[kind], links, world_size, num_heads) for kind in kinds}
+    largest = max(sizes.values())
+    if any(largest % size for size in sizes.values()):
+        raise ValueError(f"the largest ulysses_size must be a multiple of every other; got {dict(given)}")
+    return sizes
 
 
 def _ulysses_size(given: int | None, links: Links | None, world_size: int, num_heads: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ class MaskKind:
     work: np.ndarray  # (query, key) pairs in tiles that are not EMPTY, int64 [world_size]
     tokens: np.ndarray  # K/V rows of rank o's shard that rank r needs, by block, int64 [world_size (r), world_size (o)]
     machine: Machine | None = None
+    ulysses_size: int = 1
+    """Ranks of one of the shards among which keys travel; they exchange heads."""
 
     @property
     def sizes(self) -> tuple[int | None, int | None]:
@@ -66,6 +69,12 @@ class KindWork:
         self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
         self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
         self._squares: dict[int, dict[str, Squares]] = {}
+
+    def on(self, machine: Machine | None) -> KindWork:
+        """The same masks, on another machine."""
+        other = copy(self)  # what is known of the masks is shared
+        other.machine = machine
+        return other
 
     def __call__(self, chunk_len: int, num_chunks: int) -> dict[str, ChunkNeeds]:
         if (chunk_len, num_chunks) not in self._known:
@@ -115,7 +124,8 @@ def plan_kind(
     idle = find_idle(mod, table, rank, batch_size or 1, num_heads or 1)
     loads = work_per_rank(table, chunks)
     reason, received = chosen.reason, chosen.recv_tokens
-    return MaskKind(mod, steps, idle, facts, chosen.name, reason, received, loads, needs.tokens, work.machine)
+    moved = loads, needs.tokens
+    return MaskKind(mod, steps, idle, facts, chosen.name, reason, received, *moved, work.machine, ulysses_size)
 
 
 def _steps(mod: Mod, needs: Needs, exchanges: Sequence[Exchange], batch_size: int, num_heads: int) -> tuple[Step, ...]:

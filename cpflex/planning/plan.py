@@ -17,7 +17,7 @@ from cpflex.links.protocol import Links
 from cpflex.mods.graph import Graph, Mod, Node, Ref
 from cpflex.mods.trace import UnsupportedMod
 from cpflex.planning import plan_bytes
-from cpflex.planning.check import check_kind, check_layout
+from cpflex.planning.check import check_kind, check_layout, check_ulysses_size
 from cpflex.planning.mask_kind import FORMAT, MaskKind
 from cpflex.planning.plan_bytes import WrongPlan
 from cpflex.ring import handles
@@ -62,7 +62,9 @@ class Plan:
         ulysses_size: int = 1,
     ) -> None:
         self.outer = layout
-        """The shards among which keys travel, of ``ulysses_size`` ranks each, on which the mask kinds are planned."""
+        """The shards among which keys travel, of ``ulysses_size`` ranks each. Of a plan of several mask kinds they are
+        the largest: ``plan[kind].outer`` are those on which a kind is planned.
+        """
         self.ulysses_size = ulysses_size
         self.layout = layout = cut_shards(layout, ulysses_size)
         self.rank = rank
@@ -82,7 +84,7 @@ class Plan:
                 f"this plan has the mask kinds {sorted(kinds)}; index it first, for instance plan[{min(kinds)!r}]"
             )
             self._one_kind = {
-                name: Plan(self.outer, rank, {name: kind}, links, batch_size, num_heads, ulysses_size)
+                name: Plan(self.outer_of(kind), rank, {name: kind}, links, batch_size, num_heads, kind.ulysses_size)
                 for name, kind in kinds.items()
             }
             return
@@ -93,6 +95,10 @@ class Plan:
         (kind,) = self.kinds.values()
         self.handle = handles.register(self._bound(kind))
         """Stands for this plan in the operator, int64 []."""
+
+    def outer_of(self, kind: MaskKind) -> Layout:
+        """The shards on which a mask kind is planned."""
+        return cut_shards(self.outer, self.ulysses_size // kind.ulysses_size)
 
     def _bound(self, kind: MaskKind) -> Bound:
         links, size = self._links, self.ulysses_size
@@ -152,7 +158,7 @@ class Plan:
         K/V rows that it sends to other nodes, if the topology is known. Each rank of a row has so many rows and pairs
         of its heads.
         """
-        figures = {name: self._stats_of(kind) for name, kind in self.kinds.items()}
+        figures = {name: self[name]._stats_of(kind) for name, kind in self.kinds.items()}
         return figures if len(figures) > 1 else next(iter(figures.values()))
 
     def _stats_of(self, kind: MaskKind) -> dict[str, Any]:
@@ -332,7 +338,8 @@ class Plan:
         """
         check_layout(self.outer, self.rank, self.ulysses_size)
         for name, kind in self.kinds.items():
-            check_kind(name, kind, self.outer, self.outer_rank, schedule, self.ulysses_size)
+            check_ulysses_size(kind.ulysses_size, self.ulysses_size, alone=len(self.kinds) == 1)
+            check_kind(name, kind, self.outer_of(kind), self.rank // kind.ulysses_size, schedule)
         sizes = [next(filter(None, found), None) for found in zip(*(k.sizes for k in self.kinds.values()), strict=True)]
         if [self.batch_size, self.num_heads] != sizes:
             raise WrongPlan(f"the plan is wrong: batch_size={self.batch_size}, num_heads={self.num_heads}")

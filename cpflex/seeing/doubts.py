@@ -44,7 +44,7 @@ def doubts(plan: Plan) -> list[str]:
         found.append(f"padding is {pads / padded_len:.0%} of the {padded_len:,} tokens that are computed on; {hint}")
     for name, kind in plan.kinds.items():
         prefix = f"{name}: " if len(plan.kinds) > 1 else ""
-        found += [prefix + text for text in _doubts_of(plan, kind, plan[name].stats)]
+        found += [prefix + text for text in _doubts_of(plan[name], kind, plan[name].stats)]
     return found
 
 

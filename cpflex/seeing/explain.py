@@ -34,10 +34,11 @@ PIXELS = 256
 def explain(plan: Plan) -> str:
     """The plan in words: layout, work per rank, K/V received, tiles, schedule, memory, and warnings."""
     lines = [f"{plan.seq_len:,} tokens on {_count(plan.world_size, 'rank')}, seen from rank {plan.rank}", ""]
-    lines += _grid(plan)
+    if not (differ := len({kind.ulysses_size for kind in plan.kinds.values()}) > 1):
+        lines += _grid(plan)
     lines += _layout(plan)
     for name in plan.kinds:
-        lines += ["", *_kind(plan, name)]
+        lines += ["", *_kind(plan[name], name, with_grid=differ)]
     found = doubts(plan)
     lines += ["", "warnings" if found else "warnings: none"]
     for doubt in found:
@@ -87,8 +88,8 @@ def _ranges(plan: Plan) -> list[str]:
     return [f"{piece[0]:,}-{piece[-1]:,}" for piece in pieces if len(piece)]
 
 
-def _kind(plan: Plan, name: str) -> list[str]:
-    kind, stats = plan.kinds[name], plan[name].stats
+def _kind(plan: Plan, name: str, *, with_grid: bool) -> list[str]:
+    kind, stats = plan.kinds[name], plan.stats
     masks = [step.tile_mask for step in kind.steps]
     rows = len(masks[0].q_starts) - 1
     num_full, num_partial = stats["full_tiles"], stats["partial_tiles"]
@@ -111,7 +112,8 @@ def _kind(plan: Plan, name: str) -> list[str]:
             ("schedule", f"{stats['schedule']}, {steps}: {stats['reason']}"),
         ]
     table = [f"  {line}".rstrip() for line in _ranks_table(plan, stats)]
-    return [f"{name}: {kind.mask.name}", *table, *_facts(facts)]
+    grid = [f"  {line}" for line in _grid(plan)] if with_grid else []
+    return [f"{name}: {kind.mask.name}", *grid, *table, *_facts(facts)]
 
 
 def _received(plan: Plan, stats: dict[str, Any], least: int) -> str:
@@ -260,12 +262,13 @@ def plot(plan: Plan, path: str) -> None:
     title = f"{plan.seq_len:,} tokens on {_count(plan.world_size, 'rank')}"
     chunks = f"{_count(len(layout.chunks[0]), 'chunk')} of {layout.chunk_len:,} tokens per rank"
     figure.suptitle(f"{title}   ·   {layout.name}: {chunks}", color=INK, fontsize=13, fontweight="bold")
-    colors = _rank_colors(plan.outer.world_size)
     panels = figure.subplots(len(plan.kinds), 3, squeeze=False, width_ratios=(1.15, 1, 1))
     for (name, kind), (mask, work, traffic) in zip(plan.kinds.items(), panels, strict=True):
-        _draw_mask(mask, plan, kind, name, colors)
-        _draw_work(work, plan[name].stats, colors)
-        _draw_traffic(traffic, plan, plan[name].stats, colors)
+        one = plan[name]
+        colors = _rank_colors(one.outer.world_size)
+        _draw_mask(mask, one, kind, name, colors)
+        _draw_work(work, one.stats, colors)
+        _draw_traffic(traffic, one, one.stats, colors)
     figure.savefig(path)
 
 
