@@ -21,7 +21,7 @@ NODE_SLACK_PERMILLE = 15
 TIGHT_SLACK_PERMILLE = 10
 """How far a GPU may go where messages hide behind the work."""
 
-CHUNKS_PER_NODE = (16, 32)
+CHUNKS_PER_NODE = (8, 16)
 """At most so many chunks per node are dealt over the nodes; then they are cut further."""
 
 ENOUGH_PERMILLE = 20
@@ -93,7 +93,8 @@ def _deals(
             if best is None or cost < best[0]:
                 best = cost, (nodes[:, :, None] * cut + np.arange(cut)).reshape(num_nodes, per_node)
     assert best is not None, "there is a cut"
-    yield np.concatenate([_inside(whole, np.sort(ids), machine) for ids in best[1]])
+    deal = np.concatenate([_inside(whole, np.sort(ids), machine) for ids in best[1]])
+    yield refine(whole, deal, most_looks=1)  # a node may hold one heavy chunk more than it has GPUs
 
 
 def _cuts(per_node: int) -> list[int]:
