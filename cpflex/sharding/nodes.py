@@ -12,7 +12,16 @@ from dataclasses import replace
 import numpy as np
 
 from cpflex.sharding.layout import ChunkNeeds, ChunkWork, Layout, aligned_chunk_len, work_per_rank
-from cpflex.sharding.search import Deal, Problem, contiguous_deal, least_overload, longest_first, refine, zigzag_deal
+from cpflex.sharding.search import (
+    SLACK_PERMILLE,
+    Deal,
+    Problem,
+    contiguous_deal,
+    least_overload,
+    longest_first,
+    refine,
+    zigzag_deal,
+)
 from cpflex.topology import Machine
 
 NODE_SLACK_PERMILLE = 15
@@ -21,14 +30,14 @@ NODE_SLACK_PERMILLE = 15
 TIGHT_SLACK_PERMILLE = 10
 """How far a GPU may go where messages hide behind the work."""
 
-CHUNKS_PER_NODE = (8, 16)
+CHUNKS_PER_NODE = 16
 """At most so many chunks per node are dealt over the nodes; then they are cut further."""
 
 ENOUGH_PERMILLE = 20
 """How far above the least time a deal may be that is searched no further."""
 
-MAX_COUNTS = 2
-"""Numbers of chunks per rank that are tried."""
+MAX_COUNTS, MAX_CHUNKS = 2, 4096
+"""Numbers of chunks per rank that are tried; of all ranks, where more than one is."""
 
 NODE_LOOKS, GPU_LOOKS = 60, 24
 """Looks in the refinement of one deal over nodes, and of one inside a node."""
@@ -51,7 +60,7 @@ def over_nodes(seq_len: int, world_size: int, counts: list[int], work: ChunkWork
     if num_nodes < 2 or size == 1 or rest:
         return None
     best: tuple[int, Layout] | None = None
-    counts = counts[:MAX_COUNTS]
+    counts = [count for count in counts[:MAX_COUNTS] if count == counts[0] or world_size * count <= MAX_CHUNKS]
     for count in counts:
         chunk_len, num_chunks = aligned_chunk_len(seq_len, world_size * count), world_size * count
         needs = work(chunk_len, num_chunks)
@@ -73,8 +82,7 @@ def over_nodes(seq_len: int, world_size: int, counts: list[int], work: ChunkWork
 
 
 def _is_even(load: np.ndarray) -> bool:
-    """As even as the two slacks allow, or nearly."""
-    return int(load.max()) * len(load) * 1000 <= int(load.sum()) * (1005 + NODE_SLACK_PERMILLE + TIGHT_SLACK_PERMILLE)
+    return int(load.max()) * len(load) * 1000 <= int(load.sum()) * (1000 + SLACK_PERMILLE)
 
 
 def _deals(
@@ -85,22 +93,12 @@ def _deals(
     whole = Problem.of(needs, weights, world_size, 0.0)
     yield zigzag_deal(whole)
     yield contiguous_deal(whole)
-    best: tuple[int, np.ndarray] | None = None
-    for cut in _cuts(per_node):
-        coarse = {kind: _merged(one, cut) for kind, one in needs.items()}
-        for nodes in _over_nodes(coarse, weights, num_nodes):
-            cost = _node_ns(nodes, coarse, weights, machine)
-            if best is None or cost < best[0]:
-                best = cost, (nodes[:, :, None] * cut + np.arange(cut)).reshape(num_nodes, per_node)
-    assert best is not None, "there is a cut"
-    deal = np.concatenate([_inside(whole, np.sort(ids), machine) for ids in best[1]])
+    cut = next(cut for cut in range(1, per_node + 1) if per_node % cut == 0 and per_node // cut <= CHUNKS_PER_NODE)
+    coarse = {kind: _merged(one, cut) for kind, one in needs.items()}
+    nodes = min(_over_nodes(coarse, weights, num_nodes), key=lambda deal: _node_ns(deal, coarse, weights, machine))
+    held = (nodes[:, :, None] * cut + np.arange(cut)).reshape(num_nodes, per_node)
+    deal = np.concatenate([_inside(whole, np.sort(ids), machine) for ids in held])
     yield refine(whole, deal, most_looks=1)  # a node may hold one heavy chunk more than it has GPUs
-
-
-def _cuts(per_node: int) -> list[int]:
-    """How many chunks are dealt over the nodes as one: few enough, and equally many on each node."""
-    divisors = [cut for cut in range(1, per_node + 1) if per_node % cut == 0]
-    return sorted({next(cut for cut in divisors if per_node // cut <= most) for most in CHUNKS_PER_NODE})
 
 
 def _merged(needs: ChunkNeeds, cut: int) -> ChunkNeeds:

@@ -23,11 +23,10 @@ WORK_BITS = 33
 """Of the work of all chunks, while chunks are dealt: a thousand million times as much fits into 64 bits."""
 
 MIN_LOOKS, MAX_LOOKS_PER_RANK = 80, 8
-"""Ranks looked at in the refinement of one start: as many as the bound on words allows, within these. Those
-that relieve an overloaded rank compare few words and are counted on their own.
-"""
+"""Ranks looked at in the refinement of one start: as many as the bound on words allows, within these."""
 
-MAX_RELIEFS = 400
+MIN_RELIEFS = 400
+"""Swaps that relieve an overloaded rank, or one for each rank if these are more: they compare few words."""
 
 MAX_WORDS = 2_000_000
 """64-bit words of key sets compared in the refinement of one start."""
@@ -251,7 +250,7 @@ def refine(problem: Problem, chunks: np.ndarray, most_looks: int | None = None) 
     kinds, _, words = problem.sees.shape
     swaps = problem.per_rank**2 * min(problem.world_size - 1, MAX_PARTNERS)
     looks = max(MIN_LOOKS, min(MAX_LOOKS_PER_RANK * problem.world_size, MAX_WORDS // (swaps * kinds * words)))
-    looks, reliefs = min(looks, most_looks or looks), MAX_RELIEFS
+    looks, reliefs = min(looks, most_looks or looks), max(MIN_RELIEFS, problem.world_size)
     while looks and reliefs:
         worst = int(np.lexsort((np.arange(len(settled)), -deal.traffic, -deal.excess, settled))[0])
         if settled[worst]:
