@@ -157,7 +157,7 @@ def _ranks_table(plan: Plan, stats: dict[str, Any]) -> list[str]:
     ]
     if num_shards > 1:
         block = min(blocks_of(plan.outer.chunk_len, plan.outer.num_chunks).tile_len, plan.outer.chunk_len)
-        table.append(f"(both columns by blocks of {block:,} tokens, never too few)")
+        table.append(f"(work by tiles, rows by blocks of {block:,} tokens, never too few)")
     return table
 
 

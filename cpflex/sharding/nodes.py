@@ -24,11 +24,10 @@ from cpflex.sharding.search import (
 )
 from cpflex.topology import Machine
 
-NODE_SLACK_PERMILLE = 15
-"""How far above the mean work a node may go; its GPUs may go as far as in one node."""
-
-TIGHT_SLACK_PERMILLE = 10
-"""How far a GPU may go where messages hide behind the work."""
+NODE_SLACK_PERMILLE, GPU_SLACK_PERMILLE = 15, 10
+"""How far above the mean work a node may go, and a GPU above the mean of its node: messages hide behind work, so that
+less of them is worth less than in one node.
+"""
 
 CHUNKS_PER_NODE = 16
 """At most so many chunks per node are dealt over the nodes; then they are cut further."""
@@ -49,7 +48,7 @@ Needs = Mapping[str, ChunkNeeds]
 
 
 def over_nodes(seq_len: int, world_size: int, counts: list[int], work: ChunkWork, machine: Machine) -> Layout | None:
-    """The deal with the least estimated time of one forward and backward, of those tried; None where all ranks are of
+    """`balanced` of several nodes: the deal with the least estimated time of one forward and backward, of those tried; None where all ranks are of
     one node, or nodes have unequally many.
 
     Args:
@@ -133,7 +132,7 @@ def _inside(whole: Problem, ids: np.ndarray, machine: Machine) -> np.ndarray:
     """The chunks of a node dealt to its GPUs, int64 [gpus, count]."""
     size = machine.topology.gpus_per_node
     work = whole.work[:, ids]
-    limit = work.sum(axis=1) * (1000 + TIGHT_SLACK_PERMILLE) // (1000 * size)
+    limit = work.sum(axis=1) * (1000 + GPU_SLACK_PERMILLE) // (1000 * size)
     part = replace(whole, world_size=size, work=work, limit=limit, sees=whole.sees[:, ids], holds=whole.holds[ids])
     starts = [zigzag_deal(part), longest_first(part)]
     deals = [refine(part, start, GPU_LOOKS) for start in starts]
@@ -149,7 +148,7 @@ def estimated_ns(layout: Layout, needs: Needs, weights: Mapping[str, float], mac
         one = needs[kind]
         owner, size = layout.owner[one.block_chunk], machine.topology.gpus_per_node
         seen = np.stack([one.sees[list(held)].any(axis=0) for held in layout.chunks])
-        inside = int((seen @ one.block_len - np.bincount(owner, one.block_len, len(seen)).astype(np.int64)).max())
+        inside = int(((seen & (owner != np.arange(len(seen))[:, None])) @ one.block_len).max())
         row = 2 * machine.heads.row_bytes + machine.heads.grad_row_bytes
         fanned_s = inside * row / (machine.topology.intra_gb_per_s * 1e9)
         nodes = np.logical_or.reduce(seen.reshape(-1, size, len(owner)), axis=1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 
 import cpflex
-from cpflex.sharding.balance import SLACK_PERMILLE
+from cpflex.sharding.layout import ChunkNeeds, aligned_chunk_len
+from cpflex.sharding.search import SLACK_PERMILLE, Problem, contiguous_deal, longest_first, refine
 
 
 def causal_within(lo: int, hi: int) -> cpflex.MaskMod:
@@ -59,3 +61,43 @@ def test_fragments_that_cost_nothing_change_no_plan(mask: str):
 def test_a_cost_that_is_no_number_of_rows_is_refused(cost: float):
     with pytest.raises(ValueError, match="fragment_cost must be a number of K/V rows"):
         planned("causal", 2, functools.partial(cpflex.balanced, fragment_cost=cost))
+
+
+def causal_needs(seq_len: int, num_chunks: int) -> ChunkNeeds:
+    """Of a dense causal mask, in pairs: chunk c computes half of its own square and all of c others."""
+    ids, chunk_len = np.arange(num_chunks), aligned_chunk_len(seq_len, num_chunks)
+    work = (2 * ids + 1) * (chunk_len**2 // 2)
+    return ChunkNeeds(work, ids <= ids[:, None], ids, np.full(num_chunks, chunk_len))
+
+
+@pytest.mark.parametrize("seq_len", [1 << 20, 1 << 24, 2**31 - 1])
+@pytest.mark.parametrize("deal", ["longest first", "refined"])
+def test_a_long_sequence_is_dealt_as_a_short_one_of_the_same_shape(seq_len: int, deal: str):
+    def dealt(seq_len: int) -> np.ndarray:
+        problem = Problem.of({"mask": causal_needs(seq_len, 64)}, {"mask": 1.0}, 8, 0.0)
+        start = longest_first(problem)
+        return start if deal == "longest first" else refine(problem, start[:, ::-1].reshape(-1, 8).T.copy())
+
+    short = dealt(1 << 12)
+    np.testing.assert_array_equal(dealt(seq_len), short)
+    load = causal_needs(seq_len, 64).work[dealt(seq_len)].sum(axis=1)
+    assert load.max() <= load.mean() * (1 + SLACK_PERMILLE / 1000)
+
+
+def test_work_in_few_chunks_is_cut_finer():
+    """6 of 64 chunks hold nearly all of it, as do 12 of 128; 24 of 256 are enough for 8 ranks."""
+    heavy = cpflex.causal() & (lambda b, h, q, k: (q >= 59_392) | (q - k < 64))
+    plan = cpflex.make_plan(heavy, 1 << 16, rank=0, world_size=8)
+    assert len(plan.layout.chunks[0]) == 32
+    assert plan.stats["imbalance"] <= 1 + SLACK_PERMILLE / 1000
+
+
+def test_swaps_that_relieve_overload_do_not_use_up_the_looks_for_traffic():
+    """Chunks from light to heavy, dealt in their order: the last of 128 ranks computes twice the mean."""
+    ids = np.arange(1024)
+    needs = ChunkNeeds(1000 * ids, np.eye(1024, dtype=bool), ids, np.full(1024, 16))
+    problem = Problem.of({"mask": needs}, {"mask": 1.0}, 128, 0.0)
+    start = contiguous_deal(problem)
+    before, after = (needs.work[deal].sum(axis=1).max() for deal in (start, refine(problem, start, most_looks=1)))
+    assert before > 1.9 * needs.work.sum() / 128
+    assert after <= problem.limit[0]
