@@ -2,8 +2,8 @@
 
 Full and sliding layers of a model share their tokens' places, so a layout has to suit each kind of mask. Chunks are
 dealt out by longest-processing-time-first with equal counts, then chunks of two ranks are swapped while that lowers
-what the busier ranks compute and receive; over several nodes, first between these. Integers only, ties by id, no random numbers, no clock: every rank on every
-host computes the same table.
+what the busier ranks compute and receive; where several nodes are known, first between these. Ties by id, no random
+numbers, no clock: every rank on every host computes the same table.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def balanced(seq_len: int, world_size: int, work: ChunkWork | None = None, *, fr
     Deals up to 16 chunks to each rank: the cheapest of contiguous, zigzag, and what refining these and a longest-first
     deal gives, where a deal costs the sum over kinds of weight x max over ranks of max(compute, receive), compute above
     the mean by more than the slack counting first. Never worse than zigzag by that measure. Up to 64 chunks where work
-    lies in few places. Where a machine of several nodes is known, the chunks are dealt over nodes first, and what counts
-    is the estimated time: the work of the slowest GPU beside the rows, each once per node, of the busiest node.
+    lies in few places. Where a machine of several nodes is known, chunks are dealt over nodes first, and what counts is
+    the estimated time: the work of the slowest GPU beside the rows, each once per node, of the busiest node.
 
     Args:
         fragment_cost: for a model with recurrent layers, where every run of consecutive tokens costs a summary: how

@@ -48,8 +48,8 @@ Needs = Mapping[str, ChunkNeeds]
 
 
 def over_nodes(seq_len: int, world_size: int, counts: list[int], work: ChunkWork, machine: Machine) -> Layout | None:
-    """`balanced` of several nodes: the deal with the least estimated time of one forward and backward, of those tried; None where all ranks are of
-    one node, or nodes have unequally many.
+    """`balanced` of several nodes: of the deals tried, the one with the least estimated time of forward and backward.
+    None where all ranks are of one node, or nodes have unequally many.
 
     Args:
         counts: chunks per rank that may be tried, rising.
