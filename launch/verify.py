@@ -39,7 +39,7 @@ from dense import Inputs, Oracle, Results, ask, learnt_by
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = (cpflex.contiguous, cpflex.zigzag, cpflex.striped, cpflex.balanced)
-SCHEDULES = (cpflex.ring, cpflex.direct, cpflex.auto)
+SCHEDULES = (cpflex.ring, cpflex.ring_both, cpflex.direct, cpflex.gather, cpflex.auto)
 SEED = 0
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import cpflex
 from cpflex.ring.handles import resolve
+from cpflex.ring.named import named_schedule
 from patience import patience
 
 SEQ_LEN = 512
@@ -32,7 +33,7 @@ MOMENTS = {
     "while backward's gradients are under way": ("exchange", 6, "after"),
     "after a backward": ("compare", 4, "before"),
 }
-"""Of a step of four ranks in a ring: which call on the links, the how manyth of the step's, before it or after.
+"""Of a step of four ranks in a ring, or on two levels with two stages: which call on the links, the how manyth of the step's, before it or after.
 
 The first `compare` of the second iteration is its second in all: iteration 1 is without a fault.
 """
@@ -45,6 +46,8 @@ class Fault:
     culprit: int
     happen: Callable[[], None]
     moment: str
+    schedule: str = "ring"
+    """Or one of two levels: the two ranks of a node, and the two of the other."""
 
 
 @dataclass
@@ -148,7 +151,8 @@ def _train(
 
 
 def _three_iterations(rank: int, fault: Fault, connection: Connection) -> None:
-    plan = cpflex.make_plan(cpflex.full(), SEQ_LEN, dist.group.WORLD, layout=cpflex.contiguous, schedule=cpflex.ring)
+    how = {"schedule": named_schedule(fault.schedule), "topology": cpflex.Topology(2, 370.0, 47.0)}
+    plan = cpflex.make_plan(cpflex.full(), SEQ_LEN, dist.group.WORLD, layout=cpflex.contiguous, **how)
     links = resolve(plan.handle).links
     q = torch.randn(1, 2, plan.local_len, 16, requires_grad=True)
     for iteration in range(3):

@@ -41,6 +41,7 @@ MUST_NOT_KNOW = {
     "ring.transport": {"kernels", "mods", "masks", "tile_mask", "handles"},
     "ring.agreement": {"kernels", "mods", "sharding", "tile_mask"},
     "ring.schedule": {"kernels", "links", "mods", "masks"},
+    "ring.two_level": {"kernels", "links", "mods", "masks", "tile_mask"},
     "ring.forward": {"mods", "sharding", "links", "tile_mask", "ring.schedule"},
     "ring.backward": {"mods", "sharding", "links", "tile_mask", "ring.schedule"},
     "kernels.reference": {"kernels.forward", "kernels.backward"},

@@ -26,6 +26,8 @@ SAMPLE = [
     Problem("block_diffusion", "log_position", 5, "gqa", "d24", "fp32", "zigzag", "ring"),
     Problem("nothing", "relative_bias", 321, "mha", "d16", "fp32", "contiguous", "auto"),
     Problem("two_sided", "none", 1, "mha", "d16", "fp32", "contiguous", "direct"),
+    Problem("doc_causal", "relative_bias", 1000, "gqa", "d16dv24", "bf16", "balanced", "even:3"),
+    Problem("full", "none", 321, "mha", "d24", "fp32", "zigzag", "ring:both"),
 ]
 PLANS = ("mask", "layout", "schedule", "world_size")
 WHOLE = [

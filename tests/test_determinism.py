@@ -38,6 +38,8 @@ PROBLEMS = [
     ),
     Problem("full", "temperature", 600, "mqa", layout="contiguous", schedule="direct", dtype="bf16", world_size=4),
     Problem("causal", "key_bias", 321, "gqa", "d24", layout="striped", schedule="auto", world_size=4),
+    Problem("doc_causal", "relative_bias", 321, "gqa", layout="balanced", schedule="relay:2", world_size=4),
+    Problem("global_sliding", "none", 321, "mha", layout="striped", schedule="striped:1/2", world_size=5),
 ]
 
 

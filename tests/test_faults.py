@@ -19,20 +19,23 @@ BETWEEN_CALLS = ["before a forward", "between forward and backward", "after a ba
 
 FAULTS = [(die, moment, 4) for moment in MOMENTS]
 FAULTS += [(leave, "before a forward", 4), (stall, "as forward sends", 4)]
+FAULTS += [(die, "as forward sends", 4, "relay:2"), (die, "while backward's gradients are under way", 4, "relay:2")]
 MORE_FAULTS = [(leave, moment, 4) for moment in list(MOMENTS)[1:]] + [(die, moment, 2) for moment in BETWEEN_CALLS]
 MORE_FAULTS += [(stall, "while backward's gradients are under way", 4)]
+MORE_FAULTS += [(die, moment, 4, schedule) for moment in list(MOMENTS)[2:5] for schedule in ("relay:2", "striped:2")]
 MORE_FAULTS += [(stall, "before a forward", 2), (stall, "between forward and backward", 2)]
 
 WHERE = re.compile(
     r"ConnectionError: (?:"
     r"before (?:forward|backward), mask kind 'mask': group rank (?P<waiting>\d) waits for the others: "
     r"(?:group ranks \[(?P<missing>\d(?:, \d)*)\] are gone or elsewhere|a connection is lost)"
-    r"|group rank (?P<rank>\d): d?K/d?V of step (?P<step>\d) from group ranks \[\d\] did not arrive: "
+    r"|group rank (?P<rank>\d): d?K/d?V of step (?P<step>\d) from group ranks \[\d(?:, \d)*\] did not arrive: "
     r"the message (?P<direction>to|from) group rank (?P<peer>\d) failed)"
 )
 
 
-def check_survivors(found: list[Ending], culprit: int, moment: str, within: float) -> None:
+def check_survivors(found: list[Ending], culprit: int, moment: str, within: float, neighbours: set[int]) -> None:
+    """``neighbours``: distances to the ranks that a rank exchanges with."""
     for rank, ending in enumerate(found):
         if rank == culprit:
             continue
@@ -42,7 +45,7 @@ def check_survivors(found: list[Ending], culprit: int, moment: str, within: floa
         if match["waiting"]:
             assert match["missing"] is None or str(culprit) in match["missing"]
         else:
-            assert int(match["peer"]) in ((rank + 1) % len(found), (rank - 1) % len(found))
+            assert (int(match["peer"]) - rank) % len(found) in neighbours
         assert ending.exit_code == 1
         assert ending.seconds < within, f"rank {rank} took {ending.seconds:.1f} s"
     named = [e.error for e in found if f"group rank {culprit} failed" in e.error or f"[{culprit}] are gone" in e.error]
@@ -55,18 +58,25 @@ def name_of(value: object) -> str:
     return getattr(value, "__name__", str(value)).replace(" ", "_")
 
 
+def in_a_ring(fault: tuple) -> tuple:
+    """With a schedule, if it says none."""
+    return fault if len(fault) == 4 else (*fault, "ring")
+
+
 @pytest.mark.by_day(2)
 @pytest.mark.parametrize(
-    ("action", "moment", "world_size"),
-    [*FAULTS, *(pytest.param(*fault, marks=pytest.mark.slow) for fault in MORE_FAULTS)],
+    ("action", "moment", "world_size", "schedule"),
+    [in_a_ring(fault) for fault in FAULTS]
+    + [pytest.param(*in_a_ring(fault), marks=pytest.mark.slow) for fault in MORE_FAULTS],
     ids=name_of,
 )
-def test_every_other_rank_ends_with_an_error_that_says_where(action, moment: str, world_size: int):
+def test_every_other_rank_ends_with_an_error_that_says_where(action, moment: str, world_size: int, schedule: str):
     culprit = world_size // 2
     timeout = patience(TIMEOUT)
-    found = endings(world_size, Fault(culprit, action, moment), timeout)
+    found = endings(world_size, Fault(culprit, action, moment, schedule), timeout)
     # a process that dies is noticed at once; one that is stopped only when nothing comes for as long as the group allows
-    check_survivors(found, culprit, moment, within=timeout + patience(5) if action is stall else patience(5))
+    neighbours = {1, world_size - 1} if schedule == "ring" else {1, 2, 3}
+    check_survivors(found, culprit, moment, timeout + patience(5) if action is stall else patience(5), neighbours)
 
 
 @pytest.mark.by_day(3)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import cpflex
+from cases import options_of
 from cpflex.testing import run_ranks
 from oracle import Attention, MaskFn, assert_within_budget, dense_attention
 from processes import RankProcesses
@@ -29,9 +30,10 @@ class Bar:
     mask: str
     len_per_rank: int
     world_size: int
+    schedule: str = "auto"
 
     def __str__(self) -> str:
-        return f"{self.mask}-S{self.len_per_rank}x{self.world_size}"
+        return f"{self.mask}-S{self.len_per_rank}x{self.world_size}-{self.schedule}"
 
     @property
     def seq_len(self) -> int:
@@ -56,6 +58,7 @@ class Bar:
 
 
 def attend(group: Any, bar: Bar, **options: Any) -> dict[str, Any]:
+    options = options_of(bar.schedule) | options
     plan = cpflex.make_plan(bar.mask_mod(), bar.seq_len, group, batch_size=BATCH, **options)
     local = {name: plan.shard(x, dim=2, pad_value=0.0) for name, x in bar.tensors().items()}
     q, k, v = (local[name].requires_grad_() for name in "qkv")

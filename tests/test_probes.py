@@ -65,6 +65,9 @@ LEAKS = [
         ("doc_causal", "relative_bias", "fp32", "striped", "ring", 2),
         ("doc_full", "softcap", "fp32", "zigzag", "direct", 3),
         ("doc_full", "temperature", "fp32", "contiguous", "ring", 1),
+        ("doc_full", "none", "fp32", "striped", "relay:2", 4),
+        ("doc_causal", "relative_bias", "bf16", "zigzag", "striped:1/2", 5),
+        ("doc_causal", "none", "fp32", "zigzag", "even:3", 3),
     ]
 ]
 
@@ -119,7 +122,7 @@ def test_the_future_does_not_reach_the_past(mask: str):
         assert_nothing_moves(problem, tensors, ~future, ("out", "lse", "dq"))
 
 
-@pytest.mark.parametrize("schedule", ["ring", "direct"])
+@pytest.mark.parametrize("schedule", ["ring", "direct", "even:3"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 def test_nan_in_tiles_that_the_mask_empties_reaches_nothing(layout: str, schedule: str):
     """Documents that begin and end with tiles: NaN in all of one document's tensors."""

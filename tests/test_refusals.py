@@ -287,6 +287,7 @@ MISMATCHES: dict[str, tuple[Change, str]] = {
     ),
     "another layout": (replan(layout=cpflex.contiguous), "layout"),
     "another schedule": (replan(schedule=cpflex.direct), "schedule"),
+    "another topology": (replan(topology=cpflex.Topology.named("h100-ib")), "machine"),
     "another length": (shorter, "seq_len"),
     "another version of cpflex": (of_version(**{"cpflex version": "0.0.9"}), "cpflex version"),
     "another format of plans": (of_version(**{"plan format": 99}), "plan format"),

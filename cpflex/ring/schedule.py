@@ -249,7 +249,7 @@ def direct(layout: Layout, rank: int, needs: Needs) -> Schedule:
 
 
 def straight(index: int, ends: Iterable[tuple[int, int]], to: Ask, from_: Ask) -> Exchange:
-    """From owners to ranks without a stop: what step ``index`` brings. ``ends``: a peer to serve, an owner, in turn."""
+    """What step ``index`` brings from owners without a stop. ``ends``: a peer to serve and an owner, in turn."""
     sources, sends, receives, grad_sends, grad_receives = [], [], [], [], []
     offset = 0
     for peer, owner in ends:

@@ -72,7 +72,7 @@ def _doubts_of(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[str]:
             f"the layout scatters what belongs together{balancing}"
         )
     received, least = max(stats["recv_tokens"]), int(needed.max())
-    if received > 2 * max(least, 1):
+    if received > 2 * max(least, 1) and stats["schedule"].startswith("ring"):
         found.append(
             f"{stats['schedule']} moves {received:,} K/V rows to each {holder(plan)} where {least:,} are needed at "
             "most - pass schedule=cpflex.direct"

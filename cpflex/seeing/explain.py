@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cpflex.mods.intervals import EMPTY, FULL, PARTIAL
 from cpflex.planning.needs import blocks_of, classifier
+from cpflex.ring.schedule import most_rows
 from cpflex.seeing.doubts import doubts, holder
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _kind(plan: Plan, name: str, *, with_grid: bool) -> list[str]:
     rows = len(masks[0].q_starts) - 1
     num_full, num_partial = stats["full_tiles"], stats["partial_tiles"]
     empty = _percent(1 - (num_full + num_partial) / (rows * rows * plan.outer.world_size))
-    buffered = _buffered_rows(kind)
+    buffered = most_rows([step.exchange for step in kind.steps])
     unproven = f"{stats['unproven_tiles']:,} unproven"
     facts = [
         ("imbalance", f"{stats['imbalance']:.3f}: most work over mean work"),
@@ -110,10 +111,20 @@ def _kind(plan: Plan, name: str, *, with_grid: bool) -> list[str]:
         facts[1:1] = [
             ("received", _received(plan, stats, _least_rows(kind))),
             ("schedule", f"{stats['schedule']}, {steps}: {stats['reason']}"),
+            *_nodes(plan, kind, stats),
         ]
     table = [f"  {line}".rstrip() for line in _ranks_table(plan, stats)]
     grid = [f"  {line}" for line in _grid(plan)] if with_grid else []
     return [f"{name}: {kind.mask.name}", *grid, *table, *_facts(facts)]
+
+
+def _nodes(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[tuple[str, str]]:
+    """What crosses between nodes, where they are known and several."""
+    if kind.machine is None or kind.machine.topology.num_nodes(plan.outer.world_size) == 1:
+        return []
+    topology, noun = kind.machine.topology, holder(plan)
+    nodes = f"{topology.num_nodes(plan.outer.world_size)} nodes of {_count(topology.gpus_per_node, noun)}"
+    return [("nodes", f"{nodes}; {noun} {plan.outer_rank} sends {stats['cross_tokens']:,} K/V rows to other nodes")]
 
 
 def _received(plan: Plan, stats: dict[str, Any], least: int) -> str:
@@ -168,12 +179,6 @@ def _least_rows(kind: MaskKind) -> int:
         seen = (mask.full_by_kv.offsets.diff() + mask.partial_by_kv.offsets.diff()) > 0
         total += int(mask.kv_starts.diff()[seen].sum())
     return total
-
-
-def _buffered_rows(kind: MaskKind) -> int:
-    """K/V rows of other ranks held at once: the block being computed and the next one on its way."""
-    rows = [sum(t.num_rows for t in step.exchange.receives) for step in kind.steps]
-    return max(a + b for a, b in zip(rows, [*rows[1:], 0], strict=True))
 
 
 def _total_bytes(parts: Iterable[Any]) -> int:

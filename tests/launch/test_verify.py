@@ -82,7 +82,7 @@ def test_two_ranks_pass_with_the_score_mods_of_the_table(folder: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 ranks, gloo on the CPU")
     assert "cpflex:causal, relative bias" in done.stdout
-    assert f"{4 * len(verify.LAYOUTS) * len(verify.SCHEDULES)} of 48 passed" in done.stdout
+    assert f"{4 * len(verify.LAYOUTS) * len(verify.SCHEDULES)} of 80 passed" in done.stdout
 
 
 @pytest.mark.by_day(3)
@@ -92,14 +92,14 @@ def test_a_user_verifies_their_own_mods_from_their_own_directory(folder: Path, m
     assert done.returncode == 0, done.stderr
     assert f"{mask}, my_mods:sharpened" in done.stdout
     assert "d captured" in done.stdout
-    assert "12 of 12 passed" in done.stdout
+    assert "20 of 20 passed" in done.stdout
 
 
 @pytest.mark.by_day(2)
 def test_ranks_that_compute_something_else_fail(folder: Path):
     done = run(folder, "--mask", "cpflex:causal", "--score-mod", "my_mods:another_once_traced")
     assert done.returncode != 0
-    assert "0 of 12 passed" in done.stdout
+    assert "0 of 20 passed" in done.stdout
     assert "FAIL cpflex:causal, my_mods:another_once_traced: balanced, auto" in done.stdout
 
 

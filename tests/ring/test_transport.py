@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import time
 import weakref
@@ -19,6 +20,8 @@ from cpflex.kernels import Call
 from cpflex.links.processes import ProcessLinks
 from cpflex.ring.backward import backward
 from cpflex.ring.forward import forward
+from cpflex.ring.named import named_schedule
+from cpflex.ring.schedule import most_rows
 from cpflex.ring.transport import Pair, Transport
 from cpflex.testing import ThreadLinks, run_ranks
 from oracle import Attention
@@ -35,7 +38,14 @@ PROBLEMS = [
     Problem("full", "none", 127, "mha", "d16", "fp16", "contiguous", "direct", 2),
     Problem("sliding1", "none", 300, "mha", "d16", "fp32", "contiguous", "ring", 4),
     Problem("full", "none", 300, "mha", "d16", "fp32", "contiguous", "ring", 1),
+    Problem("causal", "none", 1000, "gqa", "d16dv24", "bf16", "zigzag", "ring:both", 4),
+    Problem("global_sliding", "none", 1000, "gqa", "d16dv24", "fp32", "striped", "even:3", 4),
+    Problem("causal", "relative_bias", 1000, "gqa", "d16dv24", "bf16", "striped", "relay:2", 5),
+    Problem("doc_causal", "none", 1000, "mqa", "d24", "fp32", "contiguous", "striped:1/2", 4),
 ]
+
+
+SENDS, GRAD_SENDS = operator.attrgetter("sends"), operator.attrgetter("grad_sends")
 
 
 def bytes_sent(group: ThreadLinks | CountingLinks, problem: Problem, backward: bool) -> tuple[int, int]:
@@ -51,8 +61,10 @@ def bytes_sent(group: ThreadLinks | CountingLinks, problem: Problem, backward: b
     (batch, heads, _, k_dim), v_dim = local["k"].shape, local["v"].shape[-1]
     row = batch * heads * (k_dim + v_dim)
     steps = [step.exchange for step in plan.steps]
-    kv_bytes = sum(t.num_rows for e in steps for t in e.sends) * row * local["k"].element_size()
-    grad_bytes = sum(t.num_rows for e in steps for t in e.grad_sends) * row * 4  # dK/dV travel in fp32
+    steps += steps[-1].after
+    sent = [[t.num_rows for e in steps for t in found(e) if t.peer != group.rank] for found in (SENDS, GRAD_SENDS)]
+    kv_bytes = sum(sent[0]) * row * local["k"].element_size()
+    grad_bytes = sum(sent[1]) * row * 4  # dK/dV travel in fp32
     if backward:
         torch.autograd.grad(out, local["k"], local["grad_out"])
         return group.bytes_sent, 2 * kv_bytes + grad_bytes
@@ -226,6 +238,35 @@ def test_two_shards_of_other_ranks_keys_and_values_are_in_memory_at_most(mask: s
             assert min(there, back) == 2.0, "one computed, one on its way"
 
 
+HELD = ["ring:both", "even:3", "gather", "relay:1", "relay:1/2", "striped:2"]
+
+
+def held_and_planned(group: ThreadLinks, mask: str, schedule: str) -> tuple[float, float]:
+    """Rows of other ranks in memory at once: the most that were weighed, and the most that a plan says."""
+    how = {
+        "layout": cpflex.contiguous,
+        "schedule": named_schedule(schedule),
+        "topology": cpflex.Topology(3, 370.0, 47.0),
+    }
+    plan = cpflex.make_plan(FOREIGN[mask], SEQ_LEN, group, **how)
+    k, v = (torch.randn(1, 1, plan.local_len, dim) for dim in (16, 24))
+    transport = Weighed(group, plan.steps, Pair(k, v))
+    for index, _, block in transport.circulate():
+        transport.give_back(index, Pair(*map(torch.zeros_like, block)))
+        del block
+    transport.home()
+    return transport.peak / (4 * (16 + 24)), most_rows([step.exchange for step in plan.steps])
+
+
+@pytest.mark.parametrize("schedule", HELD)
+@pytest.mark.parametrize("mask", ["full", "documents", "dilated"])
+def test_no_more_of_other_ranks_is_in_memory_than_the_plan_says(mask: str, schedule: str):
+    ranks = run_ranks(partial(held_and_planned, mask=mask, schedule=schedule), 8)
+    assert all(held <= planned for held, planned in ranks)
+    if mask == "full":
+        assert any(held == planned for held, planned in ranks), ranks
+
+
 def attend_with_delays(group: ThreadLinks, problem: Problem, seed: int) -> dict[str, Any]:
     exchange, delays = group.exchange, random.Random(seed * 100 + group.rank)
 
@@ -250,7 +291,8 @@ def test_the_same_bits_come_out_whoever_is_late(problem: Problem):
 
 def returned(group: ThreadLinks, schedule: Any, world_size: int) -> Tensor:
     """dK of a rank's own shard, where the part that rank r computes for any row is a number of its own."""
-    plan = cpflex.make_plan(cpflex.full(), 128 * world_size, group, layout=cpflex.contiguous, schedule=schedule)
+    how = {"layout": cpflex.contiguous, "schedule": schedule, "topology": cpflex.Topology(2, 370.0, 47.0)}
+    plan = cpflex.make_plan(cpflex.full(), 128 * world_size, group, **how)
     shard = torch.zeros(1, 1, plan.local_len, 1)
     transport = Transport(group, plan.steps, Pair(shard, shard))
     for index, _, block in transport.circulate():
@@ -273,6 +315,15 @@ def test_gradients_are_summed_in_a_fixed_order(schedule: Any, order: tuple[int, 
         own = torch.tensor(PARTS[rank])
         expected = sum(parts[1:], parts[0]) + own if schedule is cpflex.ring else sum(parts, own)
         assert (total == expected).all(), (rank, total.unique(), expected)
+
+
+@pytest.mark.parametrize("stripe", [False, True], ids=["relay", "striped"])
+def test_on_two_levels_gradients_are_summed_where_they_are_passed_on_then_at_home(stripe: bool):
+    """Nodes of two: at home the rank's own and the mate's, then those of the other node together."""
+    schedule = cpflex.relay(1, stripe=stripe)
+    for rank, total in enumerate(run_ranks(partial(returned, schedule=schedule, world_size=4), 4)):
+        own, mate, relay, other = (torch.tensor(PARTS[rank ^ r]) for r in range(4))
+        assert (total == (own + mate) + (relay + other)).all(), (rank, total.unique())
 
 
 def gradient_dtypes(group: ThreadLinks, problem: Problem) -> set[torch.dtype]:
