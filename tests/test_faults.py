@@ -29,7 +29,7 @@ WHERE = re.compile(
     r"ConnectionError: (?:"
     r"before (?:forward|backward), mask kind 'mask': group rank (?P<waiting>\d) waits for the others: "
     r"(?:group ranks \[(?P<missing>\d(?:, \d)*)\] are gone or elsewhere|a connection is lost)"
-    r"|group rank (?P<rank>\d): d?K/d?V of step (?P<step>\d) from group ranks \[\d(?:, \d)*\] did not arrive: "
+    r"|group rank (?P<rank>\d): d?K/d?V of step (?P<step>\d) (?:from group ranks \[\d(?:, \d)*\] did not arrive|did not leave): "
     r"the message (?P<direction>to|from) group rank (?P<peer>\d) failed)"
 )
 

@@ -99,8 +99,8 @@ def test_direct_sends_a_row_across_once_for_each_rank_and_relay_once_for_the_nod
 
 def test_explain_says_what_crosses():
     plan = plans_of("causal", "relay", 8, 3)[0]
-    said = "3 nodes of 3 ranks; rank 0 sends 1,536 K/V rows to other nodes"
-    assert plan.stats["cross_tokens"] == 1536
+    said = "3 nodes of 3 ranks; rank 0 sends 768 K/V rows to other nodes"
+    assert plan.stats["cross_tokens"] == 768
     assert said in " ".join(plan.explain().split())
     assert "nodes  " not in plans_of("causal", "relay", 8, 8)[0].explain()
 

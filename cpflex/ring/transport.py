@@ -146,8 +146,9 @@ class Transport:
             self._sums[block] = Pair(*(x.new_zeros(*x.shape[:2], num_rows, x.shape[3]) for x in self._sums[0]))
         total = self._sums[block]
         for arrival in self._grads.pop(block, []):
-            self._wait(arrival, "dK/dV")
             transfer, buffer = arrival.transfers[0], arrival.buffers[0]
+            if transfer.peer != self.rank:
+                self._wait(arrival, "dK/dV")
             part = _split(buffer, transfer.num_rows, total)
             offset = 0
             for start, stop in transfer.rows:
@@ -174,8 +175,8 @@ class Transport:
                 arrival.work.wait()
         except (ConnectionError, TimeoutError) as error:
             peers = sorted({t.peer for t in arrival.transfers} - {self.rank})
-            what = f"{what} of step {arrival.step} from group ranks {peers}"
-            raise type(error)(f"group rank {self.rank}: {what} did not arrive: {error}") from error
+            failed = f"from group ranks {peers} did not arrive" if peers else "did not leave"
+            raise type(error)(f"group rank {self.rank}: {what} of step {arrival.step} {failed}: {error}") from error
 
     def _join(self, messages: Sequence[tuple[Transfer, Tensor]]) -> Pair:
         """The block whose rows the messages hold."""
