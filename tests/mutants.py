@@ -135,6 +135,13 @@ READERS = [
     Mutant("row bounds of a union with a gap", "mods/row_bounds.py", "torch.maximum(a.first, b.first) <= torch.minimum(a.end, b.end)", "torch.maximum(a.first, b.first) <= torch.minimum(a.end, b.end) + 9", "mods/test_row_bounds.py"),
     Mutant("row bounds of a table that does not rise", "mods/row_bounds.py", "if (key[1:] > key[:-1]).any():", "if False:", "mods/test_row_bounds.py"),
 ]  # fmt: skip
+GRIDS = "test_two_dimensions.py -k single_heads"
+HEADS = [
+    Mutant("heads: all ranks of a row have those of the first", "ring/heads.py", "torch.tensor(self.rank * num_heads, ", "torch.tensor(0 * num_heads, ", GRIDS),
+    Mutant("heads: only one copy of a head of keys has gradients", "ring/heads.py", "total = total + part", "pass", GRIDS),
+    Mutant("heads: tokens of a row in another order", "ring/heads.py", "torch.cat(parts, dim=2)", "torch.cat(parts[::-1], dim=2)", GRIDS),
+    Mutant("heads: copies of gradients are rounded before they are added", "ring/operator.py", "            if not is_part:  # else", "            if True:  # else", "test_two_dimensions.py -k bytes"),
+]  # fmt: skip
 REFERENCE = [
     Mutant("lse without the sum", "kernels/state.py", "state.m + state.l.log()", "state.m", "test_attention.py"),
     Mutant("sums of steps not merged", "kernels/reference.py", "l[..., rows] = l[..., rows] * decay + p.sum(dim=-1)", "l[..., rows] = p.sum(dim=-1)", "kernels/test_reference.py"),
@@ -181,7 +188,7 @@ MODELS = [
     Mutant("models: all heads have the slope of the first", "integrations/transformers/alibi.py", "slopes[h] * (q_idx", "slopes[h - h] * (q_idx", "integrations/test_families.py -k alibi"),
     Mutant("models: what fills up the last batch is evaluated", "integrations/accelerate.py", " if left > 0 else whole", " if left > 9**9 else whole", "integrations/test_trainer.py -k evaluation"),
 ]  # fmt: skip
-MUTANTS = [*MASKS, *MODS, *PLANNER, *RING, *READERS, *REFERENCE, *FUSED, *RECURRENT, *MODELS]
+MUTANTS = [*MASKS, *MODS, *PLANNER, *RING, *HEADS, *READERS, *REFERENCE, *FUSED, *RECURRENT, *MODELS]
 
 
 def occurrences(mutant: Mutant, root: Path = ROOT) -> int:

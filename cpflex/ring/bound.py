@@ -121,8 +121,13 @@ class Bound:
         if self.links is None or self.links.world_size == 1:
             yield
             return
-        with in_words(self.links):
-            yield
+        try:
+            with in_words(self.links):
+                yield
+        except (ConnectionError, TimeoutError) as error:
+            if self.heads.size == 1:
+                raise
+            raise type(error)(f"group rank {self.links.rank}, {self.heads.place}: {error}") from error
 
     def refuse(self, error: Exception) -> None:
         """Make the other ranks raise too."""

@@ -51,6 +51,11 @@ class HeadExchange:
     links: Links | None = None
     _first: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, repr=False)
 
+    @property
+    def place(self) -> str:
+        """Of this rank, for errors of its row or its column, which number ranks in their own way."""
+        return f"at place {self.rank} of {self.size} ranks that exchange heads (ranks named below are numbered by row)"
+
     def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """[B, H, S, ...] each -> [B, H / A, A S, ...], or [B, 1, A S, ...] if there are more ranks than heads."""
         if self.size == 1:

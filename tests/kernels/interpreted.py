@@ -225,6 +225,25 @@ def check_public_call() -> None:
             _assert_close(name, x, y, rtol=1e-5, atol=5e-6)
 
 
+def check_grid() -> None:
+    """Two rows of two ranks: fused kernels shift the heads of mods as their twin does, gradients of tables included."""
+    problem = Problem("window_per_head", "relative_bias", 130, "gqa", world_size=4, batch_size=1, ulysses_size=2)
+
+    def rank(group: Any, backend: str) -> list[Tensor]:
+        plan, captured = problem.plan(group), problem.captured()
+        local = [plan.shard(problem.tensors[name], 2, pad_value=0.0).detach().requires_grad_() for name in "qkv"]
+        options = {"backend": backend}
+        out = cpflex.flex_attention(*local, problem.score_mod(captured), plan, enable_gqa=True, kernel_options=options)
+        assert isinstance(out, Tensor)
+        grad_out = plan.shard(problem.tensors["grad_out"], dim=2, pad_value=0.0)
+        return [out.detach(), *torch.autograd.grad(out, [*local, *captured], grad_out)]
+
+    fused, twin = (run_ranks(partial(rank, backend=backend), 4) for backend in ("triton", "reference"))
+    for found, expected in zip(fused, twin, strict=True):
+        for name, x, y in zip(("out", "dq", "dk", "dv", "d_table"), found, expected, strict=True):
+            _assert_close(name, x, y, rtol=1e-5, atol=5e-5 if name == "d_table" else 5e-6)
+
+
 def check_descriptors(problem: Problem) -> None:
     """Whole blocks by tensor descriptors, also of tensors whose strides are those of the sequence before the heads."""
     config = replace(tuning.INTERPRETED, tma=True, pieces=False)

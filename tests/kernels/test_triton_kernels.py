@@ -56,6 +56,12 @@ def test_ranks_on_the_cpu_may_ask_for_fused_kernels(run: Run):
     run(interpreted.check_public_call)
 
 
+@pytest.mark.by_day(6)
+@pytest.mark.parametrize("check", [interpreted.check_grid], ids=["2x2"])
+def test_heads_of_later_ranks_are_shifted_in_fused_kernels_too(run: Run, check: Callable[[], None]):
+    run(check)
+
+
 def test_any_strides_are_accepted(run: Run):
     run(interpreted.check_strides)
 
