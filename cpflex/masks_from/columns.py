@@ -40,7 +40,7 @@ def flashmask(
     Raises:
         ValueError: another dtype, shape or number of columns, rows below 0 or beyond ``q_len``.
     """
-    columns = integers(startend_row_indices, "startend_row_indices", "[B, H, kv_len, n]").int()
+    columns = integers(startend_row_indices, "startend_row_indices", "[B, H, kv_len, n]")
     forms = (1, 2) if causal else (2, 4)
     if columns.shape[3] not in forms or 0 in columns.shape:
         raise ValueError(
@@ -51,7 +51,7 @@ def flashmask(
     q_len = length(kv_len if q_len is None else q_len, "q_len")
     if (columns < 0).any() or (columns > q_len).any():
         raise ValueError(f"rows must be from 0 to q_len={q_len}; got {int(columns.min())} .. {int(columns.max())}")
-    columns = by_head(columns, num_heads, "startend_row_indices")
+    columns = by_head(columns.int(), num_heads, "startend_row_indices")
     rules = [rule for start, end in _hidden(columns, q_len, causal) if (rule := _outside(start, end, q_len))]
     if causal:
         rules.append(_causal(kv_len - q_len))

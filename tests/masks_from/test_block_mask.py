@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import warnings
 import weakref
 from collections.abc import Callable
@@ -203,6 +204,23 @@ def attend_as_torch(problem: Problem, block_mask: BlockMask) -> tuple[Tensor, Te
 def test_a_call_with_a_block_mask_is_torchs(name: str):
     problem = Problem(mask=name, seq_len=130)
     torch.testing.assert_close(*attend_as_torch(problem, made_by_torch(problem, 32)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
+def test_torchs_compiled_kernel_honours_a_table_as_we_do():
+    """Its eager path looks at the mask_mod alone."""
+    random = torch.Generator().manual_seed(0)
+    table = torch.rand(1, 1, 4, 4, generator=random) < 0.6
+    full = (torch.rand(1, 1, 4, 4, generator=random) < 0.3) & ~table
+    block_mask = of_tables(table, full, BLOCK_SIZE=64, mask_mod=causal)
+    q, k, v = (torch.randn(1, 2, 256, 16) for _ in range(3))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torchs = torch.compile(flex_attention)(q, k, v, block_mask=block_mask)
+        eager = flex_attention(q, k, v, block_mask=block_mask)
+    torch.testing.assert_close(cpflex.flex_attention(q, k, v, block_mask=block_mask), torchs)
+    assert not torch.allclose(eager, torchs)  # pyright: ignore
 
 
 def test_the_plan_of_a_block_mask_is_kept_while_it_lives_and_made_anew_when_it_changed():

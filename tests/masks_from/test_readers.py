@@ -13,6 +13,7 @@ import torch
 from definitions import dense_blocks, dense_flashmask, dense_intervals, dense_ranges, dense_varlen
 from looks import assert_is, undecided
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 import cpflex
 from cpflex import masks_from
@@ -30,6 +31,13 @@ OTHER_CU = [0, 3, 20, 26, 40, 56]
 def test_varlen_is_flash_attns(cu_k: list[int], window: tuple[int, int], causal: bool):
     mask = masks_from.varlen(torch.tensor(CU, dtype=torch.int32), cu_k, causal=causal, window_size=window)
     assert_is(mask, dense_varlen(CU, cu_k, causal, window), tile=None)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(3, 5), (2, 7), (4, 4)], ids=str)
+def test_causal_of_one_sequence_is_torchs_lower_right_mask(q_len: int, kv_len: int):
+    torchs = causal_lower_right(q_len, kv_len)._materialize("cpu")
+    assert_is(masks_from.varlen([0, q_len], [0, kv_len], causal=True), torchs, tile=None)
+    assert_is(masks_from.ranges([(0, q_len)], [(0, kv_len)], 1, q_len=q_len, kv_len=kv_len), torchs, tile=None)
 
 
 def test_varlen_draws_what_its_docstring_does():
