@@ -70,14 +70,21 @@ def axis_of(size: object, seq_len: int | None, num_blocks: int, name: str) -> Bl
                 f"{name}_len={seq_len}; got {len(sizes)} of {total} tokens in all"
             )
         return Blocks(total, sizes)
-    if not is_count(size, 1):
-        raise ValueError(f"block_size of {name} must be an integer of at least 1, or a tensor of sizes; got {size!r}")
-    blocks = Blocks(num_blocks * size if seq_len is None else length(seq_len, f"{name}_len"), size)  # type: ignore[arg-type, operator]
+    if seq_len is None:
+        return axis_of_one_size(size, num_blocks * size if is_count(size, 1) else 1, name)  # type: ignore[operator]
+    blocks = axis_of_one_size(size, seq_len, name)
     if blocks.count != num_blocks:
         raise ValueError(
             f"the table has {num_blocks} blocks of {size} {name} tokens; {name}_len={seq_len} has {blocks.count}"
         )
     return blocks
+
+
+def axis_of_one_size(size: object, seq_len: int, name: str) -> Blocks:
+    """As many blocks as ``seq_len`` tokens need."""
+    if not isinstance(size, int) or not is_count(size, 1):
+        raise ValueError(f"block_size of {name} must be an integer of at least 1, or a tensor of sizes; got {size!r}")
+    return Blocks(length(seq_len, f"{name}_len"), size)
 
 
 def pair_of(block_size: object) -> tuple[object, object]:
@@ -151,8 +158,7 @@ def selected(
     indices = by_head(integers(indices, "indices", "[B, H, Q, n]").long(), num_heads, "indices")
     q_size, kv_size = pair_of(block_size)
     q_axis = axis_of(q_size, q_len, indices.shape[2], "q")
-    kv_len = length(q_len if kv_len is None else kv_len, "kv_len")
-    kv_axis = axis_of(kv_size, kv_len, -(-kv_len // int(kv_size)) if is_count(kv_size, 1) else 0, "kv")  # type: ignore[call-overload]
+    kv_axis = axis_of_one_size(kv_size, q_len if kv_len is None else kv_len, "kv")
     if (indices < -1).any() or (indices >= kv_axis.count).any():
         raise ValueError(f"indices must be from 0 to {kv_axis.count - 1}, or -1 for none; got {_range(indices)}")
     shape = indices.shape[0], indices.shape[1], indices.shape[2]
@@ -188,8 +194,7 @@ def bsr(
     indices = integers(indices, "indices", "[N]").long()
     q_size, kv_size = pair_of(block_size)
     q_axis = axis_of(q_size, q_len, indptr.shape[2] - 1, "q")
-    kv_len = length(kv_len, "kv_len")
-    kv_axis = axis_of(kv_size, kv_len, -(-kv_len // int(kv_size)) if is_count(kv_size, 1) else 0, "kv")  # type: ignore[call-overload]
+    kv_axis = axis_of_one_size(kv_size, kv_len, "kv")
     count = indptr.diff(dim=2)
     ends = indptr[..., -1].reshape(-1)
     if indptr[0, 0, 0] != 0 or (count < 0).any() or (indptr[..., 0].reshape(-1)[1:] != ends[:-1]).any():

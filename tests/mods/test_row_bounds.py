@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 
 import pytest
 import torch
+from test_intervals import _bool, _trace
 from torch import Tensor
 
 import cpflex
 from cases import MASKS, Problem
 from cpflex import masks_from
+from cpflex.mods.evaluate import evaluate
 from cpflex.mods.row_bounds import row_bounds
 from cpflex.mods.trace import trace_mask_mod
 
@@ -134,6 +137,28 @@ def test_a_form_of_mask_has_row_bounds_or_none(name: str):
     for q_len, kv_len in ((S, S), (S, 30), (7, S), (1, 1)):
         assert bounded(mask, q_len, kv_len) or (q_len, kv_len) != (S, S) or not has
     assert bounded(mask) == has
+
+
+@pytest.mark.parametrize("num_masks", [150, pytest.param(5000, marks=pytest.mark.slow)])
+def test_row_bounds_of_a_random_mask_are_never_contradicted_by_it(num_masks: int):
+    tried = found = 0
+    for seed in range(num_masks):
+        rng = Random(seed)
+        try:
+            mod = _trace(_bool(rng, rng.choice([1, 1, 2, 2, 3])))
+            sizes = 2, 3, rng.choice([1, 9, 40]), rng.choice([1, 13, 60])
+            b, h, q, k = (torch.arange(size).view(-1, *[1] * (3 - dim)) for dim, size in enumerate(sizes))
+            seen = evaluate(mod.graph, mod.captured, {"b": b, "h": h, "q_idx": q, "kv_idx": k})[0].expand(sizes)
+        except (RuntimeError, OverflowError):  # a number that does not fit in an int8
+            continue
+        bounds = row_bounds(mod, *sizes[2:], *sizes[:2])
+        tried += 1
+        if bounds is not None:
+            found += 1
+            inside = (torch.arange(sizes[3]) >= bounds[0][..., None]) & (torch.arange(sizes[3]) < bounds[1][..., None])
+            assert torch.equal(inside.expand(sizes), seen), f"mask {seed}:\n{mod.graph}"
+    assert tried > 0.9 * num_masks
+    assert found > 0.3 * tried
 
 
 def test_the_example_of_the_docstring():
