@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.extend(str(Path(__file__).parent / folder) for folder in ("mods", "planning"))
+sys.path.extend(str(Path(__file__).parent / folder) for folder in ("mods", "planning", "masks_from"))
 
+import test_block_mask
 import test_plan
+import test_readers
 import test_trace
 
 import test_masks
 import test_refusals
+from cpflex import masks_from
 from cpflex.mods.trace import trace_mask_mod
 
 DOC = Path(__file__).parents[1] / "docs" / "refusals.md"
@@ -48,6 +51,11 @@ def sections() -> dict[str, list[tuple[str, Callable[[], Any]]]]:
         "Attention": list(of_attention()),
         "Plans": [(name, make) for name, (make, *_) in test_plan.REFUSED.items()],
         "Masks": [(name, make) for name, (make, _) in test_masks.REFUSED.items()],
+        "Formats of masks": [(name, make) for name, (make, *_) in test_readers.REFUSED.items()],
+        "Block masks": [
+            (name, lambda make=make: masks_from.block_mask(make()))
+            for name, (make, *_) in test_block_mask.REFUSED.items()
+        ],
         "Mods": [(name, lambda fn=fn: trace_mask_mod(fn)) for name, (fn, _) in test_trace.REFUSED.items()],
     }
 

@@ -344,8 +344,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "blocks: lengths": (lambda: masks_from.blocks(ONES.bool(), 4, q_len=17), ValueError, "4 blocks of 4 q tokens; q_len=17 has 5"),
     "blocks: no size": (lambda: masks_from.blocks(ONES.bool(), 0), ValueError, "at least 1, or a tensor"),
     "blocks: sizes": (lambda: masks_from.blocks(ONES.bool(), (torch.tensor([1, 2]), 4)), ValueError, "must be 4, as many"),
-    "blocks: large": (
-        lambda: masks_from.blocks(torch.arange(2).repeat(5000).expand(8000, 10000), 8),
+    "selected: large and irregular": (
+        lambda: masks_from.selected(torch.arange(0, 9000, 1000).expand(9000, 9), 1, q_len=9000),
         NotImplementedError,
         "use larger blocks",
     ),
