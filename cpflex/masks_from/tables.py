@@ -11,10 +11,11 @@ from torch import Tensor
 
 from cpflex.masks import MaskMod, is_count
 from cpflex.masks_from.checked import by_head, integers, length
-from cpflex.masks_from.rows import by_rows, element_of, runs_of_pairs, runs_of_table
+from cpflex.masks_from.rows import MAX_INTERVALS, by_rows, element_of, runs_of_pairs, runs_of_table
 
 MAX_TABLE = 1 << 26
-"""Elements of a table that is kept whole, because a row of it has more than `MAX_RUNS` runs."""
+"""Elements of a table that is kept whole, if a row of it has more than `MAX_RUNS` runs; a larger one may have as many
+as a mask by rows."""
 
 MAX_RUNS = 4
 """Runs of blocks in a row up to which intervals of keys are cheaper than the table: to plan, and to compute."""
@@ -217,7 +218,7 @@ def bsr(
 
 def of_table(table: Tensor, q_axis: Blocks, kv_axis: Blocks, name: str, small: int = SMALL_TABLE) -> MaskMod:
     """The mask of a bool [B, H, Q, K] of blocks: by rows where these have few runs, else by the table."""
-    runs = None if table.numel() <= small and _varies(table) else runs_of_table(table, MAX_RUNS)
+    runs = None if table.numel() <= small and _varies(table) else runs_of_table(table, _most_runs(table.shape))
     return _by_table(table, q_axis, kv_axis, name) if runs is None else _by_runs(*runs, q_axis, kv_axis, name)
 
 
@@ -227,7 +228,7 @@ def of_pairs(
     """`of_table` of the table that is True at the pairs, rising, of which rows count through ``shape``: [B, H, Q]."""
     if torch.Size((*shape, kv_axis.count)).numel() <= SMALL_TABLE:
         return of_table(table_of(row, col, shape, kv_axis), q_axis, kv_axis, name)
-    runs = runs_of_pairs(row, col, shape, MAX_RUNS)
+    runs = runs_of_pairs(row, col, shape, _most_runs((*shape, kv_axis.count)))
     if runs is not None:
         return _by_runs(*runs, q_axis, kv_axis, name)
     return _by_table(table_of(row, col, shape, kv_axis), q_axis, kv_axis, name)
@@ -262,12 +263,15 @@ def _lengths(q_axis: Blocks, kv_axis: Blocks) -> Collection[int]:
     return {q_axis.length, kv_axis.length}
 
 
+def _most_runs(shape: tuple[int, ...]) -> int:
+    return MAX_RUNS if torch.Size(shape).numel() <= MAX_TABLE else MAX_INTERVALS
+
+
 def _check_size(shape: tuple[int, ...]) -> None:
-    size = torch.Size(shape).numel()
-    if size > MAX_TABLE:
+    if torch.Size(shape).numel() > MAX_TABLE:
         raise NotImplementedError(
             f"a table of {' x '.join(map(str, shape))} blocks, more than {MAX_TABLE:,}, whose rows have more than "
-            f"{MAX_RUNS} runs of blocks is not supported; use larger blocks, or write the mask as a mask_mod"
+            f"{MAX_INTERVALS} runs of blocks is not supported; use larger blocks, or write the mask as a mask_mod"
         )
 
 

@@ -243,6 +243,13 @@ def test_a_selection_per_token_and_key_head_is_read_as_nsa_makes_it():
     assert_is(masks_from.selected(indices, (1, 2), q_len=4, kv_len=5, num_heads=4), expected, tile=None)
 
 
+def test_a_table_too_large_to_be_kept_is_intervals_of_each_query():
+    indices = torch.arange(0, 9000, 1000).expand(9000, 9)
+    mask = masks_from.selected(indices, 1, q_len=9000)
+    q, k = torch.tensor([[0], [8999]]), torch.arange(9000)
+    assert torch.equal(mask(torch.tensor(0), torch.tensor(0), q, k), (k % 1000 == 0).expand(2, 9000))
+
+
 # -- dense
 
 
@@ -345,7 +352,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "blocks: no size": (lambda: masks_from.blocks(ONES.bool(), 0), ValueError, "at least 1, or a tensor"),
     "blocks: sizes": (lambda: masks_from.blocks(ONES.bool(), (torch.tensor([1, 2]), 4)), ValueError, "must be 4, as many"),
     "selected: large and irregular": (
-        lambda: masks_from.selected(torch.arange(0, 9000, 1000).expand(9000, 9), 1, q_len=9000),
+        lambda: masks_from.selected(torch.arange(0, 9000, 500).expand(9000, 18), 1, q_len=9000),
         NotImplementedError,
         "use larger blocks",
     ),
