@@ -1,6 +1,7 @@
 """What an attention call costs the host: the time until everything has been launched, forward and backward.
 
     python benchmarks/host.py
+    python benchmarks/host.py --before ../checkout --out benchmarks/results/host.json   # two versions in turns
 
 Nothing is computed and nothing travels: peers are stubs, and so is what follows Triton's binder and its cache, the real
 ones. Tensors are small ones on the CPU, where an operation of torch costs the host about what it costs on a GPU. CPU
@@ -12,12 +13,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
+import os
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -35,6 +40,8 @@ TOKENS = 256
 """Of each rank."""
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 CAPABILITY = 90
+
+TURNS = 3
 
 
 class Peers:
@@ -55,6 +62,11 @@ class Peers:
 
     def compare(self, *_: Any) -> None:
         self.said["number"] += 1
+
+    def all_gather_number(self, value: int, *_: Any) -> list[int]:
+        """What older checkouts call instead of `compare`."""
+        self.said["number"] += 1
+        return [value] * self.world_size
 
     def settle(self) -> None:
         return
@@ -187,13 +199,9 @@ def microseconds(training: Training, rounds: int) -> tuple[float, float]:
     return forward, backward
 
 
-def main(arguments: Sequence[str] | None = None, write: Callable[[str], Any] = print) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=200, help="calls of the cases with one step; others get fewer")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    write(f"torch {torch.__version__}, triton {triton.__version__}; host time in microseconds a call")
-    write(f"{'':22}{'steps':>6}{'launches':>10}{'forward':>10}{'backward':>10}")
+def measured(rounds: int) -> list[Row]:
+    """Each case with this process's cpflex."""
+    rows = []
     with launches_are_stubs() as launched, torch.autograd.set_multithreading_enabled(False):
         for case in CASES:
             training = case.training()
@@ -201,8 +209,62 @@ def main(arguments: Sequence[str] | None = None, write: Callable[[str], Any] = p
             launched.clear()
             training.backward(training.forward())
             count, steps = len(launched), len(training.plan.steps)
-            forward, backward = microseconds(training, max(10, options.rounds // steps))
-            write(f"{case!s:22}{steps:6}{count:10}{forward:10.0f}{backward:10.0f}")
+            forward, backward = microseconds(training, max(10, rounds // steps))
+            rows.append(Row(str(case), steps, count, forward, backward))
+    return rows
+
+
+class Row(NamedTuple):
+    """Host time of a call in microseconds."""
+
+    case: str
+    steps: int
+    launches: int
+    forward: float
+    backward: float
+
+
+def in_turns(checkouts: Sequence[Path], rounds: int) -> list[list[Row]]:
+    """The rows of each checkout: the least of `TURNS` processes, one after the other."""
+    found: list[list[list[Row]]] = [[] for _ in checkouts]
+    for _ in range(TURNS):
+        for rows, checkout in zip(found, checkouts, strict=True):
+            command = [sys.executable, __file__, "--rounds", str(rounds), "--out", "/dev/stdout"]
+            environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+            said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+            rows.append([Row(**row) for row in json.loads(said[said.index("\n{") :])["rows"]])
+    return [[_least(turns) for turns in zip(*rows, strict=True)] for rows in found]
+
+
+def _least(turns: Sequence[Row]) -> Row:
+    forward, backward = (min(times) for times in zip(*(row[3:] for row in turns), strict=True))
+    return turns[0]._replace(forward=forward, backward=backward)
+
+
+def main(arguments: Sequence[str] | None = None, write: Callable[[str], Any] = print) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200, help="calls of the cases with one step; others get fewer")
+    parser.add_argument("--before", type=Path, help="another checkout, measured in turns with this one")
+    parser.add_argument("--out", type=Path, help="a file for the figures, JSON")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    write(f"torch {torch.__version__}, triton {triton.__version__}; host time in microseconds a call")
+    before: list[Row] = []
+    if options.before:
+        before, rows = in_turns([options.before, Path(__file__).parents[1]], options.rounds)
+    else:
+        rows = measured(options.rounds)
+    write(f"{'':22}{'steps':>6}{'launches':>10}{'forward':>10}{'backward':>10}{'  of before' if before else ''}")
+    for place, row in enumerate(rows):
+        shares = [after / then for after, then in zip(row[3:], before[place][3:], strict=True)] if before else []
+        shown = "".join(f"{share:7.2f}" for share in shares)
+        write(f"{row.case:22}{row.steps:6}{row.launches:10}{row.forward:10.0f}{row.backward:10.0f}{shown}")
+    if options.out:
+        record = {"torch": torch.__version__, "triton": triton.__version__, "rounds": options.rounds}
+        figures = {
+            name: [row._asdict() for row in found] for name, found in (("before", before), ("rows", rows)) if found
+        }
+        options.out.write_text(json.dumps({**record, **figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

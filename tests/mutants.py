@@ -108,11 +108,14 @@ RING = [
     Mutant("a key cleared that some head of its group sees", "ring/operator.py", ".all(dim=2)", ".any(dim=2)", "planning/test_idle.py"),
     Mutant("one half of the sequence not searched for a query that sees a key", "planning/idle.py", "np.append(lo, middle + 1), np.append(middle, hi)", "np.append(lo, lo), np.append(middle, middle)", "planning/test_idle.py"),
     Mutant("gradients of lse at idle queries are used", "ring/operator.py", "(_without(x, idle.queries) for x in (q, grad_out, grad_lse.unsqueeze(-1)))", "(*(_without(x, idle.queries) for x in (q, grad_out)), grad_lse.unsqueeze(-1))", "test_probes.py"),
-    Mutant("numbers that differ are not noticed", "ring/agreement.py", "any(other != number for other in numbers)", "False", "ring/test_agreement.py"),
+    Mutant("numbers that differ are not noticed", "links/comparing.py", "extremes[:2].tolist() != [number, -number]", "False", "test_comparing.py -k hosts"),
     Mutant("a refusal without its reason", "ring/agreement.py", "links.say(number, words)  # first: whoever sees the number finds it", "pass", "test_links_like_nccl.py -k refusal"),
     Mutant("the host does not wait for a new kind of call", "ring/agreement.py", "None if new else partial", "partial", "test_links_like_nccl.py -k waits_only"),
-    Mutant("a device goes on though some rank's number is another", "links/ledger.py", "self._stop_unless((numbers == value).all())", "self._stop_unless((numbers == value).any())", "test_links_like_nccl.py -k told_and_stop"),
-    Mutant("a rank without messages does not join the communicator", "links/processes.py", "if any(lacks) and", "if False and", "test_links_like_nccl.py -k without_messages"),
+    Mutant("a device goes on though some rank's number is another", "links/ledger.py", "self._stop_unless(extremes.sum() == 0)", "self._stop_unless(extremes.sum() >= 0)", "test_links_like_nccl.py -k told_and_stop"),
+    Mutant("a rank without messages does not join the communicator", "links/comparing.py", "if opened.extremes[2]:", "if False:", "test_links_like_nccl.py -k without_messages"),
+    Mutant("messages of another call are taken", "links/threads.py", "self._tag = self.num_gathered, number", "self._tag = 0, 0", "ring/test_agreement.py -k other_sizes"),
+    Mutant("a call without messages ends before the others are known to make it", "ring/forward.py", "            settle()", "            pass", "ring/test_agreement.py -k other_sizes"),
+    Mutant("devices of a row stop before the column has compared", "links/comparing.py", "for place in range(len(self.groups)):\n                self._start(extremes, place).wait()", "for place in range(1):\n                self._start(extremes, place).wait()", "test_comparing.py -k devices"),
     Mutant("the scale is not compared", "ring/operator.py", '"scale": scale,\n', '"scale": 0,\n', "test_refusals.py -k unlike"),
 ]  # fmt: skip
 FORMATS = "masks_from/test_readers.py"

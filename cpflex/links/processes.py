@@ -41,7 +41,9 @@ class ProcessLinks:
             for call, messages in ((dist.isend, sends), (dist.irecv, receives))
             for peer, tensor in messages
         ]
-        handles = dist.batch_isend_irecv(operations) if operations else []
+        # gloo takes one message after the other, and fails at once where a rank is gone
+        batches = [operations] if self.comparisons.has_nccl else [[operation] for operation in operations]
+        handles = [handle for batch in batches if batch for handle in _begun(batch)]
         if known.open is not None:
             known.posted.append((handles, sends, receives))
         return _ProcessWork(self, handles, sends, receives)
@@ -74,6 +76,23 @@ class ProcessLinks:
 
     def find(self, numbers: Iterable[int]) -> dict[int, Words]:
         return find(numbers)
+
+
+def _begun(batch: list[dist.P2POp]) -> list[Any]:
+    try:
+        return dist.batch_isend_irecv(batch)
+    except RuntimeError as error:
+        return [_Failed(error)]
+
+
+class _Failed:
+    """A message that could not even begin, which is told where it is waited for."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        self.error = error
+
+    def wait(self) -> None:
+        raise self.error
 
 
 class _ProcessWork:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -95,9 +96,11 @@ def test_what_a_call_decided_holds_for_the_next():
         assert looked_up.call_count == 8
 
 
-def test_the_table_has_a_row_for_each_case():
+def test_the_table_has_a_row_for_each_case(tmp_path: Path):
     lines: list[str] = []
     with mock.patch.object(host, "CASES", [Case(1), Case(2, "documents")]):
-        host.main(["--rounds", "2"], lines.append)
+        host.main(["--rounds", "2", "--out", str(tmp_path / "host.json")], lines.append)
+    rows = json.loads((tmp_path / "host.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == ["causal, 1 ranks", "documents, 2 ranks"]
     assert [line.split("  ")[0] for line in lines[2:]] == ["causal, 1 ranks", "documents, 2 ranks"]
     assert all(float(number) > 0 for line in lines[2:] for number in line.split()[-2:])

@@ -11,6 +11,7 @@ import cpflex
 from cpflex.links.protocol import Apart
 from cpflex.ring.agreement import agree, checksum, in_words, number_of, refuse, words_of
 from cpflex.testing import ThreadLinks, run_ranks
+from patience import patience
 
 
 def said_by(fn, world_size: int) -> list[str]:
@@ -148,23 +149,27 @@ def attend_in_dims(group: ThreadLinks, dims: list[int], cuts: list[int] | None =
     plan = cpflex.make_plan(mask, 64, group, layout=cpflex.contiguous, schedule=cpflex.direct if cuts else cpflex.ring)
     said = []
     for dim in (16, 8, *dims):
-        q = torch.randn(1, 1, plan.local_len, dim, requires_grad=True)
+        q = torch.randn(1, 1, plan.local_len, dim)
         try:
-            cpflex.flex_attention(q, q, q, block_mask=plan).sum().backward()
+            cpflex.flex_attention(q, q, q, block_mask=plan)
             said.append("")
         except cpflex.RankMismatch as error:
             said.append(str(error))
     return said
 
 
-@pytest.mark.parametrize("cuts", [None, [0, 16, 48, 64]], ids=["all have messages", "two have none"])
+@pytest.mark.parametrize(
+    "cuts",
+    [None, [0, 16, 48, 64], [0, 16, 32, 48, 64]],
+    ids=["all have messages", "two have none", "none has any"],
+)
 def test_known_calls_with_messages_of_other_sizes_are_found_out_and_the_group_goes_on(cuts: list[int] | None):
     """The first messages are on their way when the ranks find out: nobody takes them for those of a later call."""
 
     def call(group: ThreadLinks) -> list[str]:
         return attend_in_dims(group, [8 if group.rank == 2 else 16, 16, 16 if group.rank == 0 else 8, 8], cuts)
 
-    found = run_ranks(call, 4, timeout=60)
+    found = run_ranks(call, 4, timeout=patience(5))
     told = "the ranks disagree about query: group rank"
     for said in found:
         assert [text[: len(told)] for text in said] == ["", "", told, "", told, ""]
