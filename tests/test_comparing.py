@@ -9,8 +9,10 @@ import pytest
 import torch.distributed as dist
 
 from cpflex.links.comparing import Comparisons
-from cpflex.links.protocol import Apart
+from cpflex.links.processes import ProcessLinks
+from cpflex.links.protocol import Apart, Links, all_gather_number
 from cpflex.links.words import gather
+from cpflex.testing import run_ranks
 from nccl_like import CPU, LikeNccl
 from processes import RankProcesses
 
@@ -62,3 +64,16 @@ def gather_alone(group: dist.ProcessGroup) -> list[list[int]]:
 def test_a_rank_that_does_not_tell_its_number_counts_as_0(two_processes: RankProcesses):
     """Where rank 0, which collects, is the one that is gone, the other knows its own."""
     assert two_processes.run(gather_alone) == [[[7], [0]], [[0], [7]]]
+
+
+def gather_numbers(links: Links) -> list[list[int]]:
+    return [all_gather_number(links, number, "a plan") for number in (5, 5 + links.rank, 6, 6 - links.rank)]
+
+
+def gather_in_processes(group: dist.ProcessGroup) -> list[list[int]]:
+    return gather_numbers(ProcessLinks(group))
+
+
+def test_numbers_are_gathered_by_rank(two_processes: RankProcesses):
+    expected = [[5, 5], [5, 6], [6, 6], [6, 5]]
+    assert two_processes.run(gather_in_processes) == run_ranks(gather_numbers, 2) == [expected] * 2

@@ -101,6 +101,15 @@ class Links(Protocol):
         ...
 
 
+def all_gather_number(links: Links, number: int, plan: str, device: torch.device | None = None) -> list[int]:
+    """Every rank's number, by rank; not 0. Raises as `Links.compare` does, but for `Apart`."""
+    try:
+        links.compare(number, plan, device)
+    except Apart as found:
+        return found.numbers
+    return [number] * links.world_size
+
+
 def swap(sent: Sequence[Tensor], received: Sequence[Tensor], links: Links) -> None:
     """Send ``sent[r]`` to each other rank r and receive ``received[r]`` from it, all at once; contiguous tensors, of
     which empty ones are left out.
