@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,24 +89,48 @@ def make_plan(
         raise ValueError(f"mask must name at least one mask kind, by strings; got {masks or 'an empty dict'}")
     _check_options(batch_size, num_heads, layout, schedule)
     by_kind = _ulysses_sizes(ulysses_size, masks, links, world_size, num_heads)
-    largest = max(by_kind.values())
     machine = _machine(topology, device, heads)
     weights = _weights(weights, masks)
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
     mods = {kind: _traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
-    work = KindWork(mods, weights, batch_size or 1, num_heads or 1, _outer_machine(machine, largest))
-    table = _outer_layout(layout, seq_len, world_size // largest, largest, work)
-    planned = {}
-    for kind, mod in mods.items():
-        size, shards = by_kind[kind], cut_shards(table, largest // by_kind[kind])
-        seen = work.on(_outer_machine(machine, size))
-        planned[kind] = plan_kind(kind, mod, shards, rank // size, seen, schedule, batch_size, num_heads, size)
-    by_b, by_h = (any(mod.uses(name) for mod in mods.values()) for name in "bh")
-    sizes = batch_size if by_b else None, num_heads if by_h else None
-    plan = Plan(table, rank, planned, links, *sizes, largest)
+    asked = _Asked(mods, weights, seq_len, rank, world_size, batch_size, num_heads, layout, schedule, machine)
+    plan = _planned(asked, links, by_kind)
     if log.isEnabledFor(logging.INFO):
         log.info("%r made in %.1f ms: %s", plan, 1e3 * (time.perf_counter() - began), _summary(plan))
     return plan
+
+
+class _Asked(NamedTuple):
+    """What is to be planned, whatever heads are exchanged."""
+
+    mods: Mapping[str, Mod]
+    weights: Mapping[str, float]
+    seq_len: int
+    rank: int
+    world_size: int
+    batch_size: int | None
+    num_heads: int | None
+    layout: LayoutFn
+    schedule: ScheduleFn
+    machine: Machine | None
+
+
+def _planned(asked: _Asked, links: Links | None, ulysses_sizes: Mapping[str, int]) -> Plan:
+    """The plan if so many ranks exchange heads, by mask kind."""
+    largest = max(ulysses_sizes.values())
+    batch_size, num_heads = asked.batch_size, asked.num_heads
+    machine = _outer_machine(asked.machine, largest)
+    work = KindWork(asked.mods, asked.weights, batch_size or 1, num_heads or 1, machine)
+    table = _outer_layout(asked.layout, asked.seq_len, asked.world_size // largest, largest, work)
+    kinds = {}
+    for kind, mod in asked.mods.items():
+        size = ulysses_sizes[kind]
+        shards, seen = cut_shards(table, largest // size), work.on(_outer_machine(asked.machine, size))
+        where = shards, asked.rank // size, seen, asked.schedule
+        kinds[kind] = plan_kind(kind, mod, *where, batch_size, num_heads, size)
+    by_b, by_h = (any(mod.uses(name) for mod in asked.mods.values()) for name in "bh")
+    sizes = batch_size if by_b else None, num_heads if by_h else None
+    return Plan(table, asked.rank, kinds, links, *sizes, largest)
 
 
 def _summary(plan: Plan) -> str:
@@ -196,7 +220,7 @@ def _outer_machine(machine: Machine | None, ulysses_size: int) -> Machine | None
         return machine
     topology, heads = machine.topology, machine.heads
     if error := why_not_divided(heads.query, heads.kv, ulysses_size):
-        raise ValueError(error)
+        raise ValueError(f"{error}; make_plan takes those of the model as heads=cpflex.Heads(query, kv, dim)")
     in_node = 1 if topology.gpus_per_node % ulysses_size else topology.gpus_per_node // ulysses_size
     nics = None if topology.nics_per_node is None else topology.nics_per_node * in_node / topology.gpus_per_node
     if nics is None or nics == int(nics):

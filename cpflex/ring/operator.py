@@ -97,8 +97,9 @@ def attention(
     if bound.has_peers:
         bound.agree(_facts("forward", q, k, v, captured, score_key, scale, backend, needs_grad), q.device)
     kv_heads = k.shape[1]
-    with bound.in_words():
-        q, k, v = bound.heads.to_heads(q, k, v)
+    if ulysses_size > 1:
+        with bound.in_words():
+            q, k, v = bound.heads.to_heads(q, k, v)
     call, steps, idle = _call(bound, captured, score_key, scale, backend, (), q, wants_max)
     after = None
     if needs_grad:
@@ -160,8 +161,9 @@ def attention_backward(
     bound: Bound = resolve(plan)
     if bound.has_peers:
         bound.agree(_facts("backward", q, k, v, captured, score_key, scale, backend, True), q.device)
-    with bound.in_words():
-        grad_out, grad_lse = bound.heads.to_heads(grad_out, grad_lse)
+    if ulysses_size > 1:
+        with bound.in_words():
+            grad_out, grad_lse = bound.heads.to_heads(grad_out, grad_lse)
     call, steps, idle = _call(bound, captured, score_key, scale, backend, tuple(wanted), q)
     k, v = (_without(x, idle.keys) for x in (k, v))
     if idle.queries.numel():
