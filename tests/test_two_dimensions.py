@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cpflex
 from cases import DIMS, DTYPES, FACTORS, HEADS_OF_GRIDS, Problem, pairwise
+from cpflex.ring.handles import resolve
 from cpflex.ring.heads import why_not_divided
 from cpflex.testing import ThreadLinks, run_ranks
 from grids import SHAPES, in_two_groups, mesh_of, num_ranks, two_groups
@@ -249,7 +250,7 @@ def as_an_operator(group: dist.ProcessGroup, how: str) -> list[float]:
     return [(a - b).abs().max().item() for a, b in pairs]
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("how", ["compiled", "checkpointed"])
 def test_a_block_on_a_grid_is_compiled_whole_and_checkpointed(how: str, four_processes: RankProcesses):
     for differences in four_processes.run(as_an_operator, how):
@@ -423,3 +424,16 @@ def mail(group: ThreadLinks, size: int, seed: int) -> bool:
 def test_two_groups_carry_any_messages(shape: str):
     for seed in range(4):
         assert all(run_ranks(partial(mail, size=SHAPES[shape], seed=seed), num_ranks(shape)))
+
+
+def lost(group: ThreadLinks) -> None:
+    plan = cpflex.make_plan(cpflex.causal(), 64, group, ulysses_size=2)
+    with (
+        pytest.raises(ConnectionError, match=f"group rank {group.rank}, at place {group.rank % 2} of 2 ranks .*: gone"),
+        resolve(plan.handle).in_words(),
+    ):
+        raise ConnectionError("gone")
+
+
+def test_a_connection_that_is_lost_is_told_with_the_rank_of_the_whole_group():
+    run_ranks(lost, 4)
