@@ -82,7 +82,7 @@ PLANNER = [
     Mutant("last row of a FULL square dropped", "planning/tables.py", "np.searchsorted(q_tiles, rows + sides)", "np.searchsorted(q_tiles, rows + np.maximum(sides - 1, 1))", "planning/test_tile_mask.py"),
     Mutant("runs joined over the end of a row", "planning/tables.py", "| (row[1:] != row[:-1]) |", "|", "planning/test_tile_mask.py"),
     Mutant("positions of all tiles from the first", "tile_mask.py", "torch.repeat_interleave(first - starts[:-1]", "torch.repeat_interleave(first[:1] - starts[:-1]", "planning/test_tile_mask.py"),
-    Mutant("sends what it needs, not what the peer needs", "planning/needs.py", "self._rows(self._sent[peer], self.rank)", "self._rows(self._received, self.rank)", "ring/test_schedule.py"),
+    Mutant("sends what it needs, not what the peer needs", "planning/needs.py", "rows_of(self.sent[peer]", "rows_of(self.received[self.rank]", "ring/test_schedule.py"),
     Mutant("one hop too few", "ring/schedule.py", "range(1, num_hops + 1)", "range(1, num_hops)", "ring/test_schedule.py"),
     Mutant("wrong owner of a visiting shard", "ring/schedule.py", "owner = (rank - hop) % world_size", "owner = (rank + hop) % world_size", "ring/test_schedule.py"),
     Mutant("gradients sent home to the wrong peer", "ring/schedule.py", "Transfer(owner, hop, shard)", "Transfer(previous, hop, shard)", "ring/test_schedule.py"),
@@ -92,13 +92,25 @@ PLANNER = [
     Mutant("gradients of unshard not summed", "sharding/shard.py", "torch.stack(_swap(parts, rank, links)).sum(dim=0)", "_swap(parts, rank, links)[rank]", "sharding/test_shard.py"),
     Mutant("only the first mask kind is balanced", "sharding/search.py", "work = np.stack([needs[kind].work for kind in kinds])", "work = np.stack([needs[kinds[0]].work for kind in kinds])", "sharding/test_balance.py"),
 ]  # fmt: skip
+NODES = [
+    Mutant("a part begins one tile late", "ring/schedule.py", "before >= end[..., None]", "before > end[..., None]", "ring/test_schedule.py -k even"),
+    Mutant("all needs rounded into one stage", "ring/schedule.py", "(counts * share + phase % total)", "(counts * share)", "ring/test_schedule.py -k one_tile"),
+    Mutant("both ways of a ring in one place", "ring/schedule.py", "begin = shard_len if way == 1 and 1 <= hop <= hops[0] else 0", "begin = 0", "ring/test_schedule.py -k ring"),
+    Mutant("a row crosses for each rank of a node", "ring/two_level.py", "self.ids(self.passed_on.any(axis=0) & is_now)", "np.concatenate([self.ids(x & is_now) for x in self.passed_on])", "test_nodes.py -k crosses"),
+    Mutant("a smaller last node has rails that are not there", "ring/two_level.py", "% self.gpus_per_node % self.size[node]", "% self.gpus_per_node", "ring/test_schedule.py"),
+    Mutant("a node's stages cut by one rank's needs", "ring/two_level.py", "self._stages(np.where(self.is_outside, -1, 0), [self.node]", "self._stages(np.where(np.arange(self.shape[0]) != self.rank, -1, 0), [self.node]", "ring/test_schedule.py"),
+    Mutant("gradients of what is passed on begin with old ones", "ring/transport.py", "x.new_zeros(*x.shape[:2], num_rows, x.shape[3])", "x[:, :, :1].repeat(1, 1, num_rows, 1)", "ring/test_transport.py -k two_levels"),
+    Mutant("a relay forgets its own part", "ring/two_level.py", "self.mates = [rank, *(r for r in nodes.ranks(self.node) if r != rank)]", "self.mates = [r for r in nodes.ranks(self.node) if r != rank]", "test_nodes.py"),
+    Mutant("what follows the last step is left out", "ring/transport.py", "enumerate(self.steps[-1].exchange.after, len(self.steps))", "()", "ring/test_transport.py -k two_levels"),
+    Mutant("a striped shard stays with its owner", "ring/two_level.py", "np.arange(num_tiles) % self.size[self.of][:, None]", "np.arange(len(self.of))[:, None] % self.gpus_per_node", "test_nodes.py -k striping"),
+]  # fmt: skip
 RING = [
     Mutant("K and V swapped on the way", "ring/transport.py", "for x, packed in zip(pair, ", "for x, packed in zip(pair[::-1], ", RANKS),
-    Mutant("one receive buffer for all messages of a size", "ring/transport.py", "[like.k.new_empty(t.num_rows * width) for t in receives]", "[vars(self).setdefault(t.num_rows, like.k.new_empty(t.num_rows * width)) for t in receives]", RANKS),
-    Mutant("stale packed buffer", "ring/transport.py", "packed[index] = arrival.buffers[0]", "packed[index + 1] = packed.setdefault(index, arrival.buffers[0])", RANKS),
-    Mutant("a block let go before it was sent on", "ring/transport.py", "max(last[transfer.block], index - 1)", "max(last[transfer.block], index - 2)", RANKS),
+    Mutant("one receive buffer for all messages of a size", "ring/transport.py", "else like.k.new_empty(t.num_rows * width) for", "else vars(self).setdefault(t.num_rows, like.k.new_empty(t.num_rows * width)) for", RANKS),
+    Mutant("stale packed buffer", "ring/transport.py", "packed[block] = messages[0][1]", "packed[block + 1] = packed.setdefault(block, messages[0][1])", RANKS),
+    Mutant("a block let go before it was sent on", "ring/schedule.py", "max(last.get(transfer.block, 0), index - 1)", "max(last.get(transfer.block, 0), index - 2)", RANKS),
     Mutant("parts for the own shard added twice", "ring/transport.py", "self._grads.pop(block, [])", "self._grads.get(block, [])", RANKS),
-    Mutant("arrived dV dropped", "ring/transport.py", "zip(grads, part, strict=True):", "zip(grads[:1], part[:1], strict=True):", RANKS),
+    Mutant("arrived dV dropped", "ring/transport.py", "zip(total, part, strict=True):", "zip(total[:1], part[:1], strict=True):", RANKS),
     Mutant("arrived dK overwrites", "ring/transport.py", "stop).add_(_rows(arrived", "stop).copy_(_rows(arrived", RANKS),
     Mutant("dK and dV rounded to 16 bits on their way", "ring/backward.py", "Pair(dk, dv)", "Pair(dk.to(q.dtype).float(), dv.to(q.dtype).float())", "ring/test_transport.py"),
     Mutant("delta without the gradient of lse", "kernels/reference.py", "products.sum(dim=-1) - grad_lse[:, head]", "products.sum(dim=-1)", RANKS),
@@ -191,7 +203,7 @@ MODELS = [
     Mutant("models: all heads have the slope of the first", "integrations/transformers/alibi.py", "slopes[h] * (q_idx", "slopes[h - h] * (q_idx", "integrations/test_families.py -k alibi"),
     Mutant("models: what fills up the last batch is evaluated", "integrations/accelerate.py", " if left > 0 else whole", " if left > 9**9 else whole", "integrations/test_trainer.py -k evaluation"),
 ]  # fmt: skip
-MUTANTS = [*MASKS, *MODS, *PLANNER, *RING, *HEADS, *READERS, *REFERENCE, *FUSED, *RECURRENT, *MODELS]
+MUTANTS = [*MASKS, *MODS, *PLANNER, *NODES, *RING, *HEADS, *READERS, *REFERENCE, *FUSED, *RECURRENT, *MODELS]
 
 
 def occurrences(mutant: Mutant, root: Path = ROOT) -> int:

@@ -334,7 +334,7 @@ def _even(name: str, parts: tuple[int, ...], layout: Layout, rank: int, needs: N
             to, from_ = ([rows_of(needed, starts) for needed in one] for one in tiles)
             ends = _at(range(1, world_size), world_size, rank)
             exchanges.append(straight(part + 1, ends, to.__getitem__, from_.__getitem__))
-    return Schedule(name, f"asked for; {_count(len(exchanges) - 1)}", tuple(exchanges), received)
+    return Schedule(name, f"asked for; {remote_stages(len(exchanges) - 1)}", tuple(exchanges), received)
 
 
 def parts_of(stages: Stages) -> tuple[int, ...]:
@@ -422,7 +422,8 @@ def _foreign(tokens: np.ndarray) -> tuple[int, ...]:
     return tuple((tokens.sum(axis=1) - np.diag(tokens)).tolist())
 
 
-def _count(stages: int) -> str:
+def remote_stages(stages: int) -> str:
+    """So many of them, in words."""
     return f"{stages} remote stage{'' if stages == 1 else 's'}"
 
 

@@ -27,6 +27,7 @@ from cpflex.ring.schedule import (
     even,
     name_of,
     parts_of,
+    remote_stages,
     rows_of,
     straight,
     with_name,
@@ -155,7 +156,6 @@ class _Duties:
         self.carrier = nodes.carrier(len(self.length), stripe)
         self.relay = nodes.relay(self.carrier, self.node)
         self.is_outside = nodes.of != self.node
-
         self.owners = self.mates if stripe else [rank]  # whose rows this rank sends to other nodes
 
     @cached_property
@@ -278,7 +278,7 @@ def _relay(
         exchanges[step] = _with_legs(exchanges[step], step, legs)
     after = tuple(_with_legs(Exchange(), num_steps + late, legs) for late in range(2 if stripe else 1) if num_stages)
     exchanges[-1] = replace(exchanges[-1], after=after)
-    reason = f"asked for; the own node's rows, then {num_stages} stages of {nodes.count - 1} other nodes'"
+    reason = f"asked for; {remote_stages(num_stages)} after that of the own node, on {nodes.count} nodes"
     return Schedule(name, reason, tuple(exchanges), received)
 
 
