@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import cpflex
 from documents import draw_documents
@@ -34,44 +36,47 @@ EVEN = 1.05
 DOCS = Path(__file__).parents[1] / "docs" / "planning.md"
 
 
-def zoo(seq_len: int) -> dict[str, cpflex.MaskMod | Any]:
-    causal, window = cpflex.causal(), cpflex.sliding_window
-    drawn = draw_documents(seq_len, seed=0)
+CAUSAL, WINDOW_4K = cpflex.causal(), cpflex.sliding_window(4096)
+ZOO: dict[str, Callable[[int], Any]] = {
+    "full": lambda s: cpflex.full(),
+    "causal": lambda s: CAUSAL,
+    "window 1k": lambda s: CAUSAL & cpflex.sliding_window(1024),
+    "window 4k": lambda s: CAUSAL & WINDOW_4K,
+    "window 4k both ways": lambda s: cpflex.sliding_window(4096, 4096),
+    "documents": lambda s: CAUSAL & cpflex.document(cu_seqlens=draw_documents(s, 0)),
+    "documents, both ways": lambda s: cpflex.document(cu_seqlens=draw_documents(s, 0)),
+    "documents, window 1k": lambda s: (
+        CAUSAL & cpflex.document(cu_seqlens=draw_documents(s, 0)) & cpflex.sliding_window(1024)
+    ),
+    "16 equal documents": lambda s: documents(s, *np.linspace(0, 1, 17)[1:]),
+    "two documents, 1 : 1": lambda s: documents(s, 1 / 2, 1),
+    "two documents, 1 : 3": lambda s: documents(s, 1 / 4, 1),
+    "two documents, 1 : 15": lambda s: documents(s, 1 / 16, 1),
+    "one long, many of 1k": lambda s: documents(s, *np.linspace(1 / 2, 1, s // 2048 + 1)),
+    "prefix 4k": lambda s: cpflex.prefix_lm(4096),
+    "prefix 1/8": lambda s: cpflex.prefix_lm(s // 8),
+    "prefix 1/2": lambda s: cpflex.prefix_lm(s // 2),
+    "prefix 7/8": lambda s: cpflex.prefix_lm(s * 7 // 8),
+    "prefix of each document": lambda s: prefix_of_documents(draw_documents(s, 0)),
+    "shared question": lambda s: shared_question(s),
+    "block causal, 16k": lambda s: lambda b, h, q, k: q // 16384 >= k // 16384,
+    "global 1k keys, window 4k": lambda s: CAUSAL & (lambda b, h, q, k: (k < 1024) | (q - k < 4096)),
+    "global 1k tokens, window 4k": lambda s: lambda b, h, q, k: (k < 1024) | (q < 1024) | ((q - k).abs() < 4096),
+    "dilated": lambda s: dilated,
+    "block diffusion": lambda s: block_diffusion(s, 32),
+    "neighbourhood 2-D": lambda s: neighbourhood(1 << (s.bit_length() // 2)),
+}
+"""Masks of a sequence of so many tokens."""
 
-    def packed(*ends: float) -> cpflex.MaskMod:
-        """Causal documents that end at these shares of the sequence."""
-        return causal & cpflex.document(cu_seqlens=[0, *(int(end * seq_len) for end in ends)])
 
-    short = [*range(seq_len // 2, seq_len + 1, 1024)]
-    return {
-        "full": cpflex.full(),
-        "causal": causal,
-        "window 1k": causal & window(1024),
-        "window 4k": causal & window(4096),
-        "window 4k both ways": window(4096, 4096),
-        "documents": causal & cpflex.document(cu_seqlens=drawn),
-        "documents, both ways": cpflex.document(cu_seqlens=drawn),
-        "documents, window 1k": causal & cpflex.document(cu_seqlens=drawn) & window(1024),
-        "16 equal documents": packed(*np.linspace(0, 1, 17)[1:]),
-        "two documents, 1 : 1": packed(1 / 2, 1),
-        "two documents, 1 : 3": packed(1 / 4, 1),
-        "two documents, 1 : 15": packed(1 / 16, 1),
-        "one long, many of 1k": causal & cpflex.document(cu_seqlens=[0, *short]),
-        "prefix 4k": cpflex.prefix_lm(4096),
-        "prefix 1/8": cpflex.prefix_lm(seq_len // 8),
-        "prefix 1/2": cpflex.prefix_lm(seq_len // 2),
-        "prefix 7/8": cpflex.prefix_lm(seq_len * 7 // 8),
-        "prefix of each document": prefix_of_documents(drawn),
-        "shared question": shared_question(seq_len),
-        "block causal, 16k": lambda b, h, q, k: q // 16384 >= k // 16384,
-        "global 1k keys, window 4k": causal & (lambda b, h, q, k: (k < 1024) | (q - k < 4096)),
-        "global 1k tokens, window 4k": lambda b, h, q, k: (k < 1024) | (q < 1024) | ((q - k).abs() < 4096),
-        "dilated": lambda b, h, q, k: (
-            (q >= k) & ((q - k < 2048) | (((q // 128 - k // 128) % 16 == 0) & (q - k < 65536)))
-        ),
-        "block diffusion": block_diffusion(seq_len, 32),
-        "neighbourhood 2-D": neighbourhood(1 << (seq_len.bit_length() // 2)),
-    }
+def documents(seq_len: int, *ends: float) -> cpflex.MaskMod:
+    """Causal, packed; they end at these shares of the sequence."""
+    return CAUSAL & cpflex.document(cu_seqlens=[0, *(int(end * seq_len) for end in ends)])
+
+
+def dilated(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The nearest 2048 keys, then every 16th tile up to 64k."""
+    return (q >= k) & ((q - k < 2048) | (((q // 128 - k // 128) % 16 == 0) & (q - k < 65536)))
 
 
 def prefix_of_documents(cu_seqlens: list[int]) -> Any:
@@ -103,7 +108,7 @@ def measure_zoo(name: str, seq_len: int, world_size: int) -> dict[str, Any]:
         chunk_work.append(work(table.chunk_len, table.num_chunks)["mask"].work)
         return table
 
-    plan = cpflex.make_plan(zoo(seq_len)[name], seq_len, rank=0, world_size=world_size, layout=noted)
+    plan = cpflex.make_plan(ZOO[name](seq_len), seq_len, rank=0, world_size=world_size, layout=noted)
     ordered, count = np.sort(chunk_work[0]), len(plan.layout.chunks[0])
     mean = ordered.sum() / world_size
     least = (ordered[-1] + ordered[: count - 1].sum()) / mean
@@ -117,7 +122,7 @@ def measure_zoo(name: str, seq_len: int, world_size: int) -> dict[str, Any]:
 
 def run_zoo(out: Path) -> None:
     rows = []
-    for name in zoo(1 << 15):
+    for name in ZOO:
         for seq_len, world_size in ZOO_SIZES:
             rows.append(measure_zoo(name, seq_len, world_size))
         shown = "".join(f"{row['imbalance']:8.3f}" for row in rows[-len(ZOO_SIZES) :])
