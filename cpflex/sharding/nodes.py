@@ -73,7 +73,7 @@ def over_nodes(seq_len: int, world_size: int, counts: list[int], work: ChunkWork
                 best = cost, table
             if best[0] * 1000 <= least * (1000 + ENOUGH_PERMILLE):
                 return best[1]
-        assert best is not None, "there is a deal of any number of chunks"
+        assert best is not None, "every number of chunks gives deals"
         if all(_is_even(work_per_rank(best[1], one)) for one in work(best[1].chunk_len, best[1].num_chunks).values()):
             break
     assert best is not None, "some number of chunks is searched"

@@ -25,6 +25,9 @@ WORK_BITS = 33
 MIN_LOOKS, MAX_LOOKS_PER_RANK = 80, 8
 """Ranks looked at in the refinement of one start: as many as the bound on words allows, within these."""
 
+MIN_LOOKS_FINE, FINE = 8, 16
+"""The least where ranks hold more than so many chunks: there are many swaps to compare."""
+
 MIN_RELIEFS = 400
 """Swaps that relieve an overloaded rank, or one for each rank if these are more: they compare few words."""
 
@@ -249,7 +252,8 @@ def refine(problem: Problem, chunks: np.ndarray, most_looks: int | None = None) 
     settled = np.zeros(problem.world_size, dtype=bool)
     kinds, _, words = problem.sees.shape
     swaps = problem.per_rank**2 * min(problem.world_size - 1, MAX_PARTNERS)
-    looks = max(MIN_LOOKS, min(MAX_LOOKS_PER_RANK * problem.world_size, MAX_WORDS // (swaps * kinds * words)))
+    least = MIN_LOOKS if problem.per_rank <= FINE else MIN_LOOKS_FINE
+    looks = max(least, min(MAX_LOOKS_PER_RANK * problem.world_size, MAX_WORDS // (swaps * kinds * words)))
     looks, reliefs = min(looks, most_looks or looks), max(MIN_RELIEFS, problem.world_size)
     while looks and reliefs:
         worst = int(np.lexsort((np.arange(len(settled)), -deal.traffic, -deal.excess, settled))[0])
