@@ -57,10 +57,10 @@ def block_mask(mask: BlockMask) -> MaskMod:
     both = _Listed(keys // kv_axis.count, keys % kv_axis.count)
 
     mask_mod, lengths = mask.mask_mod, {q_axis.length, kv_axis.length}
+    name = f"BlockMask of {getattr(mask_mod, '__name__', type(mask_mod).__name__)}"
     if isinstance(mask_mod, MaskMod):
         mask_mod, lengths = mask_mod.fn, lengths | mask_mod.lengths
     mod = trace_mask_mod(mask_mod)
-    name = f"BlockMask of {mod.name}"
 
     def of(listed: _Listed) -> MaskMod:
         return of_pairs(*listed, shape, q_axis, kv_axis, "its table")

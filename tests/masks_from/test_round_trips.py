@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from looks import assert_is, look
 from torch import Tensor
 
+import cpflex
 from cases import MASKS, Problem
 from cpflex import masks_from
 from cpflex.testing import run_ranks
@@ -187,6 +188,20 @@ def test_attention_with_a_mask_that_was_read_is_dense_attention(name: str, world
     problem = Read(mask=name, world_size=world_size, layout="balanced", seq_len=225)
     results = run_ranks(partial(attend_on_rank, problem=problem), world_size, timeout=60)
     assert_within_budget(assemble(results), problem.dense(torch.float32), problem.dense())
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_mask_read_in_inference_mode_serves_training_and_travels(name: str):
+    problem = Read(mask=name, seq_len=97)
+    with torch.inference_mode():
+        mask = problem.mask_mod
+    made = [cpflex.make_plan(one, 97, batch_size=2, num_heads=2) for one in (mask, problem.mask_mod)]
+    made.append(cpflex.Plan.from_bytes(made[0].to_bytes()))
+    assert len({plan.fingerprint for plan in made}) == 1
+    x = torch.randn(2, 2, made[0].local_len, 16, requires_grad=True)
+    grads = [torch.autograd.grad(cpflex.flex_attention(x, x, x, block_mask=plan).sum(), x)[0] for plan in made]  # pyright: ignore
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
 
 
 @pytest.mark.parametrize("name", ["flashmask", "intervals"])
