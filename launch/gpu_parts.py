@@ -393,6 +393,24 @@ def of_ranks(found: Records) -> list[str]:
     return [f"rank {x['rank']} read its peer at {_number(x['gb_per_s'])} GB/s, rightly: {x['is_right']}" for x in rows]
 
 
+def links(day: Day) -> None:
+    """What messages between the GPUs of this node achieve, by `benchmarks/links.py`."""
+    import torch
+
+    if day.pretend or torch.cuda.device_count() < 2:
+        day.record(left_out="links need two GPUs or more")
+        return
+    out = day.folder / "topology.json"
+    command = [sys.executable, str(ROOT / "launch" / "bench.py"), "links", "--out", str(out)]
+    left = max(1.0, day.deadline - time.time())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
+    day.record(code=done.returncode, said=(done.stdout + done.stderr)[-2000:])
+
+
+def of_links(found: Records) -> list[str]:
+    return [f"{'see topology.json' if x['code'] == 0 else x['said'].splitlines()[-1:]}" for x in found if "code" in x]
+
+
 class Part(NamedTuple):
     run: Callable[[Day], None]
     digest: Callable[[Records], list[str]]
@@ -412,6 +430,7 @@ PARTS = {
     "bandwidth": Part(bandwidth, of_bandwidth, 2),
     "sanitizer": Part(sanitizer, of_sanitizer, 9),
     "ranks": Part(ranks, of_ranks, 5),
+    "links": Part(links, of_links, 1),
     "tuning": Part(tuning, of_tuning, 13),
 }
 """In the order in which they run."""
