@@ -12,6 +12,8 @@ from cpflex.ring.schedule import auto, direct, even, gather, ring, ring_both
 from cpflex.ring.two_level import relay
 from cpflex.sharding.balance import balanced
 from cpflex.sharding.layout import Layout, contiguous, striped, zigzag
+from cpflex.sharding.packed import Packed
+from cpflex.sharding.packing import pack
 from cpflex.topology import Device, Heads, Topology
 from cpflex.version import __version__ as __version__
 
@@ -20,6 +22,7 @@ __all__ = [
     "Heads",
     "Layout",
     "MaskMod",
+    "Packed",
     "Plan",
     "RankMismatch",
     "Topology",
@@ -35,6 +38,7 @@ __all__ = [
     "full",
     "gather",
     "make_plan",
+    "pack",
     "prefix_lm",
     "relay",
     "ring",
