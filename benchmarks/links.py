@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 import cpflex
 from cpflex.links.processes import links_of
-from cpflex.links.protocol import Links
+from cpflex.links.protocol import Links, all_gather_number
 
 sys.path.append(str(Path(__file__).parents[1] / "launch"))
 
@@ -116,14 +116,13 @@ def timed(links: Links, device: torch.device, peers: Peers, per_node: int, num_b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         nanoseconds = int(1e9 * (time.perf_counter() - begin) / ROUNDS[device.type])
-        everyones = links.all_gather_number(max(1, nanoseconds), "a measurement of links", device)
-        assert everyones is not None, "the host waits for the numbers"
+        everyones = all_gather_number(links, max(1, nanoseconds), "a measurement of links", device)
         found.append(max(everyones) / 1e9)
     return statistics.median(found[1:])  # the first makes connections
 
 
 def meet(links: Links, device: torch.device) -> None:
-    links.all_gather_number(1, "a measurement of links", device)
+    all_gather_number(links, 1, "a measurement of links", device)
 
 
 def measure(

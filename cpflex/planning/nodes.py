@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cpflex.links.processes import Group, links_of
-from cpflex.links.protocol import Apart
+from cpflex.links.protocol import all_gather_number
 from cpflex.ring.agreement import number_of
 from cpflex.topology import Topology
 
@@ -40,11 +40,7 @@ def topology_of(group: Group, like: Topology, *, node: str | None = None) -> Top
     words = {"node": name}
     number = number_of(words)
     links.say(number, words)
-    numbers = [number] * links.world_size
-    try:
-        links.compare(number, PLAN)
-    except Apart as apart:
-        numbers = apart.numbers
+    numbers = all_gather_number(links, number, PLAN)
     sizes = [len(list(same)) for _, same in itertools.groupby(numbers)]
     if len(sizes) != len(set(numbers)) or len({*sizes[:-1], max(sizes[0], sizes[-1])}) > 1:
         names = {number: words["node"] for number, words in links.find(set(numbers)).items()}
