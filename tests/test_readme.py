@@ -122,6 +122,20 @@ def strided(group: ThreadLinks) -> None:
     torch.testing.assert_close(cpflex.flex_attention(q, k, v, block_mask=plan), expected)
 
 
+def exchanged_heads(group: ThreadLinks) -> None:
+    plan = cpflex.make_plan(cpflex.causal() & cpflex.sliding_window(30), S, group, ulysses_size=2)
+    q, k, v = tensors(plan)
+    assert plan.outer.world_size == 1
+    assert cpflex.flex_attention(q, k, v, block_mask=plan).shape == q.shape  # pyright: ignore
+
+
+def across_nodes(group: ThreadLinks) -> None:
+    one_a_node = cpflex.Topology(gpus_per_node=1, intra_gb_per_s=370.0, inter_gb_per_s=47.0)
+    plan = cpflex.make_plan(cpflex.causal(), S, group, topology=one_a_node, schedule=cpflex.relay(2))
+    q, k, v = tensors(plan)
+    assert cpflex.flex_attention(q, k, v, block_mask=plan).shape == q.shape  # pyright: ignore
+
+
 def dropout(group: ThreadLinks) -> None:
     attend(cpflex.causal(), group, dropout_p=0.1)
 
@@ -175,6 +189,8 @@ TRIALS: dict[str, Callable[[ThreadLinks], None]] = {
     "`torch.compile(fullgraph=True)`, one graph for all plans": compiled,
     "activation checkpointing; selective, without a second exchange": checkpointed,
     "strided q, k, v": strided,
+    "heads exchanged inside, keys outside (two dimensions), with any of the above": exchanged_heads,
+    "across nodes: each row crosses to a node once, gradients added before they cross back": across_nodes,
     "dropout": dropout,
     "cross attention, KV cache": cross_attention,
     "DTensor inputs": dtensor,
