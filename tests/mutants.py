@@ -96,13 +96,13 @@ NODES = [
     Mutant("a part begins one tile late", "ring/schedule.py", "before >= end[..., None]", "before > end[..., None]", "ring/test_schedule.py -k even"),
     Mutant("all needs rounded into one stage", "ring/schedule.py", "(counts * share + phase % total)", "(counts * share)", "ring/test_schedule.py -k one_tile"),
     Mutant("both ways of a ring in one place", "ring/schedule.py", "begin = shard_len if way == 1 and 1 <= hop <= hops[0] else 0", "begin = 0", "ring/test_schedule.py -k ring"),
-    Mutant("a row crosses for each rank of a node", "ring/two_level.py", "self.ids(self.passed_on.any(axis=0) & is_now)", "np.concatenate([self.ids(x & is_now) for x in self.passed_on])", "test_nodes.py -k crosses"),
+    Mutant("a row crosses for each rank of a node", "ring/two_level.py", "self.ids(self.passed_on.any(axis=0) & is_now)", "np.concatenate([self.ids(x & is_now) for x in self.passed_on])", "test_two_levels.py -k crosses"),
     Mutant("a smaller last node has rails that are not there", "ring/two_level.py", "% self.gpus_per_node % self.size[node]", "% self.gpus_per_node", "ring/test_schedule.py"),
     Mutant("a node's stages cut by one rank's needs", "ring/two_level.py", "self._stages(np.where(self.is_outside, -1, 0), [self.node]", "self._stages(np.where(np.arange(self.shape[0]) != self.rank, -1, 0), [self.node]", "ring/test_schedule.py"),
     Mutant("gradients of what is passed on begin with old ones", "ring/transport.py", "x.new_zeros(*x.shape[:2], num_rows, x.shape[3])", "x[:, :, :1].repeat(1, 1, num_rows, 1)", "ring/test_transport.py -k two_levels"),
-    Mutant("a relay forgets its own part", "ring/two_level.py", "self.mates = [rank, *(r for r in nodes.ranks(self.node) if r != rank)]", "self.mates = [r for r in nodes.ranks(self.node) if r != rank]", "test_nodes.py"),
+    Mutant("a relay forgets its own part", "ring/two_level.py", "self.mates = [rank, *(r for r in nodes.ranks(self.node) if r != rank)]", "self.mates = [r for r in nodes.ranks(self.node) if r != rank]", "test_two_levels.py"),
     Mutant("what follows the last step is left out", "ring/transport.py", "enumerate(self.steps[-1].exchange.after, len(self.steps))", "()", "ring/test_transport.py -k two_levels"),
-    Mutant("a striped shard stays with its owner", "ring/two_level.py", "np.arange(num_tiles) % self.size[self.of][:, None]", "np.arange(len(self.of))[:, None] % self.gpus_per_node", "test_nodes.py -k striping"),
+    Mutant("a striped shard stays with its owner", "ring/two_level.py", "np.arange(num_tiles) % self.size[self.of][:, None]", "np.arange(len(self.of))[:, None] % self.gpus_per_node", "test_two_levels.py -k striping"),
 ]  # fmt: skip
 RING = [
     Mutant("K and V swapped on the way", "ring/transport.py", "for x, packed in zip(pair, ", "for x, packed in zip(pair[::-1], ", RANKS),
