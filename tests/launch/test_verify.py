@@ -77,6 +77,7 @@ def _without_ranks() -> dict[str, str]:
 # end to end
 
 
+@pytest.mark.by_day(2)
 def test_two_ranks_pass_with_the_score_mods_of_the_table(folder: Path):
     done = run(folder, "--mask", "cpflex:causal")
     assert done.returncode == 0, done.stderr
