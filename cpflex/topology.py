@@ -138,9 +138,9 @@ class Device:
     """10^9 bytes a second of device memory, read and written together."""
     launch_us: float = 6.0
     """Of one kernel, on the device."""
-    forward_step_us: float = 100.0
+    forward_step_us: float = 55.0
     """Of the host for one step: Python, messages, launches."""
-    backward_step_us: float = 200.0
+    backward_step_us: float = 120.0
     lead_us: float = 1000.0
     """How far the host is ahead of the device when an attention begins."""
     buffer_gb: float = 4.0

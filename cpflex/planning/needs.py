@@ -15,6 +15,7 @@ import numpy as np
 from cpflex.mods.graph import Mod
 from cpflex.mods.intervals import TileClassifier
 from cpflex.planning.squares import Classify, Squares, classify_squares, repeat
+from cpflex.planning.traffic import Traffic, traffic_of
 from cpflex.ring.schedule import Rows, rows_of
 from cpflex.sharding.layout import ChunkNeeds, Layout
 from cpflex.tile_mask import TILE, Tiles
@@ -157,6 +158,11 @@ class Needs:
         """Blocks of which queries of any rank of a line see a key, bool [lines, num_blocks]."""
         line_of_chunk = line[self.layout.owner]
         return np.stack([self._chunks.sees[line_of_chunk == one].any(axis=0) for one in range(int(line.max()) + 1)])
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """What all ranks compute and need, by block."""
+        return traffic_of(self._classify, self.layout, blocks_of(self.layout.chunk_len, self.layout.num_chunks))
 
     @cached_property
     def squares(self) -> Squares:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -157,7 +157,7 @@ def ring(layout: Layout, rank: int, needs: Needs) -> Schedule:
     behind, each rank adding its own, and the last one sends the sum home in one message.
     """
     world_size, shard = layout.world_size, ((0, layout.local_len),)
-    num_hops = _hops_needed(needs.tokens)
+    num_hops = hops_needed(needs.tokens)
     following, previous = (rank + 1) % world_size, (rank - 1) % world_size
     exchanges = [Exchange(sources=(Source(rank, shard),))]
     for hop in range(1, num_hops + 1):
@@ -187,7 +187,7 @@ def ring_both(layout: Layout, rank: int, needs: Needs) -> Schedule:
     follow it as in `ring`.
     """
     world_size, shard = layout.world_size, ((0, layout.local_len),)
-    hops = _hops_both_ways(needs.tokens)
+    hops = hops_both_ways(needs.tokens)
     exchanges = [Exchange(sources=(Source(rank, shard),))]
     for hop in range(1, max(hops) + 1):
         parts = [_hop(way, hop, hops, layout.local_len, world_size, rank) for way in (0, 1) if hop <= hops[way]]
@@ -221,7 +221,7 @@ def _hop(way: int, hop: int, hops: tuple[int, int], shard_len: int, world_size: 
     )
 
 
-def _hops_both_ways(tokens: np.ndarray) -> tuple[int, int]:
+def hops_both_ways(tokens: np.ndarray) -> tuple[int, int]:
     """The fewest steps, then the fewest hops, that bring every shard to where it is needed, from either side."""
     ranks, owners = np.nonzero(tokens)
     distances = sorted({0, *((ranks - owners) % len(tokens)).tolist()})
@@ -241,7 +241,7 @@ def direct(layout: Layout, rank: int, needs: Needs) -> Schedule:
     """
     shard = ((0, layout.local_len),)
     exchanges = [Exchange(sources=(Source(rank, shard),))]
-    for distances in _stages(needs.tokens, layout.local_len):
+    for distances in pack_distances(needs.tokens, layout.local_len):
         ends = _at(distances, layout.world_size, rank)
         exchanges.append(straight(len(exchanges), ends, needs.rows_to, needs.rows_from))
     reason = f"asked for; {len(exchanges) - 1} remote stages"
@@ -271,7 +271,7 @@ def _at(distances: Iterable[int], world_size: int, rank: int) -> list[tuple[int,
     return [((rank + distance) % world_size, (rank - distance) % world_size) for distance in distances]
 
 
-def _stages(tokens: np.ndarray, limit: int) -> list[list[int]]:
+def pack_distances(tokens: np.ndarray, limit: int) -> list[list[int]]:
     """Distances packed, the heaviest first, into the first stage where no rank receives or sends more than ``limit``
     rows.
     """
@@ -427,18 +427,7 @@ def remote_stages(stages: int) -> str:
     return f"{stages} remote stage{'' if stages == 1 else 's'}"
 
 
-def auto(layout: Layout, rank: int, needs: Needs) -> Schedule:
-    """`direct` where the mean needed K/V is under half of what the ring would move, else `ring`."""
-    num_hops = _hops_needed(needs.tokens)
-    if num_hops == 0:
-        return replace(ring(layout, rank, needs), reason="no rank needs another's keys")
-    foreign = needs.tokens.sum() - np.trace(needs.tokens)
-    mean, moved = foreign / layout.world_size, num_hops * layout.local_len
-    chosen = direct if mean < moved / 2 else ring
-    share = f"ranks need {mean:,.0f} K/V rows on average, the ring would move {moved:,}"
-    return replace(chosen(layout, rank, needs), reason=f"{share}: {'under' if chosen is direct else 'not under'} half")
-
-
-def _hops_needed(tokens: np.ndarray) -> int:
+def hops_needed(tokens: np.ndarray) -> int:
+    """Of a ring, until no rank needs another shard."""
     ranks, owners = np.nonzero(tokens)
     return int(((ranks - owners) % len(tokens)).max(initial=0))

@@ -96,7 +96,7 @@ class Nodes:
         place = rank - mates[0]
         return [(mates[(place + d) % len(mates)], mates[(place - d) % len(mates)]) for d in range(1, len(mates))]
 
-    def relay(self, carrier: np.ndarray | int, node: int) -> np.ndarray:
+    def relay(self, carrier: np.ndarray | int, node: np.ndarray | int) -> np.ndarray:
         """The rank of a node to which a rank of another sends: that of its place, modulo the size of the node."""
         return node * self.gpus_per_node + np.asarray(carrier) % self.gpus_per_node % self.size[node]
 

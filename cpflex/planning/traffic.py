@@ -1,0 +1,101 @@
+"""Traffic: what every rank computes with, needs and is needed for under a layout, as tables that predictions are made
+from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from cpflex.planning.squares import Classify, Squares, classify_squares
+from cpflex.sharding.layout import Layout
+from cpflex.tile_mask import Tiles
+
+RANKS_AT_ONCE = 64
+"""Ranks whose rows are counted together, for the sake of memory."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One mask kind under one layout, counted in blocks of keys, sorted by the rank that holds them."""
+
+    local_len: int
+    owner: np.ndarray  # rank that holds each block, rising, int64 [blocks]
+    length: np.ndarray  # tokens of each block, int64 [blocks]
+    sees: np.ndarray  # rank r's queries see a key of the block, bool [world_size (r), blocks]
+    pairs: np.ndarray  # (query, key) pairs of rank r's queries and o's keys, int64 [world_size (r), world_size (o)]
+    touched: np.ndarray  # queries of rank r that see a key of o, int64 [world_size (r), world_size (o)]
+
+    @property
+    def world_size(self) -> int:
+        return len(self.pairs)
+
+    @cached_property
+    def first_block(self) -> np.ndarray:
+        """Of each rank, int64 [world_size]."""
+        return np.searchsorted(self.owner, np.arange(self.world_size))
+
+    def by_owner(self, chosen: np.ndarray) -> np.ndarray:
+        """Rows of each owner's chosen blocks: bool [lines, blocks] -> int64 [lines, world_size (o)]."""
+        return np.add.reduceat(np.where(chosen, self.length, 0), self.first_block, axis=1)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """K/V rows of rank o's shard that rank r needs, int64 [world_size (r), world_size (o)]; none of its own."""
+        needed = self.by_owner(self.sees)
+        np.fill_diagonal(needed, 0)
+        return needed
+
+    def seen_by_nodes(self, gpus_per_node: int) -> np.ndarray:
+        """Blocks that some rank of a node needs, and that lie on another node: bool [nodes, blocks]."""
+        starts = np.arange(0, self.world_size, gpus_per_node)
+        sees = np.logical_or.reduceat(self.sees, starts, axis=0)
+        sees[self.owner // gpus_per_node, np.arange(len(self.owner))] = False
+        return sees
+
+    @property
+    def imbalance(self) -> float:
+        """Most work over mean work."""
+        work = self.pairs.sum(axis=1)
+        return float(work.max() / max(work.mean(), 1e-9))
+
+
+def traffic_of(classify: Classify, layout: Layout, tiles: Tiles) -> Traffic:
+    """Counted in ``tiles`` that are not EMPTY: those of the kernels, or larger blocks, which are never too few.
+
+    >>> traffic_of(classifier(mod, 1, 1), layout, Tiles(layout.chunk_len, layout.num_chunks))
+    """
+    squares = classify_squares(classify, tiles)
+    owner = layout.owner[tiles.chunk]
+    rows, cols, sides = squares.full
+    flipped = Squares((cols, rows, sides), (squares.partial[1], squares.partial[0]))
+    order = np.argsort(owner, kind="stable")
+    starts = np.searchsorted(owner[order], np.arange(layout.world_size))
+    seen, pairs = _counted(squares, tiles, owner, order, starts)
+    _, touched = _counted(flipped, tiles, owner, order, starts, once=True)
+    return Traffic(layout.local_len, owner[order], tiles.length[order], seen, pairs, touched.T.copy())
+
+
+def _counted(
+    squares: Squares, tiles: Tiles, owner: np.ndarray, order: np.ndarray, starts: np.ndarray, *, once: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of the squares' rows, by the rank that holds the row: those that are covered, bool [ranks, tiles sorted
+    by owner], and their tokens times the rows' tokens, or the tokens ``once``, int64 [ranks, ranks].
+    """
+    row, first, end = squares.rows(tiles)
+    line, weight, width = owner[row], tiles.length[row], tiles.num_tiles
+    seen, totals = [], []
+    for begin in range(0, len(starts), RANKS_AT_ONCE):
+        ranks = min(RANKS_AT_ONCE, len(starts) - begin)
+        here = (line >= begin) & (line < begin + ranks)
+        at = (line[here] - begin) * (width + 1)
+        # each row of a square adds its tokens from its first column on, and takes them away after its last
+        step = np.bincount(at + first[here], weight[here], ranks * (width + 1))
+        step -= np.bincount(at + end[here], weight[here], ranks * (width + 1))
+        covering = step.reshape(ranks, -1).cumsum(axis=1)[:, :-1][:, order].astype(np.int64)
+        seen.append(covering > 0)
+        tokens = np.where(seen[-1], tiles.length[order], 0) if once else covering * tiles.length[order]
+        totals.append(np.add.reduceat(tokens, starts, axis=1))
+    return np.concatenate(seen), np.concatenate(totals)
