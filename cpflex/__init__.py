@@ -4,11 +4,12 @@ from cpflex import masks_from as masks_from
 from cpflex.attention import flex_attention, score_mod
 from cpflex.masks import MaskMod, causal, document, full, prefix_lm, sliding_window
 from cpflex.mods.trace import UnsupportedMod
+from cpflex.planning.choose import auto
 from cpflex.planning.make import make_plan
 from cpflex.planning.nodes import topology_of
 from cpflex.planning.plan import Plan
 from cpflex.ring.agreement import RankMismatch
-from cpflex.ring.schedule import auto, direct, even, gather, ring, ring_both
+from cpflex.ring.schedule import direct, even, gather, ring, ring_both
 from cpflex.ring.two_level import relay
 from cpflex.sharding.balance import balanced
 from cpflex.sharding.layout import Layout, contiguous, striped, zigzag

@@ -4,6 +4,7 @@ damaged on its way differs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -34,16 +35,14 @@ def check_layout(layout: Layout, rank: int, ulysses_size: int) -> None:
             raise WrongPlan(f"the plan is wrong: {name} must be from {least} to {most}; got {value!r}")
 
 
-def check_ulysses_size(of_kind: int, of_plan: int, *, alone: bool) -> None:
-    """The shards of a mask kind are the plan's, or pieces of them if there are other kinds.
+def check_degrees(sizes: Sequence[int], most: int) -> None:
+    """Ranks that exchange heads: for some mask kind as many as the plan says, for the others a part of them.
 
     Raises:
-        WrongPlan: they are not.
+        WrongPlan: other numbers.
     """
-    if type(of_kind) is not int or of_kind < 1 or of_plan % of_kind or (alone and of_kind != of_plan):
-        raise WrongPlan(
-            f"the plan is wrong: ulysses_size of a mask kind is {of_kind!r}, and that of the plan {of_plan}"
-        )
+    if any(type(size) is not int or size < 1 or most % size for size in sizes) or most not in sizes:
+        raise WrongPlan(f"the plan is wrong: heads are exchanged among {most} ranks, by mask kind among {list(sizes)}")
 
 
 def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: ScheduleFn | None) -> None:

@@ -19,10 +19,13 @@ from cpflex.masks import MaskFn, MaskMod, is_count
 from cpflex.masks_from import as_mask
 from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
 from cpflex.mods.trace import trace_mask_mod
+from cpflex.planning.choose import auto, degrees, ranked
 from cpflex.planning.mask_kind import KindWork, plan_kind
+from cpflex.planning.needs import blocks_of
 from cpflex.planning.plan import Plan
+from cpflex.planning.traffic import traffic_of
 from cpflex.ring.heads import why_not_divided
-from cpflex.ring.schedule import ScheduleFn, auto
+from cpflex.ring.schedule import ScheduleFn
 from cpflex.sharding.balance import balanced
 from cpflex.sharding.layout import ALIGNMENT, STRIPE, ChunkWork, Layout, LayoutFn, cut_shards
 from cpflex.topology import Device, Heads, Machine, Topology
@@ -61,9 +64,10 @@ def make_plan(
             among the ranks of the dim that is named "heads", or is the first, and keys among those of the other.
         rank, world_size: instead of a group, to plan for any rank of any job, anywhere; `Plan.bind` adds the group.
         ulysses_size: ranks among which heads are exchanged, so many that are next to each other in the group; they then
-            share longer shards. Known from two groups or a 2-D mesh; 1, as without, if None. It must divide the query
-            heads, and the heads of keys or be a multiple of them. Of several mask kinds, one for each if they differ,
-            ``{"full": 8, "sliding": 1}``: windows that see little of other ranks need no exchange of heads.
+            share longer shards. It must divide the query heads, and the heads of keys or be a multiple of them. By mask
+            kind, ``{"full": 8}``, others exchange none: what pays for long documents seldom does for windows. If None,
+            known from two groups or a 2-D mesh, else predicted where ``topology`` and ``heads`` are given and the
+            schedule is `auto`, else 1.
         weights: layers of each kind; 1 each if None.
         batch_size, num_heads: needed when the mask depends on ``b`` or ``h``: what is computed and sent is then the
             union over them.
@@ -88,13 +92,15 @@ def make_plan(
     if not masks or not all(isinstance(kind, str) for kind in masks):
         raise ValueError(f"mask must name at least one mask kind, by strings; got {masks or 'an empty dict'}")
     _check_options(batch_size, num_heads, layout, schedule)
-    by_kind = _ulysses_sizes(ulysses_size, masks, links, world_size, num_heads)
+    sizes = _ulysses_sizes(ulysses_size, links, world_size, num_heads, masks)
     machine = _machine(topology, device, heads)
     weights = _weights(weights, masks)
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
-    mods = {kind: _traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
-    asked = _Asked(mods, weights, seq_len, rank, world_size, batch_size, num_heads, layout, schedule, machine)
-    plan = _planned(asked, links, by_kind)
+    mods = {kind: traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
+    asked = _Asked(mods, weights, seq_len, rank, world_size, batch_size, num_heads, layout, schedule, machine, {}, {})
+    if ulysses_size is None and not isinstance(links, GridLinks) and heads is not None and schedule is auto:
+        sizes = _predicted_sizes(asked)
+    plan = _planned(asked, links, sizes)
     if log.isEnabledFor(logging.INFO):
         log.info("%r made in %.1f ms: %s", plan, 1e3 * (time.perf_counter() - began), _summary(plan))
     return plan
@@ -113,24 +119,63 @@ class _Asked(NamedTuple):
     layout: LayoutFn
     schedule: ScheduleFn
     machine: Machine | None
+    works: dict[int, KindWork]
+    layouts: dict[int, Layout]
 
 
-def _planned(asked: _Asked, links: Links | None, ulysses_sizes: Mapping[str, int]) -> Plan:
-    """The plan if so many ranks exchange heads, by mask kind."""
-    largest = max(ulysses_sizes.values())
-    batch_size, num_heads = asked.batch_size, asked.num_heads
-    machine = _outer_machine(asked.machine, largest)
-    work = KindWork(asked.mods, asked.weights, batch_size or 1, num_heads or 1, machine)
-    table = _outer_layout(asked.layout, asked.seq_len, asked.world_size // largest, largest, work)
-    kinds = {}
+def _planned(asked: _Asked, links: Links | None, sizes: Mapping[str, int]) -> Plan:
+    """The plan if so many ranks exchange heads for each mask kind."""
+    most = max(sizes.values())
+    outer, kinds = _shards(asked, most), {}
     for kind, mod in asked.mods.items():
-        size = ulysses_sizes[kind]
-        shards, seen = cut_shards(table, largest // size), work.on(_outer_machine(asked.machine, size))
-        where = shards, asked.rank // size, seen, asked.schedule
-        kinds[kind] = plan_kind(kind, mod, *where, batch_size, num_heads, size)
+        size = sizes[kind]
+        kinds[kind] = plan_kind(
+            kind, mod, cut_shards(outer, most // size), asked.rank // size, _work(asked, size), asked.schedule,
+            asked.batch_size, asked.num_heads, size,
+        )  # fmt: skip
     by_b, by_h = (any(mod.uses(name) for mod in asked.mods.values()) for name in "bh")
-    sizes = batch_size if by_b else None, num_heads if by_h else None
-    return Plan(table, asked.rank, kinds, links, *sizes, largest)
+    counts = asked.batch_size if by_b else None, asked.num_heads if by_h else None
+    return Plan(outer, asked.rank, kinds, links, *counts, most)
+
+
+def _work(asked: _Asked, size: int) -> KindWork:
+    """The masks as shards of ``size`` ranks see them, known once."""
+    if size not in asked.works:
+        machine = _outer_machine(asked.machine, size)
+        counts = asked.batch_size or 1, asked.num_heads or 1
+        asked.works[size] = KindWork(asked.mods, asked.weights, *counts, machine)
+    return asked.works[size]
+
+
+def _shards(asked: _Asked, size: int) -> Layout:
+    """Of so many ranks each, known once."""
+    if size not in asked.layouts:
+        world_size = asked.world_size // size
+        asked.layouts[size] = _outer_layout(asked.layout, asked.seq_len, world_size, size, _work(asked, size))
+    return asked.layouts[size]
+
+
+def _predicted_sizes(asked: _Asked) -> dict[str, int]:
+    """With which exchange of heads, if any, a model's layers are predicted to take least time: none, or as many ranks
+    as a node and the heads allow, for all mask kinds or for those that gain by it.
+    """
+    machine = asked.machine
+    assert machine is not None, "heads are given with a topology only"
+    best: tuple[float, dict[str, int]] | None = None
+    for most in sorted({1, max(degrees(asked.world_size, machine, asked.num_heads))}):
+        outer, total, sizes = _shards(asked, most), 0.0, {}
+        for kind in asked.mods:
+            times = {}
+            for size in {1, most} if len(asked.mods) > 1 else {most}:
+                table, work = cut_shards(outer, most // size), _work(asked, size)
+                tables = traffic_of(work.classifiers[kind], table, blocks_of(table.chunk_len, table.num_chunks))
+                times[size] = ranked(tables, machine, size)[0].total_us
+            sizes[kind] = min(times, key=lambda size: (times[size], size))
+            total += asked.weights[kind] * times[sizes[kind]]
+        if best is None or total < best[0]:
+            best = total, sizes
+    assert best is not None
+    return best[1]
 
 
 def _summary(plan: Plan) -> str:
@@ -166,20 +211,22 @@ def _machine(topology: Topology | None, device: Device | None, heads: Heads | No
 
 def _ulysses_sizes(
     given: int | Mapping[str, int] | None,
-    kinds: Iterable[str],
     links: Links | None,
     world_size: int,
     num_heads: int | None,
+    kinds: Iterable[str],
 ) -> dict[str, int]:
-    """Of each mask kind."""
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(kinds, _ulysses_size(given, links, world_size, num_heads))
-    if set(given) != set(kinds):
-        raise ValueError(f"ulysses_size must give each mask kind of {sorted(kinds)} a size; got {dict(given)}")
-    sizes = {kind: _ulysses_size(given[kind], links, world_size, num_heads) for kind in kinds}
-    largest = max(sizes.values())
-    if any(largest % size for size in sizes.values()):
-        raise ValueError(f"the largest ulysses_size must be a multiple of every other; got {dict(given)}")
+    """Ranks that exchange heads, by mask kind."""
+    if isinstance(given, Mapping):
+        if not set(given) <= set(kinds):
+            raise ValueError(f"ulysses_size must name mask kinds of {sorted(kinds)}; got {dict(given)}")
+        found = dict.fromkeys(kinds, 1) | dict(given)
+    else:
+        found = dict.fromkeys(kinds, given)
+    sizes = {kind: _ulysses_size(size, links, world_size, num_heads) for kind, size in found.items()}
+    most = max(sizes.values())
+    if any(most % size for size in sizes.values()):
+        raise ValueError(f"the largest ulysses_size must be a multiple of the others; got {sizes}")
     return sizes
 
 
@@ -188,7 +235,10 @@ def _ulysses_size(given: int | None, links: Links | None, world_size: int, num_h
         raise ValueError(f"ulysses_size must be an integer of at least 1; got {given!r}")
     by_groups = links.inner.world_size if isinstance(links, GridLinks) else None
     if by_groups is not None and given not in (None, by_groups):
-        raise ValueError(f"heads are exchanged among the {by_groups} ranks of their group; got ulysses_size={given}")
+        raise ValueError(
+            f"heads are exchanged among the {by_groups} ranks of their group, for every mask kind; got "
+            f"ulysses_size={given} - pass one group of all ranks to exchange them among others"
+        )
     size = by_groups or given or 1
     if world_size % size:
         raise ValueError(f"ulysses_size must divide the ranks of the group; got {size} for {world_size} ranks")
@@ -255,7 +305,7 @@ def _weights(weights: Mapping[str, float] | None, masks: Mapping[str, Any]) -> d
     return dict(weights)
 
 
-def _traced(
+def traced(
     mask: MaskFn | BlockMask,
     seq_len: int,
     batch_size: int | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +39,16 @@ class MaskKind:
     work: np.ndarray  # (query, key) pairs in tiles that are not EMPTY, int64 [world_size]
     tokens: np.ndarray  # K/V rows of rank o's shard that rank r needs, by block, int64 [world_size (r), world_size (o)]
     machine: Machine | None = None
-    ulysses_size: int = 1
-    """Ranks of one of the shards among which keys travel; they exchange heads."""
 
     @property
     def sizes(self) -> tuple[int | None, int | None]:
         """batch_size and num_heads, where the mask depends on them."""
         return self.facts["batch_size of the plan"], self.facts["num_heads of the plan"]
+
+    @property
+    def ulysses_size(self) -> int:
+        """Ranks that exchange heads, for this mask."""
+        return self.facts["ranks that exchange heads"]
 
     @property
     def fingerprint(self) -> str:
@@ -69,12 +71,6 @@ class KindWork:
         self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
         self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
         self._squares: dict[int, dict[str, Squares]] = {}
-
-    def on(self, machine: Machine | None) -> KindWork:
-        """The same masks, on another machine."""
-        other = copy(self)  # what is known of the masks is shared
-        other.machine = machine
-        return other
 
     def __call__(self, chunk_len: int, num_chunks: int) -> dict[str, ChunkNeeds]:
         if (chunk_len, num_chunks) not in self._known:
@@ -110,10 +106,10 @@ def plan_kind(
         "cpflex version": __version__,
         "plan format": FORMAT,
         "seq_len": table.seq_len,
+        "machine": "not given" if work.machine is None else repr(work.machine),
         "layout": f"{table.name}, {len(table.chunks[0])} chunks of {table.chunk_len} tokens per rank, {table.key}",
         "schedule": chosen.name,
         "ranks that exchange heads": ulysses_size,
-        "machine": "not given" if work.machine is None else repr(work.machine),
         "mask kind": kind,
         "batch_size of the plan": batch_size if mod.uses("b") else None,
         "num_heads of the plan": num_heads if mod.uses("h") else None,
@@ -124,8 +120,7 @@ def plan_kind(
     idle = find_idle(mod, table, rank, batch_size or 1, num_heads or 1)
     loads = work_per_rank(table, chunks)
     reason, received = chosen.reason, chosen.recv_tokens
-    moved = loads, needs.tokens
-    return MaskKind(mod, steps, idle, facts, chosen.name, reason, received, *moved, work.machine, ulysses_size)
+    return MaskKind(mod, steps, idle, facts, chosen.name, reason, received, loads, needs.tokens, work.machine)
 
 
 def _steps(mod: Mod, needs: Needs, exchanges: Sequence[Exchange], batch_size: int, num_heads: int) -> tuple[Step, ...]:

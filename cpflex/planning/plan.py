@@ -17,7 +17,7 @@ from cpflex.links.protocol import Links
 from cpflex.mods.graph import Graph, Mod, Node, Ref
 from cpflex.mods.trace import UnsupportedMod
 from cpflex.planning import plan_bytes
-from cpflex.planning.check import check_kind, check_layout, check_ulysses_size
+from cpflex.planning.check import check_degrees, check_kind, check_layout
 from cpflex.planning.mask_kind import FORMAT, MaskKind
 from cpflex.planning.plan_bytes import WrongPlan
 from cpflex.ring import handles
@@ -337,8 +337,8 @@ class Plan:
             ValueError: this plan is not what `make_plan` would make; the message names a part that differs.
         """
         check_layout(self.outer, self.rank, self.ulysses_size)
+        check_degrees([kind.ulysses_size for kind in self.kinds.values()], self.ulysses_size)
         for name, kind in self.kinds.items():
-            check_ulysses_size(kind.ulysses_size, self.ulysses_size, alone=len(self.kinds) == 1)
             check_kind(name, kind, self.outer_of(kind), self.rank // kind.ulysses_size, schedule)
         sizes = [next(filter(None, found), None) for found in zip(*(k.sizes for k in self.kinds.values()), strict=True)]
         if [self.batch_size, self.num_heads] != sizes:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from cpflex.mods.intervals import EMPTY, FULL, PARTIAL
 from cpflex.planning.needs import blocks_of, classifier
+from cpflex.planning.predict import predict
+from cpflex.planning.traffic import traffic_of
+from cpflex.ring.named import named_schedule
 from cpflex.ring.schedule import most_rows
 from cpflex.seeing.doubts import doubts, holder
 
@@ -52,11 +55,13 @@ def _grid(plan: Plan) -> list[str]:
     size, shards = plan.ulysses_size, plan.outer.world_size
     if size == 1:
         return []
+    less = {name: kind.ulysses_size for name, kind in plan.kinds.items() if kind.ulysses_size < size}
+    others = "".join(f"; {name}: {_count(number, 'rank')}" for name, number in less.items())
     shard = plan.outer_rank
     row = ", ".join(map(str, range(shard * size, (shard + 1) * size)))
     fact = (
         f"{_count(shards, 'row')} of {size} ranks; ranks {row} exchange heads: each computes 1/{size} of them on shard "
-        f"{shard}, {plan.outer.local_len:,} tokens; keys travel between shards"
+        f"{shard}, {plan.outer.local_len:,} tokens; keys travel between shards{others}"
     )
     return _facts([("grid", fact)], indent="")
 
@@ -112,6 +117,7 @@ def _kind(plan: Plan, name: str, *, with_grid: bool) -> list[str]:
             ("received", _received(plan, stats, _least_rows(kind))),
             ("schedule", f"{stats['schedule']}, {steps}: {stats['reason']}"),
             *_nodes(plan, kind, stats),
+            *_predicted(plan, kind),
         ]
     table = [f"  {line}".rstrip() for line in _ranks_table(plan, stats)]
     grid = [f"  {line}" for line in _grid(plan)] if with_grid else []
@@ -125,6 +131,24 @@ def _nodes(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[tuple[str,
     topology, noun = kind.machine.topology, holder(plan)
     nodes = f"{topology.num_nodes(plan.outer.world_size)} nodes of {_count(topology.gpus_per_node, noun)}"
     return [("nodes", f"{nodes}; {noun} {plan.outer_rank} sends {stats['cross_tokens']:,} K/V rows to other nodes")]
+
+
+def _predicted(plan: Plan, kind: MaskKind) -> list[tuple[str, str]]:
+    """What the schedule would take, if the machine is known and the schedule is one of cpflex's."""
+    if kind.machine is None or named_schedule(kind.schedule) is None:
+        return []
+    layout, (batch_size, num_heads) = plan.outer, kind.sizes
+    classify = classifier(kind.mask, batch_size or 1, num_heads or 1)
+    tables = traffic_of(classify, layout, blocks_of(layout.chunk_len, layout.num_chunks))
+    found = predict(kind.schedule, tables, kind.machine)
+    forward, backward = (f"{1e3 * one.makespan:.2f} ms" for one in (found.forward, found.backward))
+    waits = (
+        f"the mean rank waits {found.exposed_us / 1e3:.2f} ms, its NIC is busy {_percent(found.nic_use)} of the time"
+    )
+    heads = ", without the exchange of heads" if plan.ulysses_size > 1 else ""
+    return [
+        ("predicted", f"forward {forward}, backward {backward} a layer{heads}; {waits}; a model, not a measurement")
+    ]
 
 
 def _received(plan: Plan, stats: dict[str, Any], least: int) -> str:
