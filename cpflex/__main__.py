@@ -8,7 +8,9 @@ import argparse
 import importlib
 import itertools
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import and_
 from pathlib import Path
@@ -16,7 +18,9 @@ from pathlib import Path
 import cpflex
 from cpflex.masks import MaskFn, MaskMod
 from cpflex.ring.schedule import ScheduleFn
+from cpflex.seeing.documents import draw_documents
 from cpflex.sharding.layout import LayoutFn
+from cpflex.topology import DEVICES, TOPOLOGIES, Device, Heads, Machine, Topology
 
 LAYOUTS: dict[str, LayoutFn] = {
     "balanced": cpflex.balanced,
@@ -26,12 +30,16 @@ LAYOUTS: dict[str, LayoutFn] = {
 }
 SCHEDULES: dict[str, ScheduleFn] = {"auto": cpflex.auto, "direct": cpflex.direct, "ring": cpflex.ring}
 
+LINKS = {"intra_gb_per_s": ("nvlink", "intra", "pcie"), "inter_gb_per_s": ("ib", "inter", "nic", "eth", "roce")}
+"""Names of links, by the field of a `Topology` that they set."""
+
 TERMS = """\
   causal            keys up to the query
   full              all keys
   window:W          the W latest keys, the query's own included; hides no future key: add causal
   window:L:R        keys from L before the query to R after it
   doc:FILE          keys of the same document; FILE holds the documents' lengths, separated by white space
+  docs, docs:SEED   keys of the same document, of lengths drawn as those of pre-training data are spread
   prefix:N          causal, and the first N keys
   module:function   a mask_mod (b, h, q_idx, kv_idx) -> bool Tensor that can be imported"""
 
@@ -49,6 +57,18 @@ examples:
   python -m cpflex explain --mask full=causal,doc:lengths.txt --mask sliding=causal,window:1k,doc:lengths.txt \\
       --weights full=8,sliding=40 --seq-len 256k --ranks 32 --rank 5 --layout zigzag --schedule direct"""
 
+SIMULATE = f"""\
+A model, not a measurement: docs/scale.md says of what. Masks are terms as in explain:
+
+{TERMS}
+
+examples:
+  python -m cpflex simulate --mask causal,docs --seq-len 1m --ranks 64
+  python -m cpflex simulate --mask causal --seq-len 256k --ranks 64 --gpus-per-node 8 --links nvlink:370,ib:47 \\
+      --tflops 500 --plot timeline.png
+  python -m cpflex simulate --mask full=causal,docs --mask sliding=causal,docs,window:1k --weights full=1,sliding=5 \\
+      --seq-len 1m --ranks 64 --topology h100-ethernet --heads 64,8,64"""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cpflex", description=cpflex.__doc__)
@@ -63,6 +83,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     _add_explain_arguments(explain)
     explain.set_defaults(run=_explain, parser=explain)
+    simulate = commands.add_parser(
+        "simulate",
+        help="predict what a layer takes on a machine: every schedule, and other libraries, side by side",
+        description="Predict the time of one attention layer, forward and backward, by a model of links and kernels.",
+        usage="python -m cpflex simulate --mask [NAME=]TERM,... --seq-len S --ranks P [options]",
+        epilog=SIMULATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_simulate_arguments(simulate)
+    simulate.set_defaults(run=_simulate, parser=simulate)
     doctor = commands.add_parser(
         "doctor",
         help="versions, GPUs and links of this machine, the backend chosen on it, and a test of a few seconds",
@@ -109,6 +139,77 @@ def _explain(args: argparse.Namespace) -> None:
         print(f"\nwrote {args.plot}")
 
 
+def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--mask", action="append", required=True, metavar="[NAME=]TERM,...", help="a mask kind; may be repeated")
+    add("--seq-len", type=_size, required=True, metavar="S", help="tokens of the whole sequence")
+    add("--ranks", type=_size, required=True, metavar="P", help="ranks that share the sequence")
+    add("--weights", default="", metavar="NAME=N,...", help="layers of each kind (default: 1 each)")
+    add("--topology", default="h100-ib", metavar="NAME", help=f"{', '.join(TOPOLOGIES)} (default: h100-ib)")
+    add("--gpus-per-node", type=int, metavar="G", help="ranks on one node (default: the topology's)")
+    add("--links", default="", metavar="nvlink:370,ib:47", help="10^9 bytes a second inside a node, and of one NIC")
+    add("--device", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} (default: h100)")
+    add("--tflops", type=float, metavar="T", help="10^12 operations a second of the kernels (default: the device's)")
+    add("--heads", default="32,8,128", metavar="Q,KV,DIM", help="query heads, key heads, head dim (default: 32,8,128)")
+    add("--layout", choices=LAYOUTS, default="balanced", help="who holds which tokens (default: balanced)")
+    add("--batch-size", type=_size, metavar="B", help="needed when a mask depends on b")
+    add("--num-heads", type=_size, metavar="H", help="needed when a mask depends on h")
+    add("--all", action="store_true", help="show every schedule, not only the best ones")
+    add("--plot", metavar="FILE", help="also draw the timeline of the best: .png, .svg or .pdf (needs cpflex[viz])")
+
+
+def _simulate(args: argparse.Namespace) -> None:
+    from cpflex.seeing.simulate import Workload, say_on, simulate, table
+
+    masks, machine = _masks(args.mask, args.seq_len), _machine(args)
+    documents = {
+        kind: lengths for kind, spec in zip(masks, args.mask, strict=True) for lengths in _packed(spec, args.seq_len)
+    }
+    workload = Workload(masks, args.seq_len, _weights(args.weights), documents, args.batch_size, args.num_heads)
+    outcome = simulate(workload, args.ranks, machine, LAYOUTS[args.layout], say_on(sys.stderr))
+    print(table(workload, args.ranks, machine, outcome, everything=args.all))
+    if args.plot:
+        from cpflex.seeing.timeline import plot_timeline
+
+        best = outcome.best(ours=True)
+        plot_timeline(best, f"{args.seq_len:,} tokens on {args.ranks} ranks   ·   {best.name}", args.plot)
+        print(f"\nwrote {args.plot}")
+
+
+def _machine(args: argparse.Namespace) -> Machine:
+    topology, device = Topology.named(args.topology), Device.named(args.device)
+    links = [re.fullmatch(r"(\w+):(\d+(?:\.\d+)?)", part.strip()) for part in args.links.split(",") if part]
+    rates: dict[str, float] = {}
+    for link in links:
+        fields = [field for field, names in LINKS.items() if link and link[1] in names]
+        if link is None or not fields:
+            names = ", ".join(itertools.chain(*LINKS.values()))
+            raise ValueError(f"--links must look like nvlink:370,ib:47, of {names}; got {args.links!r}")
+        rates[fields[0]] = float(link[2])
+    gpus = min(args.gpus_per_node or topology.gpus_per_node, args.ranks)
+    topology = replace(topology, gpus_per_node=gpus, **rates)
+    heads = re.fullmatch(r"(\d+),(\d+),(\d+)", args.heads)
+    if heads is None:
+        raise ValueError(f"--heads must look like 32,8,128; got {args.heads!r}")
+    return Machine(topology, replace(device, tflops=args.tflops or device.tflops), Heads(*map(int, heads.groups())))
+
+
+def _packed(spec: str, seq_len: int) -> Iterator[list[int]]:
+    """Lengths of the documents of a mask that rings over zigzag layouts can compute, none for one dense sequence."""
+    terms = sorted(term.strip() for term in spec.split("=")[-1].split(","))
+    if terms == ["causal"]:
+        yield []
+    elif len(terms) == 2 and terms[0] == "causal" and re.match(r"docs?\b", terms[1]):
+        name, *values = terms[1].split(":")
+        cu_seqlens = _cu_seqlens(Path(values[0]), seq_len) if name == "doc" else _drawn(values, seq_len)
+        yield [end - start for start, end in itertools.pairwise(cu_seqlens)]
+
+
+def _drawn(values: Sequence[str], seq_len: int) -> list[int]:
+    """Documents' ends, drawn."""
+    return draw_documents(seq_len, _size(values[0]) if values else 0)
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from cpflex.seeing.doctor import examine
 
@@ -150,6 +251,8 @@ def _mask(term: str, seq_len: int) -> MaskMod:
             return cpflex.sliding_window(*map(_size, values))
         case "doc", [path]:
             return cpflex.document(cu_seqlens=_cu_seqlens(Path(path), seq_len))
+        case "docs", [] | [_]:
+            return cpflex.document(cu_seqlens=_drawn(values, seq_len))
         case "prefix", [length]:
             return cpflex.prefix_lm(_size(length))
         case _, [function] if function.isidentifier():
