@@ -145,7 +145,8 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seq-len", type=_size, required=True, metavar="S", help="tokens of the whole sequence")
     add("--ranks", type=_size, required=True, metavar="P", help="ranks that share the sequence")
     add("--weights", default="", metavar="NAME=N,...", help="layers of each kind (default: 1 each)")
-    add("--topology", default="h100-ib", metavar="NAME", help=f"{', '.join(TOPOLOGIES)} (default: h100-ib)")
+    known = ", ".join(TOPOLOGIES)
+    add("--topology", default="h100-ib", metavar="NAME", help=f"{known}, or a file of Topology.save (default: h100-ib)")
     add("--gpus-per-node", type=int, metavar="G", help="ranks on one node (default: the topology's)")
     add("--links", default="", metavar="nvlink:370,ib:47", help="10^9 bytes a second inside a node, and of one NIC")
     add("--device", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} (default: h100)")
@@ -177,7 +178,9 @@ def _simulate(args: argparse.Namespace) -> None:
 
 
 def _machine(args: argparse.Namespace) -> Machine:
-    topology, device = Topology.named(args.topology), Device.named(args.device)
+    is_file = args.topology not in TOPOLOGIES and Path(args.topology).is_file()
+    topology = Topology.load(args.topology) if is_file else Topology.named(args.topology)
+    device = Device.named(args.device)
     links = [re.fullmatch(r"(\w+):(\d+(?:\.\d+)?)", part.strip()) for part in args.links.split(",") if part]
     rates: dict[str, float] = {}
     for link in links:

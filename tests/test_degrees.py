@@ -57,7 +57,7 @@ def test_kinds_that_are_not_named_exchange_no_heads():
     assert plan["full"].layout.key == plan["sliding"].layout.key == plan.layout.key
     plan.check()
     said = plan.explain()
-    for words in ("keys travel between shards; sliding: 1 rank", "shard 1 (this one)", "rank 5 (this one)"):
+    for words in ("keys travel between shards", "shard 1 (this one)", "rank 5 (this one)"):
         assert words in " ".join(said.split())
 
 

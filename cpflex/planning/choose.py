@@ -9,6 +9,7 @@ import numpy as np
 
 from cpflex.planning.needs import Needs
 from cpflex.planning.predict import Prediction, outer_machine, predict
+from cpflex.planning.timing import BACKWARD_FLOPS
 from cpflex.planning.traffic import Traffic
 from cpflex.ring import schedule as schedules
 from cpflex.ring.named import named_schedule
@@ -28,6 +29,9 @@ MANY = 4
 MAX_HALVINGS = 3
 """Stages after these, each half of the one before."""
 
+ENOUGH = 1.01
+"""Cuts of needs are not considered where a ring is predicted to take at most so many times what its kernels must."""
+
 
 def auto(layout: Layout, rank: int, needs: schedules.Needs) -> Schedule:
     """With a topology, the schedule whose forward and backward are predicted to take least time within the device's
@@ -38,7 +42,7 @@ def auto(layout: Layout, rank: int, needs: schedules.Needs) -> Schedule:
     if needs.machine is None:
         return _by_rows(layout, rank, needs)
     assert isinstance(needs, Needs), "predictions are made from the planner's tables"
-    best, *others = ranked(needs.traffic, needs.machine)
+    best, *others = ranked(needs.traffic, needs.machine, enough=ENOUGH)
     schedule = named_schedule(best.name)
     assert schedule is not None, f"{best.name} is considered, and no schedule"
     return replace(schedule(layout, rank, needs), reason=reason(best, others))
@@ -52,12 +56,13 @@ def _by_rows(layout: Layout, rank: int, needs: schedules.Needs) -> Schedule:
     return replace(chosen(layout, rank, needs), reason=f"{share}: {'under' if chosen is direct else 'not under'} half")
 
 
-def ranked(traffic: Traffic, machine: Machine, degree: int = 1) -> list[Prediction]:
+def ranked(traffic: Traffic, machine: Machine, degree: int = 1, *, enough: float = 0.0) -> list[Prediction]:
     """Predictions of the schedules that are considered, the best first: those that keep within the device's buffers, by
     time; then the others, by memory. Needs are cut in one way on every level, in all ways on the level that is best.
 
     Args:
         traffic, machine, degree: as `predict` takes them.
+        enough: needs are not cut if a schedule without cuts takes at most so many times the busiest rank's kernels.
     """
     outer, limit = outer_machine(machine, degree), machine.device.buffer_gb * 1e9
 
@@ -68,10 +73,13 @@ def ranked(traffic: Traffic, machine: Machine, degree: int = 1) -> list[Predicti
         name = "gather" if (level, parts) == ("even", (1,)) else f"{level}:{name_of(parts)}"
         return predict(name, traffic, machine, degree)
 
+    found = [predict(name, traffic, machine, degree) for name in _plain(traffic)]
+    flops = int(traffic.pairs.sum(axis=1).max()) * outer.heads.flops_per_pair * (1 + BACKWARD_FLOPS)
+    if min(map(cost, found)) <= (0, enough * flops / (outer.device.tflops * 1e6)):
+        return sorted(found, key=cost)
     typical, *others = _parts(traffic, outer)
     by_level = {level: on(level, typical) for level in _levels(traffic, outer)}
     best = min(by_level, key=lambda level: cost(by_level[level]))
-    found = [predict(name, traffic, machine, degree) for name in _plain(traffic)]
     return sorted([*found, *by_level.values(), *(on(best, parts) for parts in others)], key=cost)
 
 

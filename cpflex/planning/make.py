@@ -19,7 +19,7 @@ from cpflex.masks import MaskFn, MaskMod, is_count
 from cpflex.masks_from import as_mask
 from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
 from cpflex.mods.trace import trace_mask_mod
-from cpflex.planning.choose import auto, degrees, ranked
+from cpflex.planning.choose import ENOUGH, auto, degrees, ranked
 from cpflex.planning.mask_kind import KindWork, plan_kind
 from cpflex.planning.needs import blocks_of
 from cpflex.planning.plan import Plan
@@ -169,7 +169,7 @@ def _predicted_sizes(asked: _Asked) -> dict[str, int]:
             for size in {1, most} if len(asked.mods) > 1 else {most}:
                 table, work = cut_shards(outer, most // size), _work(asked, size)
                 tables = traffic_of(work.classifiers[kind], table, blocks_of(table.chunk_len, table.num_chunks))
-                times[size] = ranked(tables, machine, size)[0].total_us
+                times[size] = ranked(tables, machine, size, enough=ENOUGH)[0].total_us
             sizes[kind] = min(times, key=lambda size: (times[size], size))
             total += asked.weights[kind] * times[sizes[kind]]
         if best is None or total < best[0]:
