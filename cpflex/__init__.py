@@ -7,6 +7,7 @@ from cpflex.mods.trace import UnsupportedMod
 from cpflex.planning.choose import auto
 from cpflex.planning.make import make_plan
 from cpflex.planning.nodes import topology_of
+from cpflex.planning.packing import pack
 from cpflex.planning.plan import Plan
 from cpflex.ring.agreement import RankMismatch
 from cpflex.ring.schedule import direct, even, gather, ring, ring_both
@@ -14,7 +15,6 @@ from cpflex.ring.two_level import relay
 from cpflex.sharding.balance import balanced
 from cpflex.sharding.layout import Layout, contiguous, striped, zigzag
 from cpflex.sharding.packed import Packed
-from cpflex.sharding.packing import pack
 from cpflex.topology import Device, Heads, Topology
 from cpflex.version import __version__ as __version__
 

@@ -216,6 +216,24 @@ class Machine(NamedTuple):
     device: Device
     heads: Heads
 
+    @staticmethod
+    def of(topology: Topology | None, device: Device | None = None, heads: Heads | None = None) -> Machine | None:
+        """With what is known beside a topology, or defaults; None without one.
+
+        Raises:
+            TypeError: one of them is something else.
+            ValueError: a device or heads without a topology.
+        """
+        given = (("topology", topology, Topology), ("device", device, Device), ("heads", heads, Heads))
+        for name, value, kind in given:
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} must be a cpflex.{kind.__name__}; got {type(value).__name__}")
+        if topology is None:
+            if device is not None or heads is not None:
+                raise ValueError("device and heads are used with a topology; pass topology=cpflex.Topology(...) too")
+            return None
+        return Machine(topology, device or Device(), heads or Heads())
+
 
 TOPOLOGIES = {
     "h100-ib": Topology(8, 370.0, 47.0),

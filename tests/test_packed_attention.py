@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import cpflex
+from cpflex.planning.packing import Batch, candidates
 from cpflex.testing import run_ranks
 from oracle import Attention, assert_within_budget, dense_attention
 from processes import RankProcesses
 
-LENGTHS = [40, 130, 7, 61, 1, 400, 33, 90, 20, 16, 55, 70]
+LENGTHS = [40, 130, 7, 61, 1, 400, 33, 90, 20, 16, 55, 600, 70]
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -27,9 +28,11 @@ def inputs() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def attend(group: Any, world_size: int, window: int | None) -> dict[str, torch.Tensor]:
-    """Local results put together again, in the order of the documents."""
+def attend(group: Any, world_size: int, window: int | None, which: int | None = None) -> dict[str, torch.Tensor]:
+    """Local results put together again, in the order of the documents. ``which``: a candidate instead of the best."""
     packed = cpflex.pack(LENGTHS, world_size, window=window)
+    if which is not None:
+        packed = list(candidates(Batch(np.array(LENGTHS), world_size, window)))[which]
     mask = cpflex.causal() & cpflex.document(cu_seqlens=packed.cu_seqlens)
     mask = mask if window is None else mask & cpflex.sliding_window(window)
     plan = cpflex.make_plan(mask, packed.seq_len, group, layout=packed.layout)
@@ -55,11 +58,19 @@ def check(found: dict[str, torch.Tensor], window: int | None) -> None:
     assert_within_budget(Attention(**found), dense(precision=torch.float32), dense())
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_threads_attend_within_each_document(world_size: int, window: int | None):
     for found in run_ranks(partial(attend, world_size=world_size, window=window), world_size, timeout=60):
         check(found, window)
+
+
+@pytest.mark.by_day(3)
+@pytest.mark.parametrize("which", [0, -2, -1])
+def test_threads_attend_alike_however_documents_are_dealt(which: int):
+    for found in run_ranks(partial(attend, world_size=3, window=None, which=which), 3, timeout=60):
+        check(found, None)
 
 
 @pytest.mark.parametrize("processes", [2, 4], indirect=True)

@@ -93,7 +93,7 @@ def make_plan(
         raise ValueError(f"mask must name at least one mask kind, by strings; got {masks or 'an empty dict'}")
     _check_options(batch_size, num_heads, layout, schedule)
     sizes = _ulysses_sizes(ulysses_size, links, world_size, num_heads, masks)
-    machine = _machine(topology, device, heads)
+    machine = Machine.of(topology, device, heads)
     weights = _weights(weights, masks)
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
     mods = {kind: traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
@@ -196,17 +196,6 @@ def _check_options(batch_size: object, num_heads: object, layout: object, schedu
     for name, function, example in (("layout", layout, "zigzag"), ("schedule", schedule, "ring")):
         if not callable(function):
             raise TypeError(f"{name} must be a function such as cpflex.{example}; got {function!r}")
-
-
-def _machine(topology: Topology | None, device: Device | None, heads: Heads | None) -> Machine | None:
-    for name, value, kind in (("topology", topology, Topology), ("device", device, Device), ("heads", heads, Heads)):
-        if value is not None and not isinstance(value, kind):
-            raise TypeError(f"{name} must be a cpflex.{kind.__name__}; got {type(value).__name__}")
-    if topology is None:
-        if device is not None or heads is not None:
-            raise ValueError("device and heads are used with a topology; pass topology=cpflex.Topology(...) too")
-        return None
-    return Machine(topology, device or Device(), heads or Heads())
 
 
 def _ulysses_sizes(
