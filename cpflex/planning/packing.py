@@ -69,7 +69,9 @@ def pack(
     >>> plan = cpflex.make_plan(mask, packed.seq_len, group, layout=packed.layout)
 
     Raises:
-        ValueError: lengths that are not counts, or more tokens than the ranks hold.
+        ValueError: lengths that are not counts, or more tokens than the ranks hold; a device or heads without a
+            topology.
+        TypeError: a topology, device or heads of another type.
     """
     documents = _checked(lengths, world_size, window, local_len)
     batch = Batch(documents, world_size, window, local_len, Machine.of(topology, device, heads))

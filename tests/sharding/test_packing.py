@@ -12,10 +12,9 @@ import torch
 import cpflex
 from cpflex import topology
 from cpflex.planning.document_work import DocumentWork
-from cpflex.planning.make import KindWork, _traced
 from cpflex.planning.packing import Batch, candidates
 from cpflex.sharding.dealing import Ranks, deal
-from cpflex.sharding.layout import Layout, aligned_chunk_len
+from cpflex.sharding.layout import ChunkWork, Layout, aligned_chunk_len
 from cpflex.sharding.nodes import estimated_ns
 from cpflex.sharding.packed import Packed
 
@@ -120,6 +119,18 @@ def random_batch(seed: int) -> tuple[list[int], int, dict]:
     return lengths.tolist(), world_size, options
 
 
+def as_planned(mask, seq_len: int, world_size: int, links: topology.Topology | None = None) -> tuple[ChunkWork, Layout]:
+    """What `make_plan` lets a layout ask about the mask, and what `balanced` makes of it."""
+    seen = []
+
+    def layout(seq_len: int, world_size: int, work: ChunkWork | None) -> Layout:
+        seen.append((work, cpflex.balanced(seq_len, world_size, work)))
+        return seen[-1][1]
+
+    cpflex.make_plan(mask, seq_len, rank=0, world_size=world_size, layout=layout, topology=links)
+    return seen[0]
+
+
 @pytest.mark.by_day(4)
 @pytest.mark.parametrize("seed", range(24))
 def test_a_batch_is_never_slower_than_as_it_comes_by_the_estimate(seed: int):
@@ -130,10 +141,8 @@ def test_a_batch_is_never_slower_than_as_it_comes_by_the_estimate(seed: int):
     cu_seqlens = [0, *np.cumsum(lengths).tolist()]
     mask = cpflex.causal() & cpflex.document(cu_seqlens=cu_seqlens)
     mask = mask & cpflex.sliding_window(options["window"]) if options["window"] else mask
-    kinds = {"mask": 1.0}
-    work = KindWork({"mask": _traced(mask, sum(lengths), None, None, {})}, kinds, 1, 1, machine)
-    table = cpflex.balanced(sum(lengths), world_size, work)
-    as_it_comes = estimated_ns(table, work(table.chunk_len, table.num_chunks), kinds, batch.links)
+    work, table = as_planned(mask, sum(lengths), world_size, options.get("topology"))
+    as_it_comes = estimated_ns(table, work(table.chunk_len, table.num_chunks), work.weights, batch.links)
     assert batch.estimated_ns(packed) <= 1.001 * as_it_comes  # pads compute a little
     assert batch.estimated_ns(packed) == min(map(batch.estimated_ns, candidates(batch)))
 
@@ -163,7 +172,7 @@ def test_work_of_documents_is_that_of_their_mask(count: int, high: int, window: 
     seq_len = sum(lengths)
     mask = cpflex.causal() & cpflex.document(cu_seqlens=[0, *np.cumsum(lengths).tolist()])
     mask = mask if window is None else mask & cpflex.sliding_window(window)
-    expected = KindWork({"mask": _traced(mask, seq_len, None, None, {})}, {"mask": 1.0}, 1, 1)
+    expected, _ = as_planned(mask, seq_len, 1)
     for num_chunks in (1, 6, 32):
         sizes = aligned_chunk_len(seq_len, num_chunks), num_chunks
         found, wanted = DocumentWork(lengths, window)(*sizes)["documents"], expected(*sizes)["mask"]
