@@ -8,8 +8,8 @@ of its own of a part of the documents, `balanced`; all wait for the slowest befo
 that `cpflex.pack` makes least, in ms for forward and backward of one layer: the slowest rank's work beside the busiest
 links, the longer and a fifth of the shorter. A model, not a measurement, and by the same estimate that chose the last
 way. Predicted is what the schedule that suits best would take (`python -m cpflex simulate`), which counts latencies and
-hosts, too, and chose nothing here. On nodes of 8 with the links of `h100-ib`, and on a flat network, where a row crosses for each rank that needs
-it.
+hosts, too, and chose nothing here. On nodes of 8 with the links of `h100-ib`, and on a flat network, where a row
+crosses for each rank that needs it.
 
 Documents: the histogram of `documents.py`, or as in supervised fine-tuning, log-normal around 600 tokens, at most
 8,192. Figures are means of three draws, and the worst of them.
