@@ -59,9 +59,9 @@ def score_mod(fn: ScoreFn) -> ScoreMod:
 
 
 def flex_attention(
-    query: Tensor,  # [B, Hq, S_local, D]
-    key: Tensor,  # [B, Hkv, S_local, D]
-    value: Tensor,  # [B, Hkv, S_local, Dv]
+    query: Tensor,  # [B, Hq, S_local, D] or [T_local, Hq, D]
+    key: Tensor,  # [B, Hkv, S_local, D] or [T_local, Hkv, D]
+    value: Tensor,  # [B, Hkv, S_local, Dv] or [T_local, Hkv, Dv]
     score_mod: ScoreMod | ScoreFn | None = None,
     block_mask: Plan | BlockMask | None = None,
     scale: float | None = None,
@@ -76,6 +76,7 @@ def flex_attention(
 
     Args:
         query, key, value: this rank's tokens, as `Plan.shard` gives them; float32, bfloat16 or float16, any strides.
+            All three may be packed, [T_local, H, D]: one sequence, of batch 0 in mods, neither side copied.
         score_mod: ``(score, b, h, q_idx, kv_idx) -> score`` at global positions; scores are fp32.
         block_mask: a plan of one mask kind (``plan["sliding"]`` of a plan of several), bound to its group. In a job of
             one process also a torch BlockMask, of the queries' length: it is planned once and the plan kept with it.
@@ -91,13 +92,16 @@ def flex_attention(
         out [B, Hq, S_local, Dv] in the dtype of query; with ``return_lse`` (out, lse), with ``return_aux`` (out,
         AuxOutput); lse [B, Hq, S_local] is fp32, natural log, differentiable; max_scores [B, Hq, S_local], fp32, is the
         largest score of a query over all ranks' keys, after the score_mod, without gradient. A query that sees no key
-        gives 0, -inf and -inf.
+        gives 0, -inf and -inf. Of packed tensors out is [T_local, Hq, Dv], lse and max_scores are [T_local, Hq].
 
     Raises:
         ValueError, NotImplementedError, TypeError: arguments that cannot be honoured, before anything is exchanged, on
             every rank.
         RankMismatch: the ranks were given different plans, shapes, dtypes or mods.
     """
+    is_packed = _all_packed(query, key, value)
+    if is_packed:
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     plan = _plan_of(block_mask, query) if isinstance(block_mask, BlockMask) else _require_plan(block_mask)
     try:
         _check_tensors(query, key, value, plan, enable_gqa)
@@ -120,9 +124,24 @@ def flex_attention(
     out, lse, max_scores, _ = attention(
         query, key, value, captured, plan.handle, score_key, scale, backend, needs_grad, wants_max, plan.ulysses_size
     )
+    if is_packed:
+        out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
+        max_scores = max_scores[0].transpose(0, 1) if wants_max else max_scores
     if return_aux is not None:
         return out, AuxOutput(lse if return_aux.lse else None, max_scores if wants_max else None)
     return (out, lse) if return_lse else out
+
+
+def _all_packed(*tensors: object) -> bool:
+    """Whether they are dense [T, H, D], none of them 0; what else may be wrong is found of tensors with a batch."""
+    return all(
+        isinstance(x, Tensor)
+        and not isinstance(x, DTensor)
+        and x.layout == torch.strided
+        and x.ndim == 3
+        and 0 not in x.shape
+        for x in tensors
+    )
 
 
 def _require_plan(block_mask: object) -> Plan:
@@ -163,7 +182,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, plan: Plan, enable
         if x.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor; got {x.layout}")
         if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name} must be [B, H, S_local, D], none of them 0; got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must be [B, H, S_local, D], or [T_local, H, D] as the other two; none of them 0; got shape "
+                f"{tuple(x.shape)}"
+            )
     _check_numbers(query, key, value)
     lengths = [x.shape[2] for x in named.values()]
     if lengths[0] != lengths[1] or lengths[1] != lengths[2]:

@@ -122,6 +122,16 @@ def strided(group: ThreadLinks) -> None:
     torch.testing.assert_close(cpflex.flex_attention(q, k, v, block_mask=plan), expected)
 
 
+def packed_tensors(group: ThreadLinks) -> None:
+    plan = cpflex.make_plan(cpflex.causal() & cpflex.document(cu_seqlens=[0, 70, S]), S, group)
+    q, k, v = plan.shard(torch.randn(S, 3, HEADS, DIM), dim=0, pad_value=0.0).unbind(dim=1)
+    expected = cpflex.flex_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=plan)
+    out = cpflex.flex_attention(q, k, v, block_mask=plan)
+    assert isinstance(expected, Tensor)
+    assert isinstance(out, Tensor)
+    torch.testing.assert_close(out, expected[0].transpose(0, 1), rtol=0, atol=0)
+
+
 def exchanged_heads(group: ThreadLinks) -> None:
     plan = cpflex.make_plan(cpflex.causal() & cpflex.sliding_window(30), S, group, ulysses_size=2)
     q, k, v = tensors(plan)
@@ -189,6 +199,7 @@ TRIALS: dict[str, Callable[[ThreadLinks], None]] = {
     "`torch.compile(fullgraph=True)`, one graph for all plans": compiled,
     "activation checkpointing; selective, without a second exchange": checkpointed,
     "strided q, k, v": strided,
+    "[T, H, D] tensors, without copies": packed_tensors,
     "heads exchanged inside, keys outside (two dimensions), with any of the above": exchanged_heads,
     "across nodes: each row crosses to a node once, gradients added before they cross back": across_nodes,
     "dropout": dropout,
