@@ -2,13 +2,16 @@
 
 What they hold must reach nothing, and 0 * NaN is NaN: they are cleared where a call begins. A token that sees itself is
 settled by one look at the diagonal of the mask, which is every token of most masks; for the others the mask is searched
-along the other axis by intervals, from the whole sequence down to single tokens.
+along the other axis by intervals, from the whole sequence down to single tokens. Where keys are another sequence, a
+token is looked at together with those that may correspond to it: at equal positions from the first or the last, and in
+proportion.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cpflex.mods.evaluate import evaluate
 from cpflex.mods.graph import Mod
@@ -23,29 +26,57 @@ MOST_INTERVALS = 1 << 18
 """Pieces of the sequence that one search looks at; what is then left counts as seen, and is not cleared."""
 
 
-def find_idle(mod: Mod, layout: Layout, rank: int, batch_size: int, num_heads: int) -> Idle:
-    """The idle ones of a rank's tokens, pads among them."""
-    positions, padded_len = layout.positions(rank), layout.num_chunks * layout.chunk_len
-    sees_itself = _diagonal(mod, positions, batch_size, num_heads)
-    is_pad = positions >= layout.seq_len
-    b, h, token = np.nonzero(~sees_itself & ~is_pad)
+def find_idle(mod: Mod, layout: Layout, rank: int, batch_size: int, num_heads: int, keys: Layout | None = None) -> Idle:
+    """The idle ones of a rank's tokens, pads among them.
+
+    Args:
+        keys: the layout of the keys; that of the queries if None. One shard if every rank holds all of them.
+    """
+    if keys is None:
+        sees_itself = _seen_at(mod, layout.positions(rank), layout.positions(rank), batch_size, num_heads)
+        return Idle(*(_idle_of(mod, layout, rank, layout, axis, sees_itself) for axis in ("q", "kv")))
     tables = []
-    for axis in ("q", "kv"):
-        idle = np.broadcast_to(is_pad, sees_itself.shape).copy()
-        if len(token):
-            idle[b, h, token] = ~_finds(mod, positions[token], b, h, axis, padded_len)
-        tables.append(torch.from_numpy(idle) if idle.any() else torch.zeros(0, dtype=torch.bool))
+    for axis, own, other, place in (("q", keys, layout, rank % keys.world_size), ("kv", layout, keys, rank)):
+        positions, found = own.positions(place), None
+        for likely in _counterparts(positions, own, other):
+            q, kv = (likely, positions) if axis == "q" else (positions, likely)
+            seen = _seen_at(mod, q, kv, batch_size, num_heads)
+            found = seen if found is None else found | seen
+        assert found is not None, "there are several that may correspond"
+        tables.append(_idle_of(mod, own, place, other, axis, found))
     return Idle(*tables)
 
 
-def _diagonal(mod: Mod, positions: np.ndarray, batch_size: int, num_heads: int) -> np.ndarray:
-    """The mask at equal positions, bool [1 or B, 1 or Hq, S_local]."""
+def _counterparts(positions: np.ndarray, own: Layout, other: Layout) -> list[np.ndarray]:
+    last = other.seq_len - 1
+    likely = positions, positions + other.seq_len - own.seq_len, positions * other.seq_len // own.seq_len
+    return [np.clip(one, 0, last) for one in likely]
+
+
+def _idle_of(mod: Mod, own: Layout, rank: int, other: Layout, axis: str, settled: np.ndarray) -> Tensor:
+    """Of one axis, that of the keys while queries are searched (``axis="q"``), or the other way round.
+
+    Args:
+        own, rank: whose tokens are asked about; ``other``: the sequence that is searched.
+        settled: tokens that are known to take part, bool [1 or B, 1 or Hq, S_local].
+    """
+    positions = own.positions(rank)
+    is_pad = positions >= own.seq_len
+    b, h, token = np.nonzero(~settled & ~is_pad)
+    idle = np.broadcast_to(is_pad, settled.shape).copy()
+    if len(token):
+        idle[b, h, token] = ~_finds(mod, positions[token], b, h, axis, other.num_chunks * other.chunk_len)
+    return torch.from_numpy(idle) if idle.any() else torch.zeros(0, dtype=torch.bool)
+
+
+def _seen_at(mod: Mod, q: np.ndarray, kv: np.ndarray, batch_size: int, num_heads: int) -> np.ndarray:
+    """The mask at pairs of positions, bool [1 or B, 1 or Hq, S_local]."""
     batch_size, num_heads = batch_size if mod.uses("b") else 1, num_heads if mod.uses("h") else 1
     b, h = torch.arange(batch_size).view(-1, 1, 1), torch.arange(num_heads).view(-1, 1)
-    pieces = []
-    for at in torch.from_numpy(positions).split(max(1, AT_ONCE // (batch_size * num_heads))):
-        seen = evaluate(mod.graph, mod.captured, {"b": b, "h": h, "q_idx": at, "kv_idx": at})[0]
-        pieces.append(seen.expand(batch_size, num_heads, len(at)).numpy())
+    at_once, pieces = max(1, AT_ONCE // (batch_size * num_heads)), []
+    for q_at, kv_at in zip(*(torch.from_numpy(x).split(at_once) for x in (q, kv)), strict=True):
+        seen = evaluate(mod.graph, mod.captured, {"b": b, "h": h, "q_idx": q_at, "kv_idx": kv_at})[0]
+        pieces.append(seen.expand(batch_size, num_heads, len(q_at)).numpy())
     return np.concatenate(pieces, axis=2)
 
 

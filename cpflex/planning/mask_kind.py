@@ -127,5 +127,5 @@ def _steps(mod: Mod, needs: Needs, exchanges: Sequence[Exchange], batch_size: in
     q_tiles = needs.tiles.of_chunks(needs.layout.chunks[needs.rank])
     empty = q_tiles[:0]
     blocks = [np.concatenate([needs.tiles_of(*source) for source in e.sources] or [empty]) for e in exchanges]
-    masks = make_tile_masks(mod, needs.squares, needs.tiles, q_tiles, blocks, batch_size, num_heads)
+    masks = make_tile_masks(mod, needs.squares, needs.tiles, needs.key_tiles, q_tiles, blocks, batch_size, num_heads)
     return tuple(Step(exchange, mask) for exchange, mask in zip(exchanges, masks, strict=True))

@@ -46,29 +46,36 @@ def blocks_of(chunk_len: int, num_chunks: int) -> Tiles:
     return Tiles(chunk_len, num_chunks, block_len)
 
 
-def whole_mask(classify: Classify, tiles: Tiles) -> Squares:
+def tiles_of(layout: Layout) -> Tiles:
+    """The padded sequence of a layout."""
+    return Tiles(layout.chunk_len, layout.num_chunks)
+
+
+def whole_mask(classify: Classify, tiles: Tiles, keys: Tiles | None = None) -> Squares:
     """The tiles of the whole mask that are not EMPTY; coarser squares where its boundary is too long for tiles."""
-    return classify_squares(classify, tiles, most=MAX_SQUARES)
+    return classify_squares(classify, tiles, most=MAX_SQUARES, keys=keys)
 
 
-def chunk_needs(squares: Squares, tiles: Tiles) -> ChunkNeeds:
+def chunk_needs(squares: Squares, tiles: Tiles, keys: Tiles | None = None) -> ChunkNeeds:
     """What the queries of each chunk compute, by tile, and see, by block: never too little.
 
     Args:
         squares: of the whole mask, in these tiles or in those of other chunks that are cut at the same positions.
+        keys: their tiles, if they are not those of the queries.
     """
+    keys = tiles if keys is None else keys
     row, col, side = squares.all
-    exists = (row < tiles.num_tiles) & (col < tiles.num_tiles)
+    exists = (row < tiles.num_tiles) & (col < keys.num_tiles)
     row, col, side = row[exists], col[exists], side[exists]
-    row_end, col_end = (np.minimum(first + side, tiles.num_tiles) for first in (row, col))
-    start = np.append(tiles.lo, tiles.hi[-1:] + 1)
-    keys = start[col_end] - start[col]
+    row_end, col_end = np.minimum(row + side, tiles.num_tiles), np.minimum(col + side, keys.num_tiles)
+    start = np.append(keys.lo, keys.hi[-1:] + 1)
+    seen = start[col_end] - start[col]
     # float64 is exact: a row has fewer than 2**31 keys, and there are fewer than 2**22 rows
-    change = np.bincount(row, keys, tiles.num_tiles + 1) - np.bincount(row_end, keys, tiles.num_tiles + 1)
+    change = np.bincount(row, seen, tiles.num_tiles + 1) - np.bincount(row_end, seen, tiles.num_tiles + 1)
     pairs = tiles.length * np.cumsum(change[:-1]).astype(np.int64)
     work = pairs.reshape(tiles.num_chunks, -1).sum(axis=1)
-    blocks = blocks_of(tiles.chunk_len, tiles.num_chunks)
-    block = tiles.chunk * blocks.per_chunk + np.arange(tiles.num_tiles) % tiles.per_chunk * TILE // blocks.tile_len
+    blocks = blocks_of(keys.chunk_len, keys.num_chunks)
+    block = keys.chunk * blocks.per_chunk + np.arange(keys.num_tiles) % keys.per_chunk * TILE // blocks.tile_len
     sees = _rectangles(
         (tiles.chunk[row], tiles.chunk[row_end - 1] + 1, block[col], block[col_end - 1] + 1),
         (tiles.num_chunks, blocks.num_tiles),
@@ -98,7 +105,7 @@ def _rectangles(bounds: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], s
 
 def _covered(squares: Squares, cols: range, line_of_row: np.ndarray, num_lines: int) -> np.ndarray:
     """bool [num_lines, len(cols)]: columns of the squares' rows, by the line that a row belongs to (-1: to none)."""
-    widest = 1 << (len(line_of_row) - 1).bit_length()
+    widest = max(1 << (len(line_of_row) - 1).bit_length(), int(squares.full[2].max(initial=1)))
     line_of_row = np.append(line_of_row, np.full(widest - len(line_of_row), -1))  # squares overhang the last tile
     full_rows, full_cols, sides = squares.full
     levels = [(side, full_rows[sides == side], full_cols[sides == side]) for side in np.unique(sides).tolist()]
@@ -127,15 +134,28 @@ def _covered_window(
 
 
 class Needs:
-    """Needs of all ranks under a layout, for one mask kind, as one rank sees them."""
+    """Needs of all ranks under a layout, for one mask kind, as one rank sees them.
+
+    Args:
+        layout: of the queries.
+        keys: the layout of the keys; that of the queries if None. One shard if every rank holds all of them.
+    """
 
     def __init__(
-        self, classify: Classify, layout: Layout, rank: int, chunks: ChunkNeeds, machine: Machine | None = None
+        self,
+        classify: Classify,
+        layout: Layout,
+        rank: int,
+        chunks: ChunkNeeds,
+        machine: Machine | None = None,
+        keys: Layout | None = None,
     ) -> None:
         self.machine = machine
         self.layout = layout
+        self.keys = layout if keys is None else keys
         self.rank = rank
-        self.tiles = Tiles(layout.chunk_len, layout.num_chunks)
+        self.tiles = tiles_of(layout)
+        self.key_tiles = tiles_of(self.keys)
         self._classify = classify
         self._chunks = chunks
 
@@ -148,7 +168,7 @@ class Needs:
 
     def tokens_of(self, line: np.ndarray) -> np.ndarray:
         """As `tokens`, of lines of ranks: the line of each rank, -1 for none; int64 [lines, world_size (o)]."""
-        owner = self.layout.owner[self._chunks.block_chunk]
+        owner = self._chunks.held_by(self.layout.owner)
         sees = self._sees(line)
         return np.stack([np.bincount(owner[row], self._chunks.block_len[row], len(line)) for row in sees]).astype(
             np.int64
@@ -167,21 +187,21 @@ class Needs:
     @cached_property
     def squares(self) -> Squares:
         """The tiles that the rank computes."""
-        return classify_squares(self._classify, self.tiles, rows=self._owner_of_tile == self.rank)
+        return classify_squares(self._classify, self.tiles, rows=self._owner_of_tile == self.rank, keys=self.key_tiles)
 
     @cached_property
     def received(self) -> np.ndarray:
         """The rank's queries see a key of the tile, for each tile of each shard; bool [world_size (owner), T]."""
         line = np.where(self._owner_of_tile == self.rank, 0, -1)
-        return _covered(self.squares, range(self.tiles.num_tiles), line, 1)[0][self._tile_of]
+        return _covered(self.squares, range(self.key_tiles.num_tiles), line, 1)[0][self._tile_of]
 
     @cached_property
     def sent(self) -> np.ndarray:
         """Queries of rank r see a key of the tile, for the tiles that this rank holds; bool [world_size (r), T]."""
-        is_held = self._owner_of_tile == self.rank
-        squares = classify_squares(self._classify, self.tiles, cols=is_held)
-        per_chunk, world_size = self.tiles.per_chunk, self.layout.world_size
-        chunks = [range(c * per_chunk, (c + 1) * per_chunk) for c in self.layout.chunks[self.rank]]
+        is_held = self.keys.owner[self.key_tiles.chunk] == self.rank
+        squares = classify_squares(self._classify, self.tiles, cols=is_held, keys=self.key_tiles)
+        per_chunk, world_size = self.key_tiles.per_chunk, self.layout.world_size
+        chunks = [range(c * per_chunk, (c + 1) * per_chunk) for c in self.keys.chunks[self.rank]]
         return np.concatenate([_covered(squares, cols, self._owner_of_tile, world_size) for cols in chunks], axis=1)
 
     def seen(self, line: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -192,10 +212,10 @@ class Needs:
             columns: tiles to be looked at, bool [world_size (owner), T]; others come out False.
         """
         line_of_tile = line[self._owner_of_tile]
-        wanted = np.zeros(self.tiles.num_tiles, dtype=bool)
+        wanted = np.zeros(self.key_tiles.num_tiles, dtype=bool)
         wanted[self._tile_of[columns]] = True
-        squares = classify_squares(self._classify, self.tiles, rows=line_of_tile >= 0, cols=wanted)
-        covered = _covered(squares, range(self.tiles.num_tiles), line_of_tile, int(line.max()) + 1)
+        squares = classify_squares(self._classify, self.tiles, rows=line_of_tile >= 0, cols=wanted, keys=self.key_tiles)
+        covered = _covered(squares, range(self.key_tiles.num_tiles), line_of_tile, int(line.max()) + 1)
         return (covered & wanted)[:, self._tile_of]
 
     def foreseen(self, line: np.ndarray, owners: Sequence[int]) -> np.ndarray:
@@ -203,7 +223,7 @@ class Needs:
         owners, T].
         """
         begins = np.cumsum(self._chunks.block_len) - self._chunks.block_len
-        block_of = np.searchsorted(begins, self.tiles.lo, side="right") - 1
+        block_of = np.searchsorted(begins, self.key_tiles.lo, side="right") - 1
         return self._sees(line)[:, block_of[self._tile_of[list(owners)]]]
 
     def rows_from(self, owner: int) -> Rows:
@@ -217,18 +237,18 @@ class Needs:
     @cached_property
     def tile_starts(self) -> np.ndarray:
         """Row at which each tile of a shard begins, and the end of the last; int64 [T + 1]."""
-        return np.append(0, np.cumsum(self.tiles.length[self._tile_of[0]]))
+        return np.append(0, np.cumsum(self.key_tiles.length[self._tile_of[0]]))
 
     def tiles_of(self, owner: int, rows: Rows) -> np.ndarray:
         """Tiles of rows of a shard, in local order; rows begin and end at tiles."""
-        tiles = self.tiles.of_chunks(self.layout.chunks[owner])
-        start = np.cumsum(self.tiles.length[tiles]) - self.tiles.length[tiles]
+        tiles = self._tile_of[owner % len(self._tile_of)]  # of the one shard, if all hold it
+        start = np.cumsum(self.key_tiles.length[tiles]) - self.key_tiles.length[tiles]
         return np.concatenate([tiles[(start >= begin) & (start < end)] for begin, end in rows] or [tiles[:0]])
 
     @cached_property
     def _tile_of(self) -> np.ndarray:
-        """Each tile of each shard, in local order, among those of the sequence; int64 [world_size, T]."""
-        return np.stack([self.tiles.of_chunks(held) for held in self.layout.chunks])
+        """Each tile of each shard of keys, in local order, among those of the sequence; int64 [world_size, T]."""
+        return np.stack([self.key_tiles.of_chunks(held) for held in self.keys.chunks])
 
     @cached_property
     def _owner_of_tile(self) -> np.ndarray:

@@ -25,15 +25,9 @@ class Squares:
     full: tuple[np.ndarray, np.ndarray, np.ndarray]
     partial: tuple[np.ndarray, np.ndarray]
 
-    def rows(self, tiles: Tiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(row, first column, end column) of each row of each square, PARTIAL and FULL; squares overhang the last
-        tile.
-        """
-        return _lines(*self.all, tiles)
-
     @property
     def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(first row, first column, side) of each square, FULL and PARTIAL."""
+        """(first row, first column, side) of each square, FULL and PARTIAL; squares overhang the last tile."""
         (rows, cols, sides), (partial_rows, partial_cols) = self.full, self.partial
         sides = np.append(sides, np.ones_like(partial_rows))
         return np.append(rows, partial_rows), np.append(cols, partial_cols), sides
@@ -45,20 +39,25 @@ def classify_squares(
     rows: np.ndarray | None = None,
     cols: np.ndarray | None = None,
     most: int | None = None,
+    *,
+    keys: Tiles | None = None,
 ) -> Squares:
     """Coarse to fine: a square that is all EMPTY or all FULL is settled, any other is cut in four.
 
     Args:
+        tiles: of the queries, and of the keys too unless ``keys`` are given.
         rows, cols: bool [num_tiles]; squares without a wanted row and a wanted column are left out.
         most: PARTIAL squares are cut no further where they would be more than this; they then count among the FULL.
     """
-    side = 1 << (tiles.num_tiles - 1).bit_length()
-    lo, hi = _pyramid(tiles.lo, np.minimum, side), _pyramid(tiles.hi, np.maximum, side)
+    axes = (tiles, tiles if keys is None else keys)
+    side = 1 << (max(axis.num_tiles for axis in axes) - 1).bit_length()
+    q_lo, kv_lo = (_pyramid(axis.lo, np.minimum, side) for axis in axes)
+    q_hi, kv_hi = (_pyramid(axis.hi, np.maximum, side) for axis in axes)
     wanted = [_pyramid(x, np.logical_or, side) if x is not None else None for x in (rows, cols)]
     row = col = np.zeros(1, dtype=np.int64)
     full: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     while True:
-        verdict = classify(lo[side][row], hi[side][row], lo[side][col], hi[side][col])
+        verdict = classify(q_lo[side][row], q_hi[side][row], kv_lo[side][col], kv_hi[side][col])
         is_full = verdict == FULL
         full.append((row[is_full] * side, col[is_full] * side, np.full(is_full.sum(), side)))
         row, col = row[verdict == PARTIAL], col[verdict == PARTIAL]
@@ -70,7 +69,7 @@ def classify_squares(
         side //= 2
         row = (row[:, None] * 2 + np.array([0, 0, 1, 1])).reshape(-1)
         col = (col[:, None] * 2 + np.array([0, 1, 0, 1])).reshape(-1)
-        keep = (row < len(lo[side])) & (col < len(lo[side]))
+        keep = (row < len(q_lo[side])) & (col < len(kv_lo[side]))
         row, col = row[keep], col[keep]
         for index, levels in ((0, wanted[0]), (1, wanted[1])):
             if levels is not None:
@@ -85,17 +84,6 @@ def _pyramid(values: np.ndarray, reduce: np.ufunc, side: int) -> dict[int, np.nd
         values = reduce.reduceat(values, np.arange(0, len(values), 2))
         levels[1 << level] = values
     return levels
-
-
-def _lines(
-    rows: np.ndarray, cols: np.ndarray, sides: np.ndarray, tiles: Tiles
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, first column, end column) of each row of each square, cut off at the last tile."""
-    square, nth = repeat(sides)
-    row = rows[square] + nth
-    exists = row < tiles.num_tiles
-    row, square = row[exists], square[exists]
-    return row, cols[square], np.minimum(cols[square] + sides[square], tiles.num_tiles)
 
 
 def repeat(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

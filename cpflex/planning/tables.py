@@ -26,6 +26,7 @@ def make_tile_masks(
     mod: Mod,
     squares: Squares,
     tiles: Tiles,
+    keys: Tiles,
     q_tiles: np.ndarray,
     blocks: Sequence[np.ndarray],
     batch_size: int = 1,
@@ -37,13 +38,16 @@ def make_tile_masks(
 
     Args:
         squares: at least the squares whose rows are in ``q_tiles``.
+        tiles, keys: of the queries, and of the keys.
         q_tiles: tiles of the local queries, rising.
         blocks: tiles of the keys of each step, in their order there; a tile that a query sees is in one of them.
     """
     is_local = np.zeros(tiles.num_tiles, dtype=bool)
     is_local[q_tiles] = True
     open_rows, open_cols = (x[is_local[squares.partial[0]]] for x in squares.partial)
-    verdicts, unproven = _evaluate_tiles(mod, tiles, open_rows, open_cols, batch_size, num_heads, exact_elements)
+    verdicts, unproven = _evaluate_tiles(
+        mod, (tiles, keys), (open_rows, open_cols), batch_size, num_heads, exact_elements
+    )
     is_full, is_partial = verdicts == FULL, verdicts == PARTIAL
     full_rows, full_cols, sides = squares.full
     kinds = (
@@ -55,13 +59,13 @@ def make_tile_masks(
         (open_rows[is_partial], open_cols[is_partial], np.ones_like(open_rows[is_partial])),
     )
 
-    col_of, step_of = (np.full(tiles.num_tiles, -1) for _ in range(2))
+    col_of, step_of = (np.full(keys.num_tiles, -1) for _ in range(2))
     for step, block in enumerate(blocks):
         col_of[block], step_of[block] = np.arange(len(block)), step
     unproven_steps = np.bincount(step_of[open_cols[unproven]], minlength=len(blocks))
     by_q, by_kv = [], []
     for rows, cols, sides in kinds:
-        step, row, num_rows, col, num_cols = _rectangles(rows, cols, sides, tiles, q_tiles, col_of, step_of)
+        step, row, num_rows, col, num_cols = _rectangles(rows, cols, sides, q_tiles, col_of, step_of)
         by_q.append(_runs(step, row, num_rows, col, num_cols, [len(q_tiles)] * len(blocks)))
         by_kv.append(_runs(step, col, num_cols, row, num_rows, [len(block) for block in blocks]))
 
@@ -69,7 +73,7 @@ def make_tile_masks(
     return [
         TileMask(q_first, kv[0], q_starts, kv[1], full_q, partial_q, full_kv, partial_kv, int(count))
         for kv, full_q, partial_q, full_kv, partial_kv, count in zip(
-            (_axis(tiles, block) for block in blocks), *by_q, *by_kv, unproven_steps, strict=True
+            (_axis(keys, block) for block in blocks), *by_q, *by_kv, unproven_steps, strict=True
         )
     ]
 
@@ -84,7 +88,6 @@ def _rectangles(
     rows: np.ndarray,
     cols: np.ndarray,
     sides: np.ndarray,
-    tiles: Tiles,
     q_tiles: np.ndarray,
     col_of: np.ndarray,
     step_of: np.ndarray,
@@ -96,11 +99,11 @@ def _rectangles(
     first_row, end_row = np.searchsorted(q_tiles, rows), np.searchsorted(q_tiles, rows + sides)
     local = end_row > first_row
     first_row, num_rows, cols = first_row[local], (end_row - first_row)[local], cols[local]
-    end = np.minimum(cols + sides[local], tiles.num_tiles)
+    end = np.minimum(cols + sides[local], len(col_of))
     # columns that are neighbours in the block that holds them too
     follows = np.append(False, (np.diff(col_of) == 1) & (np.diff(step_of) == 0))
     run = np.cumsum(~follows) - 1
-    run_ends = np.append(np.flatnonzero(~follows)[1:], tiles.num_tiles)
+    run_ends = np.append(np.flatnonzero(~follows)[1:], len(col_of))
     run_starts = np.append(0, run_ends[:-1])
     first_run = run[cols]
     square, nth = repeat(run[end - 1] - first_run + 1)
@@ -145,29 +148,35 @@ def _runs(
 
 
 def _evaluate_tiles(
-    mod: Mod, tiles: Tiles, rows: np.ndarray, cols: np.ndarray, batch_size: int, num_heads: int, budget: int
+    mod: Mod,
+    axes: tuple[Tiles, Tiles],
+    listed: tuple[np.ndarray, np.ndarray],
+    batch_size: int,
+    num_heads: int,
+    budget: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact verdicts of the listed tiles while the budget lasts, PARTIAL for the rest; and which are the rest, bool."""
+    rows, cols = listed
     verdicts = np.full(len(rows), PARTIAL, dtype=np.int8)
     copies = (batch_size if mod.uses("b") else 1) * (num_heads if mod.uses("h") else 1)
-    side = min(tiles.tile_len, tiles.chunk_len)
-    affordable = min(len(rows), budget // (side * side * copies))
+    q_side, kv_side = (min(axis.tile_len, axis.chunk_len) for axis in axes)
+    affordable = min(len(rows), budget // (q_side * kv_side * copies))
     inputs = {
         "b": torch.arange(batch_size if mod.uses("b") else 1).view(-1, 1, 1, 1, 1),
         "h": torch.arange(num_heads if mod.uses("h") else 1).view(-1, 1, 1, 1),
     }
-    group = max(1, (1 << 20) // (side * side * copies))  # tiles at once: what stays in cache
+    group = max(1, (1 << 20) // (q_side * kv_side * copies))  # tiles at once: what stays in cache
 
-    def positions(chosen: np.ndarray) -> Tensor:
+    def positions(tiles: Tiles, side: int, chosen: np.ndarray) -> Tensor:
         # a short tile repeats its last token, which changes no verdict
         return torch.from_numpy(np.minimum(tiles.lo[chosen][:, None] + np.arange(side), tiles.hi[chosen][:, None]))
 
     for begin in range(0, affordable, group):
         chosen = slice(begin, min(begin + group, affordable))
-        inputs["q_idx"] = positions(rows[chosen])[:, :, None]
-        inputs["kv_idx"] = positions(cols[chosen])[:, None, :]
+        inputs["q_idx"] = positions(axes[0], q_side, rows[chosen])[:, :, None]
+        inputs["kv_idx"] = positions(axes[1], kv_side, cols[chosen])[:, None, :]
         seen = evaluate(mod.graph, mod.captured, inputs)[0]
-        seen = seen.broadcast_to(torch.broadcast_shapes(seen.shape, (1, 1, chosen.stop - begin, side, side)))
+        seen = seen.broadcast_to(torch.broadcast_shapes(seen.shape, (1, 1, chosen.stop - begin, q_side, kv_side)))
         seen = seen.transpose(0, 2).flatten(1)
         verdicts[chosen] = np.where(seen.all(1).numpy(), FULL, np.where(seen.any(1).numpy(), PARTIAL, EMPTY))
     return verdicts, np.arange(len(rows)) >= affordable

@@ -114,6 +114,11 @@ class ChunkNeeds:
     sees: np.ndarray  # bool [num_chunks, num_blocks]
     block_chunk: np.ndarray  # chunk of each block of keys, int64 [num_blocks]
     block_len: np.ndarray  # tokens of each block, int64 [num_blocks]
+    block_owner: np.ndarray | None = None  # rank that holds each block, where keys have a layout of their own
+
+    def held_by(self, owner: np.ndarray, ranks_per_owner: int = 1) -> np.ndarray:
+        """Who holds each block, given the owner of each chunk: a rank, or a group of so many; int64 [num_blocks]."""
+        return owner[self.block_chunk] if self.block_owner is None else self.block_owner // ranks_per_owner
 
 
 class ChunkWork(Protocol):
