@@ -34,7 +34,7 @@ class ScoreMod:
         self._interned = intern_score_mod(self.mod)
         self.captured = list(self.mod.captured)
         self._copied = [tensor.is_inference() for tensor in self.captured]  # autograd cannot save those
-        self.table_len = min(table_sizes(self.mod, ("q_idx", "kv_idx")), default=None)
+        self.table_lens = {name: min(table_sizes(self.mod, [name]), default=None) for name in ("q_idx", "kv_idx")}
 
     def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.fn(score, b, h, q_idx, kv_idx)
@@ -188,14 +188,23 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, plan: Plan, enable
             )
     _check_numbers(query, key, value)
     lengths = [x.shape[2] for x in named.values()]
-    if lengths[0] != lengths[1] or lengths[1] != lengths[2]:
+    if lengths[1] != lengths[2]:
+        raise ValueError(f"key and value must have one length; got {lengths[1]} and {lengths[2]}")
+    if plan.keys is plan.layout and lengths[0] != lengths[1]:
         raise NotImplementedError(
-            f"query, key and value must have one length (no cross attention, no KV cache); got {lengths}"
+            f"query, key and value must have one length under this plan (no KV cache); got {lengths} - keys of another "
+            "sequence are a mask kind of their own, cpflex.cross(mask, keys)"
         )
     if lengths[0] != plan.local_len:
         raise ValueError(
             f"query has {lengths[0]} tokens and the plan has local_len={plan.local_len} for seq_len={plan.seq_len} on "
             f"{plan.world_size} ranks; shard the inputs with plan.shard(x, dim)"
+        )
+    if lengths[1] != plan.kv_local_len:
+        raise ValueError(
+            f"key has {lengths[1]} tokens and the plan has kv_local_len={plan.kv_local_len} for {plan.kv_seq_len} keys "
+            f"{'on every rank' if plan.keys.world_size == 1 else f'on {plan.world_size} ranks'}; shard keys and values "
+            "with the plan that was given to cpflex.cross"
         )
     if not (query.shape[0] == key.shape[0] == value.shape[0]):
         raise ValueError(f"batch sizes differ: {[x.shape[0] for x in named.values()]}")
@@ -268,11 +277,13 @@ def _traced(score_mod: ScoreMod | ScoreFn | None) -> ScoreMod | None:
 
 
 def _check_captured(mod: ScoreMod, query: Tensor, plan: Plan) -> None:
-    if mod.table_len is not None and mod.table_len < plan.seq_len:
-        raise ValueError(
-            f"the score_mod indexes a captured tensor of {mod.table_len} elements with a position; "
-            f"the plan has seq_len={plan.seq_len}"
-        )
+    for name, length in (("q_idx", plan.seq_len), ("kv_idx", plan.kv_seq_len)):
+        table_len = mod.table_lens[name]
+        if table_len is not None and table_len < length:
+            raise ValueError(
+                f"the score_mod indexes a captured tensor of {table_len} elements with a position; "
+                f"the plan has {'seq_len' if length == plan.seq_len else 'kv_seq_len'}={length}"
+            )
     elsewhere = [x.device for x in mod.captured if x.requires_grad and x.device != query.device]
     if elsewhere:
         raise ValueError(

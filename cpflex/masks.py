@@ -19,11 +19,11 @@ MaskFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class MaskMod:
     """A mask_mod that composes: ``causal() & sliding_window(4096) | ~document(ids)``."""
 
-    def __init__(self, fn: MaskFn, name: str, lengths: Collection[int] = ()) -> None:
+    def __init__(self, fn: MaskFn, name: str, lengths: Collection[int | tuple[int, int]] = ()) -> None:
         self.fn = fn
         self.__name__ = name
-        self.lengths = frozenset(lengths)
-        """Sequence lengths that the mask was made for; `make_plan` refuses any other."""
+        self.lengths = frozenset((one, one) if isinstance(one, int) else one for one in lengths)
+        """(queries, keys) that the mask was made for; `make_plan` refuses any other."""
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.fn(b, h, q_idx, kv_idx)
@@ -99,7 +99,12 @@ def sliding_window(window: int, right: int | None = None) -> MaskMod:
 
 
 @torch.inference_mode(False)
-def document(doc_ids: Tensor | None = None, *, cu_seqlens: Tensor | Sequence[int] | None = None) -> MaskMod:
+def document(
+    doc_ids: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    kv_ids: Tensor | None = None,
+) -> MaskMod:
     """Packed documents: a query sees the keys of its own document.
 
     ``cu_seqlens=[0, 3, 8]`` packs documents of 3 and 5 tokens and draws
@@ -113,16 +118,31 @@ def document(doc_ids: Tensor | None = None, *, cu_seqlens: Tensor | Sequence[int
         doc_ids: integers [S] or [B, S], equal within a document; any numbering. A number that comes back later is the
             same document.
         cu_seqlens: instead of ``doc_ids``: where documents start, and the end, [num_docs + 1], rising from 0 to S.
+        kv_ids: documents of the keys, [S_kv] or [B, S_kv], if they are another sequence; ``doc_ids`` are then those of
+            the queries, in the same numbering.
 
     Raises:
         ValueError: not exactly one of the two, wrong shapes, ``cu_seqlens`` that does not start at 0 or falls.
     """
     if (doc_ids is None) == (cu_seqlens is None):
         raise ValueError("document() takes exactly one of doc_ids and cu_seqlens")
+    if kv_ids is not None:
+        return _documents_of_two(doc_ids, kv_ids)
     ids = _renumber(doc_ids) if doc_ids is not None else _ids_of(torch.as_tensor(cu_seqlens))
     if ids.ndim == 1:
         return MaskMod(lambda b, h, q, k: ids[q] == ids[k], "document", [ids.shape[0]])
     return MaskMod(lambda b, h, q, k: ids[b, q] == ids[b, k], "document", [ids.shape[1]])
+
+
+def _documents_of_two(doc_ids: Tensor | None, kv_ids: Tensor) -> MaskMod:
+    if doc_ids is None or doc_ids.ndim != kv_ids.ndim or doc_ids.shape[:-1] != kv_ids.shape[:-1]:
+        got = "cu_seqlens" if doc_ids is None else f"{tuple(doc_ids.shape)} and {tuple(kv_ids.shape)}"
+        raise ValueError(f"kv_ids go with doc_ids of the queries, both [S] or [B, S] of one B; got {got}")
+    lengths = doc_ids.shape[-1], kv_ids.shape[-1]
+    q_ids, k_ids = (x.contiguous() for x in _renumber(torch.cat([doc_ids, kv_ids], dim=-1)).split(lengths, dim=-1))
+    if doc_ids.ndim == 1:
+        return MaskMod(lambda b, h, q, k: q_ids[q] == k_ids[k], "document", [lengths])
+    return MaskMod(lambda b, h, q, k: q_ids[b, q] == k_ids[b, k], "document", [lengths])
 
 
 def _ids_of(cu_seqlens: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def block_mask(mask: BlockMask) -> MaskMod:
         raise ValueError("the BlockMask lists a block twice, which torch's kernels would count twice; list it once")
     both = _Listed(keys // kv_axis.count, keys % kv_axis.count)
 
-    mask_mod, lengths = mask.mask_mod, {q_axis.length, kv_axis.length}
+    mask_mod, lengths = mask.mask_mod, {(q_axis.length, kv_axis.length)}
     name = f"BlockMask of {getattr(mask_mod, '__name__', type(mask_mod).__name__)}"
     if isinstance(mask_mod, MaskMod):
         mask_mod, lengths = mask_mod.fn, lengths | mask_mod.lengths

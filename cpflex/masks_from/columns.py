@@ -63,7 +63,7 @@ def flashmask(
             seen = seen & rule(b, h, q, k)
         return seen
 
-    return MaskMod(mask_mod, "flashmask", {q_len, kv_len})
+    return MaskMod(mask_mod, "flashmask", {(q_len, kv_len)})
 
 
 def _hidden(columns: Tensor, q_len: int, causal: bool) -> list[tuple[Tensor, Tensor]]:

@@ -26,7 +26,7 @@ def by_rows(
     ends: Tensor,  # integers [B, H, n, R], exclusive
     kv_len: int,
     name: str,
-    lengths: Collection[int],
+    lengths: Collection[int | tuple[int, int]],
     row_of: RowOf | None = None,
 ) -> MaskMod:
     """A query sees ``starts[i] <= kv_idx < ends[i]`` for any i. Intervals of a row do not overlap.

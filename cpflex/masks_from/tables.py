@@ -259,8 +259,8 @@ def _varies(table: Tensor) -> bool:
     return not torch.equal(table, table[:1, :1].expand_as(table))
 
 
-def _lengths(q_axis: Blocks, kv_axis: Blocks) -> Collection[int]:
-    return {q_axis.length, kv_axis.length}
+def _lengths(q_axis: Blocks, kv_axis: Blocks) -> Collection[tuple[int, int]]:
+    return {(q_axis.length, kv_axis.length)}
 
 
 def _most_runs(shape: tuple[int, ...]) -> int:

@@ -54,7 +54,7 @@ def varlen(
     if torch.equal(q_bounds, k_bounds):
         own = document(cu_seqlens=q_bounds)
         return own if max(left, right) < 0 else own & _band(left, right)
-    lengths = {int(q_bounds[-1]), int(k_bounds[-1])}
+    lengths = {(int(q_bounds[-1]), int(k_bounds[-1]))}
     numbers = torch.arange(len(q_bounds) - 1, dtype=torch.int32, device=q_bounds.device)
     q_ids, k_ids, shift = (
         torch.repeat_interleave(values, bounds.diff())

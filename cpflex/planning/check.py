@@ -51,13 +51,17 @@ def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: S
     Raises:
         WrongPlan: something differs, or the schedule function is not known.
     """
+    if kind.keys is not None and kind.keys.world_size not in (1, layout.world_size):
+        raise WrongPlan(f"the plan is wrong: the keys of {name!r} are on other ranks than its queries")
     chosen = schedule or named_schedule(kind.schedule)
     if chosen is None:
         raise WrongPlan(f"to check the plan, pass its schedule function: plan.check(schedule={kind.schedule})")
-    if kind.mask.captured[-1].tolist() != layout.seq_len:
+    lengths = [layout.seq_len] if kind.keys is None else [layout.seq_len, kind.keys.seq_len]
+    if [x.tolist() for x in kind.mask.captured[-len(lengths) :]] != lengths:
         raise WrongPlan(f"the plan is wrong: the mask of {name!r} is of another sequence length")
     batch_size, num_heads = kind.sizes
-    work = KindWork({name: kind.mask}, {name: 1.0}, batch_size or 1, num_heads or 1, kind.machine)
+    keys = {} if kind.keys is None else {name: (kind.keys, 1)}
+    work = KindWork({name: kind.mask}, {name: 1.0}, batch_size or 1, num_heads or 1, kind.machine, keys)
     again = plan_kind(name, kind.mask, layout, rank, work, chosen, batch_size, num_heads, kind.ulysses_size)
     if part := _difference(replace(again, reason=kind.reason), kind, f"kinds[{name!r}]"):
         raise WrongPlan(f"the plan is wrong: {part} is not what make_plan would make of its mask and layout")

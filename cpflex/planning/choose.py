@@ -39,9 +39,9 @@ def auto(layout: Layout, rank: int, needs: schedules.Needs) -> Schedule:
     """
     if hops_needed(needs.tokens) == 0:
         return replace(ring(layout, rank, needs), reason="no rank needs another's keys")
-    if needs.machine is None:
+    # of keys that are another sequence nothing is predicted yet
+    if needs.machine is None or not isinstance(needs, Needs) or needs.keys is not needs.layout:
         return _by_rows(layout, rank, needs)
-    assert isinstance(needs, Needs), "predictions are made from the planner's tables"
     best, *others = ranked(needs.traffic, needs.machine, enough=ENOUGH)
     schedule = named_schedule(best.name)
     assert schedule is not None, f"{best.name} is considered, and no schedule"

@@ -20,6 +20,7 @@ from cpflex.masks_from import as_mask
 from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
 from cpflex.mods.trace import trace_mask_mod
 from cpflex.planning.choose import ENOUGH, auto, degrees, ranked
+from cpflex.planning.cross import Cross
 from cpflex.planning.mask_kind import KindWork, plan_kind
 from cpflex.planning.needs import blocks_of
 from cpflex.planning.plan import Plan
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @torch.inference_mode(False)
 def make_plan(
-    mask: MaskFn | BlockMask | Mapping[str, MaskFn | BlockMask],
+    mask: MaskFn | BlockMask | Cross | Mapping[str, MaskFn | BlockMask | Cross],
     seq_len: int,
     group: Group | None = None,
     *,
@@ -57,7 +58,8 @@ def make_plan(
     Args:
         mask: a mask_mod on global positions, or one per layer kind of a hybrid model, ``{"full": m1, "sliding": m2}``;
             all kinds share one layout. Captured tensors are copied. A torch BlockMask is a mask too: its mask_mod in
-            the blocks of its table (`masks_from.block_mask`).
+            the blocks of its table (`masks_from.block_mask`). `cross` makes a mask kind whose keys are another
+            sequence, with a plan of their own: all kinds of one plan share the layout of its queries.
         seq_len: tokens of the whole sequence, below 2**31; any number of them.
         group: the ranks that share the sequence: a process group, a 1-D device mesh such as ``mesh["cp"]``, or None for
             one rank. A 2-D mesh, ``mesh["cp", "heads"]``, or two groups, ``(heads_group, cp_group)``, exchange heads
@@ -96,9 +98,13 @@ def make_plan(
     machine = Machine.of(topology, device, heads)
     weights = _weights(weights, masks)
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
+    crosses = {kind: one for kind, one in masks.items() if isinstance(one, Cross)}
     mods = {kind: traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
-    asked = _Asked(mods, weights, seq_len, rank, world_size, batch_size, num_heads, layout, schedule, machine, {}, {})
-    if ulysses_size is None and not isinstance(links, GridLinks) and heads is not None and schedule is auto:
+    asked = _Asked(
+        *(mods, crosses, weights, seq_len, rank, world_size, batch_size, num_heads, layout, schedule, machine), {}, {}
+    )
+    is_open = ulysses_size is None and not isinstance(links, GridLinks)
+    if is_open and heads is not None and schedule is auto and not crosses:
         sizes = _predicted_sizes(asked)
     plan = _planned(asked, links, sizes)
     if log.isEnabledFor(logging.INFO):
@@ -106,10 +112,15 @@ def make_plan(
     return plan
 
 
+Keys = Mapping[str, tuple[Layout, int]]
+"""Of mask kinds whose keys are another sequence, as `KindWork` takes them."""
+
+
 class _Asked(NamedTuple):
     """What is to be planned, whatever heads are exchanged."""
 
     mods: Mapping[str, Mod]
+    crosses: Mapping[str, Cross]
     weights: Mapping[str, float]
     seq_len: int
     rank: int
@@ -125,12 +136,14 @@ class _Asked(NamedTuple):
 
 def _planned(asked: _Asked, links: Links | None, sizes: Mapping[str, int]) -> Plan:
     """The plan if so many ranks exchange heads for each mask kind."""
-    most = max(sizes.values())
-    outer, kinds = _shards(asked, most), {}
+    most, keys = max(sizes.values()), {}
+    for kind, one in asked.crosses.items():
+        keys[kind] = one.shards(kind, asked.world_size, sizes[kind]), most // sizes[kind]
+    outer, kinds = _shards(asked, most, keys), {}
     for kind, mod in asked.mods.items():
         size = sizes[kind]
         kinds[kind] = plan_kind(
-            kind, mod, cut_shards(outer, most // size), asked.rank // size, _work(asked, size), asked.schedule,
+            kind, mod, cut_shards(outer, most // size), asked.rank // size, _work(asked, size, keys), asked.schedule,
             asked.batch_size, asked.num_heads, size,
         )  # fmt: skip
     by_b, by_h = (any(mod.uses(name) for mod in asked.mods.values()) for name in "bh")
@@ -138,20 +151,20 @@ def _planned(asked: _Asked, links: Links | None, sizes: Mapping[str, int]) -> Pl
     return Plan(outer, asked.rank, kinds, links, *counts, most)
 
 
-def _work(asked: _Asked, size: int) -> KindWork:
+def _work(asked: _Asked, size: int, keys: Keys | None = None) -> KindWork:
     """The masks as shards of ``size`` ranks see them, known once."""
     if size not in asked.works:
         machine = _outer_machine(asked.machine, size)
         counts = asked.batch_size or 1, asked.num_heads or 1
-        asked.works[size] = KindWork(asked.mods, asked.weights, *counts, machine)
+        asked.works[size] = KindWork(asked.mods, asked.weights, *counts, machine, keys)
     return asked.works[size]
 
 
-def _shards(asked: _Asked, size: int) -> Layout:
+def _shards(asked: _Asked, size: int, keys: Keys | None = None) -> Layout:
     """Of so many ranks each, known once."""
     if size not in asked.layouts:
         world_size = asked.world_size // size
-        asked.layouts[size] = _outer_layout(asked.layout, asked.seq_len, world_size, size, _work(asked, size))
+        asked.layouts[size] = _outer_layout(asked.layout, asked.seq_len, world_size, size, _work(asked, size, keys))
     return asked.layouts[size]
 
 
@@ -295,18 +308,27 @@ def _weights(weights: Mapping[str, float] | None, masks: Mapping[str, Any]) -> d
 
 
 def traced(
-    mask: MaskFn | BlockMask,
+    mask: MaskFn | BlockMask | Cross,
     seq_len: int,
     batch_size: int | None,
     num_heads: int | None,
     copies: dict[int, tuple[Tensor, Tensor]],
 ) -> Mod:
-    """The mask as a graph that is also false at pads, its captured tensors copied to the CPU."""
-    mask = as_mask(mask)
+    """The mask as a graph that is also false at pads, its captured tensors copied to the CPU. Last among them are the
+    length of both sequences, or two lengths.
+    """
+    kv_len = mask.keys.seq_len if isinstance(mask, Cross) else seq_len
+    lengths = {"q_idx": seq_len, "kv_idx": kv_len}
+    is_cross = isinstance(mask, Cross)
+    mask = as_mask(mask.mask if isinstance(mask, Cross) else mask)
     if not callable(mask):
         raise TypeError(f"mask must be a mask_mod (b, h, q_idx, kv_idx) -> bool Tensor; got {type(mask).__name__}")
-    if isinstance(mask, MaskMod) and mask.lengths - {seq_len}:
-        raise ValueError(f"{mask!r} was made for {sorted(mask.lengths)} tokens; seq_len={seq_len}")
+    if isinstance(mask, MaskMod) and (wrong := mask.lengths - {(seq_len, kv_len)}):
+        if is_cross:
+            raise ValueError(
+                f"{mask!r} was made for (queries, keys) {sorted(wrong)}; these are {seq_len} queries and {kv_len} keys"
+            )
+        raise ValueError(f"{mask!r} was made for {sorted({n for both in wrong for n in both})} tokens; {seq_len=}")
 
     def copied(tensor: Tensor) -> Tensor:
         if id(tensor) not in copies:
@@ -315,7 +337,7 @@ def traced(
         return copies[id(tensor)][1]
 
     mod = trace_mask_mod(mask).map_captured(copied)
-    limits = {"q_idx": ("seq_len", seq_len), "kv_idx": ("seq_len", seq_len)}
+    limits = {"q_idx": ("seq_len", seq_len), "kv_idx": ("number of keys" if is_cross else "seq_len", kv_len)}
     limits |= {"b": ("batch_size", batch_size), "h": ("num_heads", num_heads)}
     for name, (argument, size) in limits.items():
         if size is None:
@@ -329,9 +351,11 @@ def traced(
                     f"{argument}={size}"
                 )
     builder = GraphBuilder(mod.graph.nodes)
-    length = builder.add("captured", len(mod.captured), dtype=torch.int64)
     seen = mod.graph.outputs[0]
     for name in ("q_idx", "kv_idx"):
+        slot = len(mod.captured) + (is_cross and name == "kv_idx")
+        length = builder.add("captured", slot, dtype=torch.int64)
         position = builder.add("input", name, dtype=torch.int64)
         seen = builder.add("and", seen, builder.add("lt", position, length, dtype=torch.bool), dtype=torch.bool)
-    return Mod(builder.graph(seen), (*mod.captured, torch.tensor(seq_len)), mod.name)
+    held = list(lengths.values())[: 1 + is_cross]
+    return Mod(builder.graph(seen), (*mod.captured, *map(torch.tensor, held)), mod.name)

@@ -1,17 +1,17 @@
-"""MaskKind: one mask of a plan and what was decided for it, for one rank, on the layout that all masks share."""
+"""MaskKind: one mask of a plan and what was decided for it, for one rank, on the layout that all queries share."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from cpflex.mods.graph import Mod
 from cpflex.planning.idle import find_idle
-from cpflex.planning.needs import Needs, chunk_needs, classifier, whole_mask
+from cpflex.planning.needs import Needs, chunk_needs, classifier, tiles_of, whole_mask
 from cpflex.planning.squares import Squares
 from cpflex.planning.tables import make_tile_masks
 from cpflex.ring.schedule import Exchange, ScheduleFn, Step
@@ -20,7 +20,7 @@ from cpflex.tile_mask import TILE, Idle, Tiles
 from cpflex.topology import Machine
 from cpflex.version import __version__
 
-FORMAT = 3
+FORMAT = 4
 """Version of the plan's contents; ranks that disagree on it do not exchange."""
 
 
@@ -39,6 +39,8 @@ class MaskKind:
     work: np.ndarray  # (query, key) pairs in tiles that are not EMPTY, int64 [world_size]
     tokens: np.ndarray  # K/V rows of rank o's shard that rank r needs, by block, int64 [world_size (r), world_size (o)]
     machine: Machine | None = None
+    keys: Layout | None = None
+    """Their shards, if they are another sequence than the queries; one shard if every rank holds all of them."""
 
     @property
     def sizes(self) -> tuple[int | None, int | None]:
@@ -65,9 +67,14 @@ class KindWork:
         batch_size: int,
         num_heads: int,
         machine: Machine | None = None,
+        keys: Mapping[str, tuple[Layout, int]] | None = None,
     ) -> None:
+        """``keys``: of kinds whose keys are another sequence, their shards, and how many of these are one of the shards
+        that are dealt out.
+        """
         self.weights = weights
         self.machine = machine
+        self.keys = keys or {}
         self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
         self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
         self._squares: dict[int, dict[str, Squares]] = {}
@@ -76,14 +83,26 @@ class KindWork:
         if (chunk_len, num_chunks) not in self._known:
             tiles = Tiles(chunk_len, num_chunks)
             squares = self._whole_masks(tiles)
-            self._known[chunk_len, num_chunks] = {kind: chunk_needs(squares[kind], tiles) for kind in squares}
+            self._known[chunk_len, num_chunks] = {kind: self._needs(kind, squares[kind], tiles) for kind in squares}
         return self._known[chunk_len, num_chunks]
+
+    def _needs(self, kind: str, squares: Squares, tiles: Tiles) -> ChunkNeeds:
+        if kind not in self.keys:
+            return chunk_needs(squares, tiles)
+        keys, shards = self.keys[kind]
+        needs = chunk_needs(squares, tiles, tiles_of(keys))
+        if keys.world_size == 1:  # all that is seen is at hand
+            return ChunkNeeds(needs.work, needs.sees[:, :0], *(np.zeros(0, dtype=np.int64) for _ in range(3)))
+        return replace(needs, block_owner=keys.owner[needs.block_chunk] // shards)
 
     def _whole_masks(self, tiles: Tiles) -> dict[str, Squares]:
         """Of each kind. Chunks of whole tiles are cut at the same positions, and tiles of pads are EMPTY."""
         grid = tiles.chunk_len if tiles.chunk_len % TILE else TILE
         if grid not in self._squares:
-            self._squares[grid] = {kind: whole_mask(classify, tiles) for kind, classify in self.classifiers.items()}
+            self._squares[grid] = {
+                kind: whole_mask(classify, tiles, tiles_of(self.keys[kind][0]) if kind in self.keys else None)
+                for kind, classify in self.classifiers.items()
+            }
         return self._squares[grid]
 
 
@@ -100,14 +119,15 @@ def plan_kind(
 ) -> MaskKind:
     """``table`` and ``rank``: of the outer shards, each of ``ulysses_size`` ranks that exchange heads."""
     chunks = work(table.chunk_len, table.num_chunks)[kind]
-    needs = Needs(work.classifiers[kind], table, rank, chunks, work.machine)
-    chosen = schedule(table, rank, needs)
+    keys = work.keys[kind][0] if kind in work.keys else None
+    needs = Needs(work.classifiers[kind], table, rank, chunks, work.machine, keys)
+    chosen = schedule(table if keys is None else _shared(keys, table.world_size), rank, needs)
     facts = {
         "cpflex version": __version__,
         "plan format": FORMAT,
         "seq_len": table.seq_len,
         "machine": "not given" if work.machine is None else repr(work.machine),
-        "layout": f"{table.name}, {len(table.chunks[0])} chunks of {table.chunk_len} tokens per rank, {table.key}",
+        "layout": _described(table),
         "schedule": chosen.name,
         "ranks that exchange heads": ulysses_size,
         "mask kind": kind,
@@ -116,11 +136,27 @@ def plan_kind(
         "mask": f"{mod.name}, graph {mod.key}",
         "tensors captured by the mask": mod.content_key,
     }
+    if keys is not None:
+        facts |= {"number of keys": keys.seq_len, "layout of the keys": _described(keys)}
     steps = _steps(mod, needs, chosen.exchanges, batch_size or 1, num_heads or 1)
-    idle = find_idle(mod, table, rank, batch_size or 1, num_heads or 1)
+    idle = find_idle(mod, table, rank, batch_size or 1, num_heads or 1, keys)
     loads = work_per_rank(table, chunks)
     reason, received = chosen.reason, chosen.recv_tokens
-    return MaskKind(mod, steps, idle, facts, chosen.name, reason, received, loads, needs.tokens, work.machine)
+    moved = loads, needs.tokens
+    return MaskKind(mod, steps, idle, facts, chosen.name, reason, received, *moved, work.machine, keys)
+
+
+def _described(layout: Layout) -> str:
+    chunks = f"{len(layout.chunks[0])} chunks of {layout.chunk_len} tokens per rank"
+    return f"{layout.name}, {chunks}, {layout.key}"
+
+
+def _shared(keys: Layout, world_size: int) -> Layout:
+    """The shards of the keys as a schedule sees them: where every rank holds all keys, so many, each a shard."""
+    if keys.world_size == world_size:
+        return keys
+    ranks = tuple((rank,) for rank in range(world_size))
+    return Layout(keys.seq_len * world_size, keys.seq_len, ranks, keys.name)
 
 
 def _steps(mod: Mod, needs: Needs, exchanges: Sequence[Exchange], batch_size: int, num_heads: int) -> tuple[Step, ...]:

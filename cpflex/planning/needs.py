@@ -168,7 +168,7 @@ class Needs:
 
     def tokens_of(self, line: np.ndarray) -> np.ndarray:
         """As `tokens`, of lines of ranks: the line of each rank, -1 for none; int64 [lines, world_size (o)]."""
-        owner = self._chunks.held_by(self.layout.owner)
+        owner = self.keys.owner[self._chunks.block_chunk]
         sees = self._sees(line)
         return np.stack([np.bincount(owner[row], self._chunks.block_len[row], len(line)) for row in sees]).astype(
             np.int64

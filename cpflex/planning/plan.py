@@ -75,6 +75,11 @@ class Plan:
         self.seq_len = layout.seq_len
         self.world_size = layout.world_size
         self.local_len = layout.local_len
+        keys = next(iter(kinds.values())).keys if len(kinds) == 1 else None
+        self.keys = layout if keys is None else cut_shards(keys, ulysses_size)
+        """Where the keys of the one mask kind are: with the queries, or where `cross` said."""
+        self.kv_seq_len = self.keys.seq_len
+        self.kv_local_len = self.keys.local_len
         self._links = links
         self._one_kind: dict[str, Plan] = {}
         self.why_not_callable = ""
@@ -164,7 +169,7 @@ class Plan:
     def _stats_of(self, kind: MaskKind) -> dict[str, Any]:
         masks = [step.tile_mask for step in kind.steps]
         exchanges = [step.exchange for step in kind.steps]
-        received = list(kind.recv_tokens)
+        keys, received = kind.keys or self.outer, list(kind.recv_tokens)
         received[self.outer_rank] = self._num_rows(t for exchange in exchanges for t in exchange.receives)
         return {
             "work": kind.work.tolist(),
@@ -172,7 +177,7 @@ class Plan:
             "recv_tokens": received,
             "sent_tokens": self._num_rows(t for exchange in exchanges for t in exchange.sends),
             "needed_tokens": (kind.tokens.sum(axis=1) - np.diag(kind.tokens)).tolist(),
-            "all_gather_tokens": self.outer.local_len * (self.outer.world_size - 1),
+            "all_gather_tokens": keys.local_len * (keys.world_size - 1),
             "full_tiles": sum(mask.full.num_tiles for mask in masks),
             "partial_tiles": sum(mask.partial.num_tiles for mask in masks),
             "unproven_tiles": sum(mask.num_unproven for mask in masks),

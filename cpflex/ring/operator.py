@@ -186,7 +186,9 @@ def attention_backward(
 @torch.library.register_fake("cpflex::attention_backward", lib=_library)
 def _(grad_out, grad_lse, q, k, v, out, lse, captured, plan, score_key, scale, backend, wanted, ulysses_size, kv_heads):
     batch, num_heads, length = grad_lse.shape
-    sizes = [(batch, heads, length, x.shape[3]) for x, heads in ((q, num_heads), (k, kv_heads), (v, kv_heads))]
+    kv_len = k.shape[2] // ulysses_size
+    parts = ((q, num_heads, length), (k, kv_heads, kv_len), (v, kv_heads, kv_len))
+    sizes = [(batch, heads, tokens, x.shape[3]) for x, heads, tokens in parts]
     grads = [x.new_empty(size) for x, size in zip((q, k, v), sizes, strict=True)]
     return grads + [torch.empty_like(captured[i], memory_format=torch.contiguous_format) for i in wanted]
 

@@ -136,7 +136,7 @@ def _cost(
 
 
 def _received(layout: Layout, needs: ChunkNeeds) -> np.ndarray:
-    owner = layout.owner[needs.block_chunk]
+    owner = needs.held_by(layout.owner)
     return np.array([
         needs.block_len[needs.sees[list(held)].any(axis=0) & (owner != rank)].sum()
         for rank, held in enumerate(layout.chunks)

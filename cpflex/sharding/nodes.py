@@ -103,7 +103,9 @@ def _deals(
 def _merged(needs: ChunkNeeds, cut: int) -> ChunkNeeds:
     """Of chunks ``cut`` times as long."""
     work = needs.work.reshape(-1, cut).sum(axis=1)
-    sees = np.logical_or.reduce(needs.sees.reshape(len(work), cut, -1), axis=1)
+    sees = np.logical_or.reduce(needs.sees.reshape(len(work), cut, needs.sees.shape[1]), axis=1)
+    if needs.block_owner is not None:  # chunks of another sequence
+        return replace(needs, work=work, sees=sees)
     return ChunkNeeds(work, sees, needs.block_chunk // cut, needs.block_len)
 
 
@@ -146,12 +148,12 @@ def estimated_ns(layout: Layout, needs: Needs, weights: Mapping[str, float], mac
     total = 0.0
     for kind in sorted(needs):
         one = needs[kind]
-        owner, size = layout.owner[one.block_chunk], machine.topology.gpus_per_node
+        owner, size = one.held_by(layout.owner), machine.topology.gpus_per_node
         seen = np.stack([one.sees[list(held)].any(axis=0) for held in layout.chunks])
         inside = int(((seen & (owner != np.arange(len(seen))[:, None])) @ one.block_len).max())
         row = 2 * machine.heads.row_bytes + machine.heads.grad_row_bytes
         fanned_s = inside * row / (machine.topology.intra_gb_per_s * 1e9)
-        nodes = np.logical_or.reduce(seen.reshape(-1, size, len(owner)), axis=1)
+        nodes = np.logical_or.reduce(seen.reshape(len(seen) // size, size, len(owner)), axis=1)
         moved = max(fanned_s, _network_s(nodes, layout.owner // size, one, machine))
         load = int(work_per_rank(layout, one).max())
         total += weights[kind] * _together(_compute_s(load, machine), moved)
@@ -181,7 +183,7 @@ def _network_s(seen: np.ndarray, owner: np.ndarray, needs: ChunkNeeds, machine: 
         owner: node of each chunk.
     """
     topology, heads = machine.topology, machine.heads
-    holder = owner[needs.block_chunk]
+    holder = needs.held_by(owner, machine.topology.gpus_per_node)
     crosses = seen & (holder != np.arange(len(seen))[:, None])
     received = crosses @ needs.block_len
     sent = np.bincount(holder, crosses.sum(axis=0) * needs.block_len, len(seen))

@@ -56,22 +56,25 @@ class Problem:
         cls, needs: Mapping[str, ChunkNeeds], weights: Mapping[str, float], world_size: int, fragment_cost: float
     ) -> Problem:
         kinds = sorted(needs)
-        any_kind = needs[kinds[0]]
-        num_chunks = len(any_kind.work)
-        per_chunk = len(any_kind.block_chunk) // num_chunks
+        num_chunks = len(needs[kinds[0]].work)
+        # of keys that are not dealt out, whoever holds them, no deal changes how many are seen by much
+        own = [kind for kind in kinds if len(needs[kind].block_chunk) and needs[kind].block_owner is None]
+        per_chunk = len(needs[own[0]].block_chunk) // num_chunks if own else 1
         # as many groups per chunk as divide its blocks and stay within the limit
         groups = max(
             g for g in range(1, per_chunk + 1) if per_chunk % g == 0 and (g == 1 or g * num_chunks <= MAX_GROUPS)
         )
+        shape = num_chunks, num_chunks * groups, per_chunk // groups
         seen = np.stack([
-            needs[kind].sees.reshape(num_chunks, num_chunks * groups, per_chunk // groups).any(axis=2) for kind in kinds
+            needs[kind].sees.reshape(shape).any(axis=2) if kind in own else np.zeros(shape[:2], dtype=bool)
+            for kind in kinds
         ])  # fmt: skip
         held = np.repeat(np.eye(num_chunks, dtype=bool), groups, axis=1)
         work = np.stack([needs[kind].work for kind in kinds])
         work = np.stack([one >> max(0, int(one.sum()).bit_length() - WORK_BITS) for one in work])
         limit = work.sum(axis=1) * (1000 + SLACK_PERMILLE) // (1000 * world_size)
         scale = np.array([weights[kind] for kind in kinds])
-        fragments_per_group = num_chunks * groups / int(any_kind.block_len.sum())
+        fragments_per_group = num_chunks * groups / max(1, sum(int(needs[kind].block_len.sum()) for kind in own[:1]))
         burden = 3 * fragment_cost * fragments_per_group  # `_burden` of what the slowest rank receives, as all do
         return cls(world_size, num_chunks // world_size, work, limit, scale, packed(seen), packed(held), burden)
 
