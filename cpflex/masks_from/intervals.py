@@ -60,7 +60,7 @@ def intervals(
     ends = mask_func[:, 0::2] + first
     shape = heads, num_ends // 2 + 1, batch_size, total_q // batch_size
     starts, ends = (x.view(shape).permute(2, 0, 1, 3) for x in (starts, ends))
-    return by_rows(starts, ends, kv_len, "intervals", {shape[3], kv_len})
+    return by_rows(starts, ends, kv_len, "intervals", {(shape[3], kv_len)})
 
 
 def _of_packed(cu_q: Tensor | Sequence[int], cu_k: Tensor | Sequence[int], total_q: int) -> tuple[Tensor, Tensor]:

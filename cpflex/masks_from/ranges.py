@@ -142,7 +142,7 @@ def _of_rows(q: np.ndarray, k: np.ndarray, kinds: np.ndarray, q_len: int, kv_len
     shape = 1, 1, int(slot.max(initial=0)) + 1, q_len
     starts, ends = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     starts[0, 0, slot, row], ends[0, 0, slot, row] = start, end
-    return by_rows(torch.from_numpy(starts), torch.from_numpy(ends), kv_len, "ranges", {q_len, kv_len})
+    return by_rows(torch.from_numpy(starts), torch.from_numpy(ends), kv_len, "ranges", {(q_len, kv_len)})
 
 
 def _of_full(q: np.ndarray, k: np.ndarray, q_len: int, kv_len: int) -> MaskMod:

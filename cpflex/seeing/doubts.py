@@ -50,7 +50,7 @@ def doubts(plan: Plan) -> list[str]:
 
 def _doubts_of(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[str]:
     found = []
-    if _leaves_future_open(kind.mask.graph) and _sees_ahead(plan, kind):
+    if kind.keys is None and _leaves_future_open(kind.mask.graph) and _sees_ahead(plan, kind):
         found.append(
             "future keys are visible: the mask bounds how far back a query sees, not how far ahead - "
             "use causal() & sliding_window(w), or sliding_window(left, right) if that is meant"
@@ -64,7 +64,7 @@ def _doubts_of(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[str]:
             f"{holder(plan)} {work.argmax()} has {stats['imbalance']:.2f} x the mean work, and the others wait for it"
             f"{balancing}"
         )
-    density = work.sum() / plan.seq_len**2
+    density = work.sum() / (plan.seq_len * plan.kv_seq_len)
     share = needed.mean() / max(stats["all_gather_tokens"], 1)
     if share > MUCH_TRAFFIC and density < SPARSE_DENSITY:
         found.append(
@@ -100,7 +100,8 @@ def _wasted_share(plan: Plan, kind: MaskKind, sample_elements: int = 1 << 20) ->
     num_b, num_h = plan.batch_size or 1, plan.num_heads or 1
     inputs = {"b": torch.arange(num_b).view(-1, 1, 1, 1), "h": torch.arange(num_h).view(-1, 1, 1)}
     masks = [step.tile_mask for step in kind.steps]
-    tile_elements = max(int(mask.q_starts.diff().max()) ** 2 for mask in masks) * num_b * num_h
+    sides = torch.cat([starts.diff() for mask in masks for starts in (mask.q_starts, mask.kv_starts)])
+    tile_elements = int(sides.max()) ** 2 * num_b * num_h
     num_partial = sum(mask.partial.num_tiles for mask in masks)
     stride = -(-num_partial // max(1, sample_elements // tile_elements))
     wasted = []

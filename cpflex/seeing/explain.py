@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from cpflex.mods.intervals import EMPTY, FULL, PARTIAL
-from cpflex.planning.needs import blocks_of, classifier
+from cpflex.planning.needs import blocks_of, classifier, tiles_of
 from cpflex.planning.predict import predict
 from cpflex.planning.traffic import traffic_of
 from cpflex.ring.named import named_schedule
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from cpflex.planning.mask_kind import MaskKind
     from cpflex.planning.plan import Plan
+    from cpflex.sharding.layout import Layout
 
 MANY_RANKS = 16
 """More ranks than this are summarised."""
@@ -97,9 +98,10 @@ def _ranges(plan: Plan) -> list[str]:
 def _kind(plan: Plan, name: str, *, with_grid: bool) -> list[str]:
     kind, stats = plan.kinds[name], plan.stats
     masks = [step.tile_mask for step in kind.steps]
-    rows = len(masks[0].q_starts) - 1
+    keys = kind.keys or plan.outer
+    num_tiles = (len(masks[0].q_starts) - 1) * tiles_of(keys).num_tiles * plan.outer.world_size
     num_full, num_partial = stats["full_tiles"], stats["partial_tiles"]
-    empty = _percent(1 - (num_full + num_partial) / (rows * rows * plan.outer.world_size))
+    empty = _percent(1 - (num_full + num_partial) * plan.outer.world_size / num_tiles)
     buffered = most_rows([step.exchange for step in kind.steps])
     unproven = f"{stats['unproven_tiles']:,} unproven"
     facts = [
@@ -107,13 +109,15 @@ def _kind(plan: Plan, name: str, *, with_grid: bool) -> list[str]:
         ("tiles", f"{num_full:,} FULL, {num_partial:,} PARTIAL ({unproven}); {empty} are EMPTY"),
         (
             "memory",
-            f"receive buffers of {buffered:,} K/V rows at most ({buffered / plan.outer.local_len:.2f} shards), "
+            f"receive buffers of {buffered:,} K/V rows at most ({buffered / keys.local_len:.2f} shards), "
             f"index tables of {_bytes(_total_bytes(masks))}",
         ),
     ]
-    if plan.outer.world_size > 1:
+    if kind.keys is not None:
+        facts[:0] = [("keys", _keys(keys))]
+    if plan.outer.world_size > 1 and keys.world_size > 1:
         steps = _count(len(masks) - 1, "remote step")
-        facts[1:1] = [
+        facts[-2:-2] = [
             ("received", _received(plan, stats, _least_rows(kind))),
             ("schedule", f"{stats['schedule']}, {steps}: {stats['reason']}"),
             *_nodes(plan, kind, stats),
@@ -122,6 +126,14 @@ def _kind(plan: Plan, name: str, *, with_grid: bool) -> list[str]:
     table = [f"  {line}".rstrip() for line in _ranks_table(plan, stats)]
     grid = [f"  {line}" for line in _grid(plan)] if with_grid else []
     return [f"{name}: {kind.mask.name}", *grid, *table, *_facts(facts)]
+
+
+def _keys(keys: Layout) -> str:
+    """Those of another sequence."""
+    if keys.world_size == 1:
+        return f"{keys.seq_len:,} of another sequence, all on every rank: nothing travels"
+    chunks = f"{_count(len(keys.chunks[0]), 'chunk')} of {keys.chunk_len:,} tokens per rank"
+    return f"{keys.seq_len:,} of another sequence, {keys.name}: {chunks}"
 
 
 def _nodes(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[tuple[str, str]]:
@@ -135,7 +147,7 @@ def _nodes(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[tuple[str,
 
 def _predicted(plan: Plan, kind: MaskKind) -> list[tuple[str, str]]:
     """What the schedule would take, if the machine is known and the schedule is one of cpflex's."""
-    if kind.machine is None or named_schedule(kind.schedule) is None:
+    if kind.machine is None or kind.keys is not None or named_schedule(kind.schedule) is None:
         return []
     layout, (batch_size, num_heads) = plan.outer, kind.sizes
     classify = classifier(kind.mask, batch_size or 1, num_heads or 1)
@@ -191,7 +203,8 @@ def _ranks_table(plan: Plan, stats: dict[str, Any]) -> list[str]:
         for title, *cells in rows
     ]
     if num_shards > 1:
-        block = min(blocks_of(plan.outer.chunk_len, plan.outer.num_chunks).tile_len, plan.outer.chunk_len)
+        keys = plan.kinds[next(iter(plan.kinds))].keys or plan.outer
+        block = min(blocks_of(keys.chunk_len, keys.num_chunks).tile_len, keys.chunk_len)
         table.append(f"(work by tiles, rows by blocks of {block:,} tokens, never too few)")
     return table
 
@@ -310,16 +323,19 @@ def _rank_colors(world_size: int) -> np.ndarray:
 
 
 def _draw_mask(ax: Axes, plan: Plan, kind: MaskKind, name: str, colors: np.ndarray) -> None:
-    verdicts, owner, pixel_len = _squares(plan, kind, 0, plan.seq_len)
-    edge = len(owner) * pixel_len
-    _paint(ax, verdicts, colors[owner], 0, edge)
-    queries, keys = ax.inset_axes((-0.035, 0, 0.025, 1)), ax.inset_axes((0, 1.01, 1, 0.025))
-    queries.imshow(colors[owner][:, None], interpolation="nearest", aspect="auto")
-    keys.imshow(colors[owner][None], interpolation="nearest", aspect="auto")
-    for strip in (queries, keys):
+    keys = kind.keys or plan.outer
+    verdicts, (owner, key_owner), (height, width) = _squares(plan, kind, (0, plan.seq_len), (0, keys.seq_len))
+    _paint(ax, verdicts, colors[owner], (0, width, height, 0))
+    if kind.keys is not None:
+        ax.set_aspect("auto")
+    left, top = ax.inset_axes((-0.035, 0, 0.025, 1)), ax.inset_axes((0, 1.01, 1, 0.025))
+    left.imshow(colors[owner][:, None], interpolation="nearest", aspect="auto")
+    if keys.world_size == plan.outer.world_size:
+        top.imshow(colors[key_owner][None], interpolation="nearest", aspect="auto")
+    for strip in (left, top):
         strip.set_axis_off()
     middle = len(owner) // 2
-    if (verdicts != EMPTY).mean() < THIN and not verdicts[:middle, middle:].any():
+    if kind.keys is None and (verdicts != EMPTY).mean() < THIN and not verdicts[:middle, middle:].any():
         _draw_enlarged(ax, plan, kind, colors)
     title = textwrap.shorten(f"{name}: {kind.mask.name}", 60, placeholder=" ...")
     ax.set_title(title, loc="left", color=INK, fontsize=10, pad=14)
@@ -327,10 +343,9 @@ def _draw_mask(ax: Axes, plan: Plan, kind: MaskKind, name: str, colors: np.ndarr
     ax.set_ylabel("query position", color=INK, labelpad=14)
     ax.tick_params(colors=FAINT, labelsize=8)
     ax.tick_params(axis="y", pad=12, length=0)
-    ticks = np.linspace(0, plan.seq_len, 5)
-    labels = [_size(int(tick)) for tick in ticks]
-    ax.set_xticks(ticks, labels)
-    ax.set_yticks(ticks, labels)
+    for set_ticks, length in ((ax.set_xticks, keys.seq_len), (ax.set_yticks, plan.seq_len)):
+        ticks = np.linspace(0, length, 5)
+        set_ticks(ticks, [_size(int(tick)) for tick in ticks])
 
 
 def _draw_enlarged(ax: Axes, plan: Plan, kind: MaskKind, colors: np.ndarray) -> None:
@@ -338,32 +353,40 @@ def _draw_enlarged(ax: Axes, plan: Plan, kind: MaskKind, colors: np.ndarray) -> 
     span = plan.seq_len // 16
     while True:
         begin = (plan.seq_len - span) // 2
-        verdicts, owner, pixel_len = _squares(plan, kind, begin, begin + span)
+        verdicts, (owner, _), (edge, _) = _squares(plan, kind, (begin, begin + span), (begin, begin + span))
         if span <= 4 * PIXELS or (verdicts != EMPTY).mean() > THIN:
             break
         span //= 4
     zoom = ax.inset_axes((0.53, 0.53, 0.45, 0.45))
-    _paint(zoom, verdicts, colors[owner], begin, begin + len(owner) * pixel_len)
+    _paint(zoom, verdicts, colors[owner], (begin, edge, edge, begin))
     zoom.set_xticks([])
     zoom.set_yticks([])
     zoom.text(0.97, 0.96, f"{span:,} tokens", transform=zoom.transAxes, ha="right", va="top", color=FAINT, fontsize=8)
     ax.indicate_inset_zoom(zoom, edgecolor=INK, linewidth=0.8, alpha=0.6)
 
 
-def _squares(plan: Plan, kind: MaskKind, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Verdicts [n, n] on the squares between two positions, the rank that owns the middle of each, and their length."""
-    pixel_len = -(-(end - begin) // PIXELS)
-    lo = np.arange(begin, end, pixel_len)
-    hi = np.minimum(lo + pixel_len, end) - 1
+def _squares(
+    plan: Plan, kind: MaskKind, queries: tuple[int, int], keys: tuple[int, int]
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[int, int]]:
+    """Verdicts [n, m] on the squares between two positions of each axis; along both, the rank that owns the middle of
+    each, and where the last one ends.
+    """
+    bounds, owners, ends = [], [], []
+    for (begin, end), layout in ((queries, plan.outer), (keys, kind.keys or plan.outer)):
+        pixel_len = -(-(end - begin) // PIXELS)
+        lo = np.arange(begin, end, pixel_len)
+        hi = np.minimum(lo + pixel_len, end) - 1
+        bounds.append((lo, hi))
+        owners.append(layout.owner[(lo + hi) // 2 // layout.chunk_len])
+        ends.append(begin + len(lo) * pixel_len)
     classify = classifier(kind.mask, plan.batch_size or 1, plan.num_heads or 1)
-    verdicts = classify(lo[:, None], hi[:, None], lo, hi)
-    return verdicts, plan.outer.owner[(lo + hi) // 2 // plan.outer.chunk_len], pixel_len
+    (q_lo, q_hi), (kv_lo, kv_hi) = bounds
+    return classify(q_lo[:, None], q_hi[:, None], kv_lo, kv_hi), tuple(owners), tuple(ends)  # type: ignore[return-value]
 
 
-def _paint(ax: Axes, verdicts: np.ndarray, colors: np.ndarray, begin: int, end: int) -> None:
+def _paint(ax: Axes, verdicts: np.ndarray, colors: np.ndarray, extent: tuple[int, int, int, int]) -> None:
     """Squares in the colour of their row: solid, half, or white."""
     strength = np.select([verdicts == FULL, verdicts == PARTIAL], [1.0, 0.5], 0.0)[..., None]
-    extent = (begin, end, end, begin)
     ax.imshow(1 - strength * (1 - colors[:, None]), extent=extent, interpolation="nearest", aspect="equal")
     for side in ax.spines.values():
         side.set_color("#cccccc")

@@ -57,7 +57,7 @@ class Problem:
     ) -> Problem:
         kinds = sorted(needs)
         num_chunks = len(needs[kinds[0]].work)
-        # of keys that are not dealt out, whoever holds them, no deal changes how many are seen by much
+        # keys that are not dealt out are held by ranks, not by chunks: `balanced` counts them when it compares deals
         own = [kind for kind in kinds if len(needs[kind].block_chunk) and needs[kind].block_owner is None]
         per_chunk = len(needs[own[0]].block_chunk) // num_chunks if own else 1
         # as many groups per chunk as divide its blocks and stay within the limit
