@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 import cpflex
 from cases import LAYOUTS
@@ -257,3 +259,50 @@ def test_mask_formats_of_two_lengths_plan_without_unproven_tiles():
     for name, mask in formats.items():
         plan = cpflex.make_plan(cpflex.cross(mask, 3000), 1000)
         assert plan.stats["unproven_tiles"] == 0, name
+
+
+@pytest.mark.parametrize("chunks", [[0, 300], [0, 120, 300]])
+def test_a_prompt_in_chunks_sees_through_windows_and_sinks_what_the_whole_one_does(chunks: list[int]):
+    whole = cpflex.causal() & (cpflex.sliding_window(90) | (lambda b, h, q, k: k < 4))
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 300, 16, generator=random) for _ in range(3))
+    expected = cpflex.flex_attention(q, k, v, block_mask=cpflex.make_plan(whole, 300, layout=_as_it_is))
+
+    def on_rank(group: ThreadLinks) -> torch.Tensor:
+        parts = []
+        for begin, end in pairwise(chunks):
+            start = torch.tensor(begin)
+            cache = cpflex.make_plan(cpflex.causal(), end, group, layout=cpflex.striped)
+            mask = cpflex.cross(lambda b, h, q, k, start=start: whole(b, h, q + start, k), cache)
+            plan = cpflex.make_plan(mask, end - begin, group)
+            keys = (cache.shard(x[:, :, :end], dim=2, pad_value=torch.nan) for x in (k, v))
+            out = cpflex.flex_attention(plan.shard(q[:, :, begin:end], dim=2, pad_value=0.0), *keys, block_mask=plan)
+            assert isinstance(out, torch.Tensor)
+            parts.append(plan.unshard(out, dim=2))
+        return torch.cat(parts, dim=2)
+
+    for found in run_ranks(on_rank, world_size=3):
+        torch.testing.assert_close(found, expected)
+
+
+def _as_it_is(seq_len: int, world_size: int, work: Any = None) -> cpflex.Layout:
+    return cpflex.Layout(seq_len, seq_len, ((0,),), "as it is")
+
+
+@pytest.mark.parametrize("lengths", [(120, 300), (300, 120)], ids=str)
+def test_a_torch_block_mask_of_two_lengths_is_its_mask_mod(lengths: tuple[int, int]):
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= 2 * q) & ((k + h) % 5 != 0)
+
+    q_len, kv_len = lengths
+    block_mask = create_block_mask(mask_mod, None, 4, q_len, kv_len, device="cpu")
+    q, (k, v) = torch.randn(2, 4, q_len, 16), torch.randn(2, 2, 4, kv_len, 16)
+    score = (q @ k.mT / 4).masked_fill(~block_mask_dense(mask_mod, lengths), -torch.inf)
+    expected = score.softmax(dim=-1).nan_to_num() @ v
+    torch.testing.assert_close(cpflex.flex_attention(q, k, v, block_mask=block_mask), expected)
+
+
+def block_mask_dense(mask_mod: Callable[..., torch.Tensor], lengths: tuple[int, int]) -> torch.Tensor:
+    """bool [4, Q, K]"""
+    h, q, k = (torch.arange(n) for n in (4, *lengths))
+    return mask_mod(torch.tensor(0), h[:, None, None], q[:, None], k)

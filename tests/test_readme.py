@@ -151,6 +151,15 @@ def dropout(group: ThreadLinks) -> None:
 
 
 def cross_attention(group: ThreadLinks) -> None:
+    encoder = cpflex.make_plan(cpflex.full(), 90, group)
+    for keys, kv_len in ((encoder, encoder.local_len), (33, 33)):
+        plan = cpflex.make_plan({"self": cpflex.causal(), "cross": cpflex.cross(cpflex.full(), keys)}, S, group)
+        q = tensors(plan)[0]
+        k, v = torch.randn(2, 2, HEADS, kv_len, DIM)
+        assert cpflex.flex_attention(q, k, v, block_mask=plan["cross"]).shape == q.shape  # pyright: ignore
+
+
+def kv_cache(group: ThreadLinks) -> None:
     plan = cpflex.make_plan(cpflex.causal(), S, group)
     q, k, v = tensors(plan)
     cpflex.flex_attention(q[:, :, :1], k, v, block_mask=plan)
@@ -203,7 +212,8 @@ TRIALS: dict[str, Callable[[ThreadLinks], None]] = {
     "heads exchanged inside, keys outside (two dimensions), with any of the above": exchanged_heads,
     "across nodes: each row crosses to a node once, gradients added before they cross back": across_nodes,
     "dropout": dropout,
-    "cross attention, KV cache": cross_attention,
+    "cross attention: keys of another sequence, with a layout of their own or on every rank": cross_attention,
+    "KV cache": kv_cache,
     "DTensor inputs": dtensor,
     "a torch `BlockMask`": torch_block_mask,
     "float64": float64,

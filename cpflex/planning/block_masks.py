@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from cpflex.mods.trace import trace_mask_mod
+from cpflex.planning.cross import cross
 from cpflex.planning.make import make_plan
 from cpflex.planning.plan import Plan
 from cpflex.sharding.layout import ChunkWork, Layout
@@ -21,12 +22,9 @@ def plan_of(block_mask: BlockMask, batch_size: int, num_heads: int) -> Plan:
     """The plan of one rank. Made anew when the BlockMask or a tensor that its mask_mod captured was changed since.
 
     Raises:
-        NotImplementedError: its queries and keys have two lengths.
         ValueError, UnsupportedMod: as `masks_from.block_mask` and `make_plan`.
     """
     q_len, kv_len = block_mask.seq_lengths
-    if q_len != kv_len:
-        raise NotImplementedError(f"a BlockMask must be of as many queries as keys; got seq_lengths={(q_len, kv_len)}")
     *batch, _, _ = block_mask.kv_indices.shape
     if batch and (batch[0] not in (1, batch_size) or batch[1] not in (1, num_heads)):
         raise ValueError(
@@ -40,7 +38,7 @@ def plan_of(block_mask: BlockMask, batch_size: int, num_heads: int) -> Plan:
         block_mask.full_kv_indices,
     )
     held = [x for x in (*tables, *mod.captured) if x is not None]
-    sizes = batch_size, num_heads, q_len, tuple(block_mask.BLOCK_SIZE)
+    sizes = batch_size, num_heads, (q_len, kv_len), tuple(block_mask.BLOCK_SIZE)
     if any(x.is_inference() for x in held):  # of which nobody knows when they were changed
         return _planned(block_mask, batch_size, num_heads)
     state = sizes, mod.key, [(x, x._version) for x in held]
@@ -52,8 +50,9 @@ def plan_of(block_mask: BlockMask, batch_size: int, num_heads: int) -> Plan:
 
 
 def _planned(block_mask: BlockMask, batch_size: int, num_heads: int) -> Plan:
-    seq_len = block_mask.seq_lengths[0]
-    return make_plan(block_mask, seq_len, batch_size=batch_size, num_heads=num_heads, layout=_as_it_is)
+    q_len, kv_len = block_mask.seq_lengths
+    mask = block_mask if q_len == kv_len else cross(block_mask, kv_len)
+    return make_plan(mask, q_len, batch_size=batch_size, num_heads=num_heads, layout=_as_it_is)
 
 
 def _as_it_is(seq_len: int, world_size: int, work: ChunkWork | None = None) -> Layout:

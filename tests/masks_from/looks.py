@@ -31,7 +31,7 @@ def assert_is(mask: Any, expected: Tensor, tile: int | None = 8) -> None:
     b, h, q, k = (torch.arange(size).view(-1, *[1] * (3 - dim)) for dim, size in enumerate(shape))
     seen = evaluate(mod.graph, mod.captured, {"b": b, "h": h, "q_idx": q, "kv_idx": k})[0]
     assert torch.equal(seen.broadcast_to(shape), expected), "traced"
-    assert mask.lengths >= {shape[2], shape[3]}, "made for these lengths"
+    assert mask.lengths >= {(shape[2], shape[3])}, "made for these lengths"
     assert undecided(mask, expected, 3 if tile is None else tile) == 0 or tile is None, "a tile is not decided"
 
 

@@ -258,8 +258,8 @@ CALLS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     ),
     "two lengths": (
         lambda x: cpflex.flex_attention(x, x, x, block_mask=broken(seq_lengths=(32, 31))),
-        NotImplementedError,
-        "as many queries as keys",
+        ValueError,
+        "key has 32 tokens and the plan has kv_local_len=31 for 31 keys on every rank",
     ),
     "another batch size": (
         lambda x: cpflex.flex_attention(x, x, x, block_mask=of_tables(torch.ones(3, 1, 4, 4).bool(), None, BLOCK_SIZE=8)),

@@ -60,7 +60,7 @@ class PlanMask(BlockMask):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (1, 1, self.plan.seq_len, self.plan.seq_len)
+        return (1, 1, self.plan.seq_len, self.plan.kv_seq_len)
 
     @property
     def ndim(self) -> int:
