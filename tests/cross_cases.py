@@ -1,10 +1,14 @@
 """Attention of queries to another sequence: problems, how the ranks of a group compute them, and how the results are
-put together again.
+put together again. As many drawn ones as wanted, on threads, against dense attention in float64:
+
+    python tests/cross_cases.py --cases 1000 --seed 0
 """
 
 from __future__ import annotations
 
+import argparse
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +19,8 @@ from torch import Tensor
 
 import cpflex
 from cases import DIMS, HEADS, LAYOUTS, options_of
-from oracle import Attention, MaskFn, ScoreFn, dense_attention
+from cpflex.testing import ThreadLinks, run_ranks
+from oracle import Attention, MaskFn, ScoreFn, assert_within_budget, dense_attention
 
 NAN = float("nan")
 EVERYWHERE = "everywhere"
@@ -182,3 +187,37 @@ def assemble(results: Sequence[dict[str, Any]], problem: CrossProblem) -> Attent
         whole[name] = joined[:, :, :length]
     summed = [torch.stack(parts).sum(dim=0) for parts in zip(*(r["d_captured"] for r in results), strict=True)]
     return Attention(**whole, d_captured=summed)
+
+
+def on_threads(problem: CrossProblem) -> list[dict[str, Any]]:
+    def on_rank(group: ThreadLinks) -> dict[str, Any]:
+        with torch.autograd.set_multithreading_enabled(False):
+            return attend(group, problem)
+
+    return run_ranks(on_rank, world_size=problem.world_size)
+
+
+def assert_right(problem: CrossProblem, results: list[dict[str, Any]]) -> None:
+    assert_within_budget(assemble(results, problem), problem.dense(torch.float32), problem.dense())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Drawn attentions to another sequence, against dense attention.")
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first case")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    began, wrong = time.monotonic(), 0
+    for seed in range(options.seed, options.seed + options.cases):
+        problem = CrossProblem.drawn(seed)
+        try:
+            assert_right(problem, on_threads(problem))
+        except Exception as error:  # noqa: BLE001 - any error is a wrong case
+            wrong += 1
+            print(f"seed {seed}: {problem!r}: {error}", flush=True)
+    print(f"{options.cases} cases, {wrong} wrong, {time.monotonic() - began:.0f} s")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -16,8 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import cpflex
 from cases import LAYOUTS
 from cpflex.testing import ThreadLinks, run_ranks
-from cross_cases import EVERYWHERE, MASKS, CrossProblem, assemble, attend
-from oracle import assert_within_budget
+from cross_cases import EVERYWHERE, MASKS, CrossProblem, assemble, assert_right, attend, on_threads
 from processes import RankProcesses
 
 P = CrossProblem
@@ -40,18 +39,6 @@ SAMPLE = [
     P("monotonic", 127, 300, "contiguous", "contiguous", "ring", 1),
     P("full", 256, 1024, "contiguous", "contiguous", "direct", 2, score=False),
 ]  # fmt: skip
-
-
-def assert_right(problem: CrossProblem, results: list[dict[str, Any]]) -> None:
-    assert_within_budget(assemble(results, problem), problem.dense(torch.float32), problem.dense())
-
-
-def on_threads(problem: CrossProblem) -> list[dict[str, Any]]:
-    def on_rank(group: ThreadLinks) -> dict[str, Any]:
-        with torch.autograd.set_multithreading_enabled(False):
-            return attend(group, problem)
-
-    return run_ranks(on_rank, world_size=problem.world_size)
 
 
 @pytest.mark.parametrize("problem", SAMPLE, ids=str)
