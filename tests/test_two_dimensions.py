@@ -389,7 +389,7 @@ def test_groups_that_are_no_grid_are_refused(four_processes: RankProcesses):
         assert "must have this process alone in common" in one and "must have this process alone in common" in whole
         assert "each of two groups must be of one dim" in nested
         assert "the mesh must be 1-D or 2-D" in three
-        assert "among the 2 ranks of their group; got ulysses_size=4" in other
+        assert "among the 2 ranks of their group, for every mask kind; got ulysses_size=4" in other
         assert "made for heads exchanged among 4 ranks; the group exchanges them among 2 ranks" in bound
 
 
