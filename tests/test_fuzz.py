@@ -10,7 +10,7 @@ from cpflex.ring import transport
 from fuzz import Case, Table, cases, replayed, run
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize(
     "worlds", [(1, 2), (3, 4), (5, 6), (7, 8)], ids=lambda worlds: f"{worlds[0]} or {worlds[1]} ranks"
 )

@@ -58,7 +58,7 @@ def check(found: dict[str, torch.Tensor], window: int | None) -> None:
     assert_within_budget(Attention(**found), dense(precision=torch.float32), dense())
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_threads_attend_within_each_document(world_size: int, window: int | None):
@@ -66,7 +66,7 @@ def test_threads_attend_within_each_document(world_size: int, window: int | None
         check(found, window)
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("which", [0, -2, -1])
 def test_threads_attend_alike_however_documents_are_dealt(which: int):
     for found in run_ranks(partial(attend, world_size=3, window=None, which=which), 3, timeout=60):

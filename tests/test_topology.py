@@ -57,7 +57,7 @@ def test_sizes_that_mean_nothing_are_refused(make, said):
 
 def test_a_plan_knows_its_machine_and_ranks_must_agree_on_it():
     def plan(**machine):
-        return cpflex.make_plan(cpflex.causal(), 300, rank=1, world_size=4, **machine)
+        return cpflex.make_plan(cpflex.causal(), 300, rank=1, world_size=4, ulysses_size=1, **machine)
 
     known = plan(topology=H100, heads=cpflex.Heads(query=16))
     assert known.fingerprint != plan(topology=H100).fingerprint != plan().fingerprint

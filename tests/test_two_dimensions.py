@@ -51,7 +51,7 @@ def on_threads(problem: Problem, groups: str, tensors: dict[str, Tensor] | None 
     return run_ranks(fn, problem.world_size, timeout=60)
 
 
-@pytest.mark.by_day(16)
+@pytest.mark.by_day(24)
 @pytest.mark.parametrize(("groups", "problem"), SAMPLE, ids=lambda x: str(x))
 def test_grids_compute_what_one_dense_attention_does(groups: str, problem: Problem):
     results = on_threads(problem, groups)
@@ -250,7 +250,7 @@ def as_an_operator(group: dist.ProcessGroup, how: str) -> list[float]:
     return [(a - b).abs().max().item() for a, b in pairs]
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("how", ["compiled", "checkpointed"])
 def test_a_block_on_a_grid_is_compiled_whole_and_checkpointed(how: str, four_processes: RankProcesses):
     for differences in four_processes.run(as_an_operator, how):

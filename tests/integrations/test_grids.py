@@ -34,7 +34,7 @@ def on_grid(group: Any, case: Case) -> Any:
     return on_rank(mesh_of(group, 2)["cp", "heads"], case)
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_grid_computes_the_loss_and_gradients_of_one_process(case: Case, four_processes: RankProcesses):
     assert_equal_to_one_process(four_processes.run(on_grid, case), one_process(case))
@@ -45,7 +45,7 @@ def hybrid_on_grid(group: Any, case: Case, how: Any) -> Any:
 
 
 @pytest.mark.skipif(not recurrent.hands_out_masks(), reason="this transformers gives such layers no mask of theirs")
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(8)
 @pytest.mark.parametrize("how", [exchanged, gathered])
 @pytest.mark.parametrize("name", ["qwen3_next", "bamba"])
 def test_recurrent_layers_of_a_hybrid_see_the_tokens_of_all_ranks(name: str, how: Any, four_processes: RankProcesses):
@@ -58,7 +58,7 @@ def biased_on_grid(group: Any, which: str) -> Any:
 
 
 @only_where_masks_can_be_given
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(8)
 def test_every_head_of_a_grid_has_its_own_slope(four_processes: RankProcesses):
     assert_equal_to_one_process(four_processes.run(biased_on_grid, "bloom"), by_itself("bloom", "packed"))
 
@@ -71,7 +71,7 @@ def trained_on_a_row(group: Any, folder: str) -> list[tuple[float, float]]:
         return logged(trainer)
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(8)
 def test_the_trainer_takes_options_of_plans(two_processes: RankProcesses, tmp_path: Any):
     expected = trained(None, Run(), str(tmp_path), 0)
     for steps in two_processes.run(trained_on_a_row, str(tmp_path)):

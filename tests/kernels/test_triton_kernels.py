@@ -46,7 +46,7 @@ def run() -> Iterator[Run]:
         yield call
 
 
-@pytest.mark.by_day(5)
+@pytest.mark.by_day(8)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_fused_kernels_equal_their_twin_and_the_oracle(run: Run, problem: Problem):
     run(interpreted.check, problem)
@@ -56,7 +56,7 @@ def test_ranks_on_the_cpu_may_ask_for_fused_kernels(run: Run):
     run(interpreted.check_public_call)
 
 
-@pytest.mark.by_day(6)
+@pytest.mark.by_day(9)
 @pytest.mark.parametrize("check", [interpreted.check_grid], ids=["2x2"])
 def test_heads_of_later_ranks_are_shifted_in_fused_kernels_too(run: Run, check: Callable[[], None]):
     run(check)

@@ -68,8 +68,8 @@ def save_for_ever(directory: Path) -> None:
         checkpoint.save(directory, number, model, optimizer, {"seed": 0}, dist.group.WORLD)
 
 
-@pytest.mark.by_day(2)
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(3)
+@pytest.mark.by_day(3)
 def test_whenever_a_run_is_killed_its_latest_checkpoint_loads(tmp_path: Path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.checkpoint.state_dict"])

@@ -77,7 +77,7 @@ def _without_ranks() -> dict[str, str]:
 # end to end
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 def test_two_ranks_pass_with_the_score_mods_of_the_table(folder: Path):
     done = run(folder, "--mask", "cpflex:causal")
     assert done.returncode == 0, done.stderr
@@ -86,7 +86,7 @@ def test_two_ranks_pass_with_the_score_mods_of_the_table(folder: Path):
     assert f"{4 * len(verify.LAYOUTS) * len(verify.SCHEDULES)} of 80 passed" in done.stdout
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("mask", ["my_mods:strided", "my_mods:halves"], ids=["a mask_mod", "of the sequence length"])
 def test_a_user_verifies_their_own_mods_from_their_own_directory(folder: Path, mask: str):
     done = run(folder, "--mask", mask, "--score-mod", "my_mods:sharpened", "--dtype", "bf16")
@@ -96,7 +96,7 @@ def test_a_user_verifies_their_own_mods_from_their_own_directory(folder: Path, m
     assert "20 of 20 passed" in done.stdout
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(4)
 def test_ranks_that_compute_something_else_fail(folder: Path):
     done = run(folder, "--mask", "cpflex:causal", "--score-mod", "my_mods:another_once_traced")
     assert done.returncode != 0

@@ -55,7 +55,7 @@ MORE_CASES += [
 ]
 """Nodes of 1 to 4 ranks, the last one often smaller."""
 
-CASES += [pytest.param(case, marks=pytest.mark.by_day(4)) for case in MORE_CASES]
+CASES += [pytest.param(case, marks=pytest.mark.by_day(8)) for case in MORE_CASES]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
