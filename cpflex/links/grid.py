@@ -111,7 +111,7 @@ class GridLinks:
         for peer, buffer in receives:
             arriving.setdefault(peer, []).append(buffer)
         sizes = [
-            [sum(map(_num_bytes, arriving.get(row * width + place, []))) for place in range(width)]
+            [sum(x.nbytes for x in arriving.get(row * width + place, [])) for place in range(width)]
             for row in range(self.outer.world_size)
         ]
         buffers = [self._bytes(sum(row)) for row in sizes]
@@ -133,7 +133,7 @@ class GridLinks:
         for peer, tensor in sends:
             row, place = divmod(peer, width)
             leaving[place][row].append(tensor.view(torch.uint8))
-        sizes = [torch.tensor([sum(map(_num_bytes, part)) for part in to], device=self._device) for to in leaving]
+        sizes = [torch.tensor([sum(x.nbytes for x in part) for part in to], device=self._device) for to in leaving]
         arrived_sizes = _swapped(sizes, [torch.empty_like(x) for x in sizes], self.inner)
         counts = [x.tolist() for x in arrived_sizes]
         whole = [torch.cat([self._bytes(0), *(x for part in to for x in part)]) for to in leaving]
@@ -198,7 +198,7 @@ class _Delivery:
     def wait(self) -> None:
         self.work.wait()
         for buffer, targets in self.arriving:
-            for part, target in zip(buffer.split([_num_bytes(x) for x in targets]), targets, strict=True):
+            for part, target in zip(buffer.split([x.nbytes for x in targets]), targets, strict=True):
                 target.view(torch.uint8).copy_(part)
         self.arriving = ()
 
@@ -221,7 +221,3 @@ def _swapped(sent: Sequence[Tensor], received: list[Tensor], links: Links) -> li
         [(peer, received[peer]) for peer in others if received[peer].numel()],
     ).wait()
     return received
-
-
-def _num_bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

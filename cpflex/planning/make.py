@@ -24,6 +24,7 @@ from cpflex.planning.cross import Cross
 from cpflex.planning.mask_kind import KindWork, plan_kind
 from cpflex.planning.needs import blocks_of
 from cpflex.planning.plan import Plan
+from cpflex.planning.predict import outer_machine
 from cpflex.planning.traffic import traffic_of
 from cpflex.ring.heads import why_not_divided
 from cpflex.ring.schedule import ScheduleFn
@@ -267,20 +268,13 @@ def _outer_layout(layout: LayoutFn, seq_len: int, world_size: int, ulysses_size:
 
 
 def _outer_machine(machine: Machine | None, ulysses_size: int) -> Machine | None:
-    """As the outer shards see it: so many ranks are one, on a share of the heads, with the network of one."""
+    """As the outer shards see it, if heads can be divided among so many ranks."""
     if machine is None or ulysses_size == 1:
         return machine
-    topology, heads = machine.topology, machine.heads
+    heads = machine.heads
     if error := why_not_divided(heads.query, heads.kv, ulysses_size):
         raise ValueError(f"{error}; make_plan takes those of the model as heads=cpflex.Heads(query, kv, dim)")
-    in_node = 1 if topology.gpus_per_node % ulysses_size else topology.gpus_per_node // ulysses_size
-    nics = None if topology.nics_per_node is None else topology.nics_per_node * in_node / topology.gpus_per_node
-    if nics is None or nics == int(nics):
-        topology = replace(topology, gpus_per_node=in_node, nics_per_node=None if nics is None else int(nics))
-    else:
-        topology = replace(topology, gpus_per_node=in_node, nics_per_node=None, inter_gb_per_s=topology.nic_gb_per_s)
-    kv = max(1, heads.kv // ulysses_size)
-    return machine._replace(topology=topology, heads=replace(heads, query=heads.query // ulysses_size, kv=kv))
+    return outer_machine(machine, ulysses_size)
 
 
 def _membership(group: Group | None, rank: int | None, world_size: int | None) -> tuple[Links | None, int, int]:

@@ -114,13 +114,15 @@ def buffer_bytes(stages: Sequence[Stage], heads: Heads) -> int:
 
 
 def outer_machine(machine: Machine, degree: int) -> Machine:
-    """What one of ``degree`` ranks that share a piece of the sequence by heads sees of the machine."""
+    """What one of ``degree`` ranks that share a piece of the sequence by heads sees of the machine: they are one, on a
+    share of the heads, with the network of one.
+    """
     if degree == 1:
         return machine
     topology, heads = machine.topology, machine.heads
     links = replace(
         topology,
-        gpus_per_node=max(1, topology.gpus_per_node // degree),
+        gpus_per_node=1 if topology.gpus_per_node % degree else topology.gpus_per_node // degree,
         inter_gb_per_s=topology.nic_gb_per_s,
         nics_per_node=None,
     )

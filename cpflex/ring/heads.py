@@ -130,7 +130,7 @@ def _share(num_heads: int, size: int, rank: int) -> slice:
 
 def _packed(parts: Sequence[Tensor]) -> Tensor:
     """As bytes, those of the widest elements first, so that all lie where such elements may."""
-    message = torch.empty(sum(map(_num_bytes, parts)), dtype=torch.uint8, device=parts[0].device)
+    message = torch.empty(sum(part.nbytes for part in parts), dtype=torch.uint8, device=parts[0].device)
     for part, room in zip(parts, _unpacked(message, parts), strict=True):
         room.copy_(part)
     return message
@@ -139,11 +139,7 @@ def _packed(parts: Sequence[Tensor]) -> Tensor:
 def _unpacked(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     parts, begin = dict[int, Tensor](), 0
     for place in sorted(range(len(like)), key=lambda place: -like[place].element_size()):
-        end = begin + _num_bytes(like[place])
+        end = begin + like[place].nbytes
         parts[place] = message[begin:end].view(like[place].dtype).view(like[place].shape)
         begin = end
     return [parts[place] for place in range(len(like))]
-
-
-def _num_bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

@@ -52,17 +52,15 @@ def explain(plan: Plan) -> str:
 
 
 def _grid(plan: Plan) -> list[str]:
-    """Rows and columns of ranks, where heads are exchanged."""
+    """Rows and columns of ranks, where heads are exchanged, for all mask kinds of the plan alike."""
     size, shards = plan.ulysses_size, plan.outer.world_size
     if size == 1:
         return []
-    less = {name: kind.ulysses_size for name, kind in plan.kinds.items() if kind.ulysses_size < size}
-    others = "".join(f"; {name}: {_count(number, 'rank')}" for name, number in less.items())
     shard = plan.outer_rank
     row = ", ".join(map(str, range(shard * size, (shard + 1) * size)))
     fact = (
         f"{_count(shards, 'row')} of {size} ranks; ranks {row} exchange heads: each computes 1/{size} of them on shard "
-        f"{shard}, {plan.outer.local_len:,} tokens; keys travel between shards{others}"
+        f"{shard}, {plan.outer.local_len:,} tokens; keys travel between shards"
     )
     return _facts([("grid", fact)], indent="")
 
