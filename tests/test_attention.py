@@ -292,6 +292,7 @@ def out_of_memory(sends: object, receives: object) -> None:
     raise MemoryError("no memory for a message")
 
 
+@pytest.mark.by_day(3)
 def test_a_peer_that_fails_in_an_exchange_is_named_with_the_step_and_the_direction(two_processes: RankProcesses):
     waiting, failed = two_processes.outcomes(fail_in_the_second_exchange, timeout=30)
     assert isinstance(failed.error, MemoryError)
@@ -309,6 +310,7 @@ def leave_after_the_first_call(group: dist.ProcessGroup) -> str:
     return "done"
 
 
+@pytest.mark.by_day(4)
 def test_a_peer_that_does_not_come_is_named(two_processes: RankProcesses):
     waiting, gone = two_processes.outcomes(leave_after_the_first_call, timeout=30)
     assert gone.result == "done"

@@ -63,7 +63,7 @@ def in_a_ring(fault: tuple) -> tuple:
     return fault if len(fault) == 4 else (*fault, "ring")
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize(
     ("action", "moment", "world_size", "schedule"),
     [in_a_ring(fault) for fault in FAULTS]
@@ -79,7 +79,7 @@ def test_every_other_rank_ends_with_an_error_that_says_where(action, moment: str
     check_survivors(found, culprit, moment, timeout + patience(5) if action is stall else patience(5), neighbours)
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(8)
 @pytest.mark.parametrize("moment", ["as forward sends", "between forward and backward"])
 def test_ranks_that_the_network_parts_end_at_the_timeout(moment: str):
     if os.geteuid() != 0 or not shutil.which("ip") or subprocess.run(["ip", "netns"], check=False).returncode:

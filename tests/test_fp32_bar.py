@@ -117,6 +117,7 @@ def bars(sizes: dict[int, list[int]], masks: tuple[str, ...] = ("causal", "docum
     ]
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("bar", bars({64: [1, 3, 8], 256: [1, 2]}), ids=str)
 def test_threads_meet_the_bar(bar: Bar):
     check(bar, run_ranks(partial(attend, bar=bar), bar.world_size))

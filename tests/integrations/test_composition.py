@@ -365,6 +365,7 @@ def compiled_on_rank(group: dist.ProcessGroup, backend: str) -> tuple[list[int],
     return counts, whole_gradients(model)
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_blocks_may_be_compiled_and_a_new_plan_compiles_nothing(backend: str, four_processes: RankProcesses):
     expected = truth(dense_without_slopes, range(2))

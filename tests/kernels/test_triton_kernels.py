@@ -46,7 +46,7 @@ def run() -> Iterator[Run]:
         yield call
 
 
-@pytest.mark.by_day(8)
+@pytest.mark.by_day(12)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_fused_kernels_equal_their_twin_and_the_oracle(run: Run, problem: Problem):
     run(interpreted.check, problem)
@@ -78,6 +78,7 @@ def test_dk_and_dv_may_be_launched_apart(run: Run, problem: Problem):
     run(interpreted.check_apart, problem)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize(
     "problem",
     [Problem("causal", "relative_bias", 130, "gqa", d, world_size=2, batch_size=1) for d in ("d80", "d192dv128")],

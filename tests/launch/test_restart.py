@@ -29,7 +29,7 @@ def ranks_of(launcher: int) -> list[int]:
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "train.py" in line]
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(4)
 def test_a_rank_that_dies_under_torchrun_is_restarted_with_the_same_losses_bit_by_bit(tmp_path: Path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(*TORCHRUN, TRAIN, *TINY, "--run-dir", str(whole))
@@ -68,15 +68,14 @@ def save_for_ever(directory: Path) -> None:
         checkpoint.save(directory, number, model, optimizer, {"seed": 0}, dist.group.WORLD)
 
 
-@pytest.mark.by_day(3)
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(5)
 def test_whenever_a_run_is_killed_its_latest_checkpoint_loads(tmp_path: Path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.checkpoint.state_dict"])
     directory, draw, numbers = tmp_path / "checkpoints", random.Random(0), []
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/here", rank=0, world_size=1)
     try:
-        for _ in range(20):
+        for _ in range(12):
             process = context.Process(target=save_for_ever, args=(directory,))
             process.start()
             before, deadline = checkpoint.latest(directory), time.monotonic() + patience(60)
