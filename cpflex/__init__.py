@@ -1,6 +1,7 @@
 """FlexAttention for sequences that do not fit on one GPU."""
 
 from cpflex import masks_from as masks_from
+from cpflex import trees as trees
 from cpflex.attention import flex_attention, score_mod
 from cpflex.masks import MaskMod, causal, document, full, prefix_lm, sliding_window
 from cpflex.mods.trace import UnsupportedMod
@@ -17,6 +18,7 @@ from cpflex.sharding.balance import balanced
 from cpflex.sharding.layout import Layout, contiguous, striped, zigzag
 from cpflex.sharding.packed import Packed
 from cpflex.topology import Device, Heads, Topology
+from cpflex.trees.tree import tree
 from cpflex.version import __version__ as __version__
 
 __all__ = [
@@ -50,5 +52,6 @@ __all__ = [
     "sliding_window",
     "striped",
     "topology_of",
+    "tree",
     "zigzag",
 ]

@@ -23,7 +23,7 @@ FLOORS = (
     {"integrations", "__main__"},
     {"__init__"},
     {"seeing"},
-    {"attention", "recurrent", "testing"},
+    {"attention", "recurrent", "testing", "trees"},
     {"planning"},
     {"ring"},
     {"kernels", "sharding", "loss", "masks_from"},
@@ -49,6 +49,7 @@ MUST_NOT_KNOW = {
     "loss": {"masks", "mods", "tile_mask"},
     "planning.plan": {"planning.make", "masks", "planning.needs", "planning.squares", "planning.tables"},
     "seeing.explain": {"attention", "links"},
+    "trees.tree": {"planning", "ring", "kernels", "sharding", "links"},
     "testing": {"planning", "ring", "kernels", "sharding"},
     "integrations": {"ring", "kernels", "mods", "tile_mask", "sharding", "seeing"},
 }
