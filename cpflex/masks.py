@@ -75,7 +75,7 @@ def full() -> MaskMod:
 
 
 @torch.inference_mode(False)
-def sliding_window(window: int, right: int | None = None) -> MaskMod:
+def sliding_window(window: int, right: int | None = None, *, positions: Tensor | None = None) -> MaskMod:
     """A band around the diagonal.
 
     ``sliding_window(w)`` is ``kv_idx > q_idx - w``: the w latest tokens, the query's own included, as Hugging Face
@@ -86,15 +86,19 @@ def sliding_window(window: int, right: int | None = None) -> MaskMod:
     Args:
         window: tokens; at least 1 (one-sided) or 0 (two-sided).
         right: tokens after the query; None for the one-sided form.
+        positions: integers [S] or [B, S] by which the window counts, if not by where tokens are stored: along the paths
+            of a `tree`, its ``depths``.
     """
     window = _count(window, "window" if right is None else "left", least=1 if right is None else 0)
+    at, lengths = _positions(positions)
     if right is None:
         size = torch.tensor(window)
-        return MaskMod(lambda b, h, q, k: k > q - size.to(q.device), f"sliding_window({window})")
+        return MaskMod(lambda b, h, q, k: at(b, k) > at(b, q) - size.to(q.device), f"sliding_window({window})", lengths)
     before, after = torch.tensor(window), torch.tensor(_count(right, "right", least=0))
     return MaskMod(
-        lambda b, h, q, k: (k >= q - before.to(q.device)) & (k <= q + after.to(q.device)),
+        lambda b, h, q, k: (at(b, k) >= at(b, q) - before.to(q.device)) & (at(b, k) <= at(b, q) + after.to(q.device)),
         f"sliding_window({window}, {right})",
+        lengths,
     )
 
 
@@ -174,10 +178,34 @@ def _renumber(doc_ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode(False)
-def prefix_lm(prefix_len: int) -> MaskMod:
-    """Causal, and every query sees the first ``prefix_len`` tokens (UniLM, arXiv:1905.03197, section 3.1)."""
+def prefix_lm(prefix_len: int, *, positions: Tensor | None = None) -> MaskMod:
+    """Causal, and every query sees the first ``prefix_len`` tokens (UniLM, arXiv:1905.03197, section 3.1).
+
+    Args:
+        positions: integers [S] or [B, S] by which these are the first, if not by where tokens are stored: with
+            positions inside of documents, ``prefix_lm(p, positions=...) & document(...)`` gives each a prefix.
+    """
     length = torch.tensor(_count(prefix_len, "prefix_len", least=0))
-    return MaskMod(lambda b, h, q, k: (k <= q) | (k < length.to(q.device)), f"prefix_lm({prefix_len})")
+    at, lengths = _positions(positions)
+    return MaskMod(lambda b, h, q, k: (k <= q) | (at(b, k) < length.to(q.device)), f"prefix_lm({prefix_len})", lengths)
+
+
+def _positions(given: Tensor | None) -> tuple[Callable[[Tensor, Tensor], Tensor], list[int]]:
+    """(b, idx) -> the position by which a mask counts, and the sequence length that it is for."""
+    if given is None:
+        return lambda b, idx: idx, []
+    if not isinstance(given, Tensor) or given.ndim not in (1, 2) or 0 in given.shape or not is_integral(given):
+        got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"positions must be a tensor of integers [S] or [B, S]; got {got}")
+    table = given.long()
+    if table.ndim == 1:
+        return lambda b, idx: table[idx], [len(table)]
+    return lambda b, idx: table[b, idx], [table.shape[1]]
+
+
+def is_integral(tensor: Tensor) -> bool:
+    """Of an integer dtype, signed or not; True and False are no integers."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def is_count(value: object, least: int) -> bool:

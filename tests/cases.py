@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cpflex
+from cpflex import trees
 from oracle import Attention, MaskFn, ScoreFn, dense_attention
 
 LAYOUTS = {layout.__name__: layout for layout in (cpflex.contiguous, cpflex.zigzag, cpflex.striped, cpflex.balanced)}
@@ -158,6 +159,34 @@ def _shared_question(problem: Problem) -> MaskFn:
     return cpflex.causal() & (lambda b, h, q, k: (answer[k] == 0) | (answer[q] == answer[k]))
 
 
+def _tree(problem: Problem, depth_first: bool = True) -> trees.Tree:
+    """A forest of segments as long as documents are; in another order than depth first, each continues any earlier."""
+    lengths = _doc_ids(problem).bincount()
+    lengths, random = lengths[lengths > 0], problem.random("tree")
+    parents: list[int] = []
+    for row in range(len(lengths)):
+        open_rows = [row - 1] if row else []
+        while depth_first and open_rows and parents[open_rows[-1]] >= 0:
+            open_rows.append(parents[open_rows[-1]])
+        choices = [*(open_rows if depth_first else range(row)), -1]
+        parents.append(choices[int(torch.randint(len(choices), (), generator=random))])
+    return trees.Tree(parents, lengths)
+
+
+def _tree_windowed(problem: Problem) -> MaskFn:
+    """Windows along the paths, and the first tokens of each path."""
+    tree = _tree(problem)
+    depths = tree.depths
+    return cpflex.tree(tree) & (cpflex.sliding_window(30, positions=depths) | (lambda b, h, q, k: depths[k] < 4))
+
+
+def _prefix_per_document(problem: Problem) -> MaskFn:
+    ids = _doc_ids_per_batch(problem)
+    starts = torch.stack([torch.searchsorted(row, row) for row in ids])
+    positions = torch.arange(problem.seq_len) - starts
+    return cpflex.document(ids) & cpflex.prefix_lm(7, positions=positions)
+
+
 def _neighbourhood_2d(problem: Problem) -> MaskFn:
     width = 18
 
@@ -234,6 +263,10 @@ MASKS: dict[str, Callable[[Problem], MaskFn]] = {
     "prefix_lm": lambda p: cpflex.prefix_lm(p.seq_len // 3),
     "prefix_lm_per_document": _prefix_lm_per_document,
     "shared_question": _shared_question,
+    "prefix_lm_per_batch": _prefix_per_document,
+    "tree": lambda p: cpflex.tree(_tree(p)),
+    "tree_not_depth_first": lambda p: cpflex.tree(_tree(p, depth_first=False)),
+    "tree_windowed": _tree_windowed,
     "block_causal": lambda p: lambda b, h, q, k: q // 48 >= k // 48,
     "global_sliding": lambda p: (cpflex.sliding_window(20) & cpflex.causal()) | (lambda b, h, q, k: (k < 4) | (q < 2)),
     "dilated": lambda p: cpflex.causal() & (lambda b, h, q, k: (q - k) % 5 == 0),

@@ -52,9 +52,9 @@ RANKS = f"{THREADS} -k w4"
 KERNELS = "kernels/test_triton_kernels.py"
 
 MASKS = [
-    Mutant("window one token too wide", "masks.py", "k > q - size", "k >= q - size", "test_masks.py"),
-    Mutant("two-sided window one token too narrow", "masks.py", "(k <= q + after", "(k < q + after", "test_masks.py"),
-    Mutant("prefix one token too long", "masks.py", "(k < length", "(k <= length", "test_masks.py"),
+    Mutant("window one token too wide", "masks.py", "at(b, k) > at(b, q) - size", "at(b, k) >= at(b, q) - size", "test_masks.py"),
+    Mutant("two-sided window one token too narrow", "masks.py", "(at(b, k) <= at(b, q) + after", "(at(b, k) < at(b, q) + after", "test_masks.py"),
+    Mutant("prefix one token too long", "masks.py", "(at(b, k) < length", "(at(b, k) <= length", "test_masks.py"),
     Mutant("~ forgotten", "masks.py", "~fn(b, h, q, k)", "fn(b, h, q, k)", "test_masks.py"),
 ]  # fmt: skip
 MODS = [

@@ -85,6 +85,75 @@ DRAWN = {
            ....1111
            .....111""",
     ),
+    "a window by positions": (
+        lambda: cpflex.causal() & cpflex.sliding_window(2, positions=torch.tensor([0, 1, 2, 3, 2, 3, 4, 1])),
+        """1.......
+           11......
+           .11.....
+           ..11....
+           .1111...
+           ..1111..
+           ...1.11.
+           11111111""",
+    ),
+    "a two-sided window by positions": (
+        lambda: cpflex.sliding_window(1, 2, positions=torch.tensor([0, 1, 2, 3, 4, 7, 8, 9], dtype=torch.int16)),
+        """111.....
+           1111....
+           .1111...
+           ..111...
+           ...11...
+           .....111
+           .....111
+           ......11""",
+    ),
+    "a prefix of each document": (
+        lambda: (
+            cpflex.document(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
+            & cpflex.prefix_lm(2, positions=torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]))
+        ),
+        """11......
+           11......
+           111.....
+           1111....
+           ....11..
+           ....11..
+           ....111.
+           ....1111""",
+    ),
+    "a tree": (
+        lambda: cpflex.tree([-1, 0, 1, 0], [3, 2, 1, 2]),
+        """1.......
+           11......
+           111.....
+           1111....
+           11111...
+           111111..
+           111...1.
+           111...11""",
+    ),
+    "a forest, breadth first": (
+        lambda: cpflex.tree(torch.tensor([-1, -1, 0, 1, 0]), torch.tensor([2, 1, 2, 1, 2])),
+        """1.......
+           11......
+           ..1.....
+           11.1....
+           11.11...
+           ..1..1..
+           11....1.
+           11....11""",
+    ),
+    "a tree of tokens": (
+        lambda: cpflex.tree([-1, 0, 0, 1, 1, 2, 3, 3]),
+        """1.......
+           11......
+           1.1.....
+           11.1....
+           11..1...
+           1.1..1..
+           11.1..1.
+           11.1...1""",
+    ),
     "documents by ids": (
         lambda: cpflex.document(torch.tensor([7, 7, 7, 2, 2, 2, 2, 9])),
         """111.....
@@ -179,6 +248,16 @@ def test_documents_of_a_batch_are_those_of_its_rows():
         torch.testing.assert_close(matrix(mask, 4, b=b), row[:, None] == row[None, :])
 
 
+def test_positions_of_a_batch_are_those_of_its_rows():
+    positions = torch.tensor([[0, 1, 2, 3], [0, 0, 1, 1]])
+    for mask, at in (
+        (cpflex.sliding_window(2, positions=positions), lambda row: row[None, :] > row[:, None] - 2),
+        (cpflex.prefix_lm(1, positions=positions), lambda row: (row[None, :] < 1) | matrix(cpflex.causal(), 4)),
+    ):
+        for b, row in enumerate(positions):
+            torch.testing.assert_close(matrix(mask, 4, b=b), at(row).expand(4, 4))
+
+
 @pytest.mark.parametrize("window", [1, 2, 4, 100])
 def test_a_window_counts_the_token_itself_as_hugging_face_does(window: int):
     """`sliding_window_overlay` of transformers.masking_utils: ``kv_idx > q_idx - sliding_window``."""
@@ -239,6 +318,13 @@ REFUSED = {
     "window of a negative left": (lambda: cpflex.sliding_window(-1, 2), "left must be an integer of at least 0"),
     "window of a negative right": (lambda: cpflex.sliding_window(2, -1), "right must be an integer of at least 0"),
     "negative prefix": (lambda: cpflex.prefix_lm(-1), "prefix_len must be an integer of at least 0"),
+    "positions of floats": (
+        lambda: cpflex.sliding_window(2, positions=torch.zeros(3)),
+        r"positions must be a tensor of integers \[S\] or \[B, S\]; got torch.float32 \(3,\)",
+    ),
+    "positions of bools": (lambda: cpflex.prefix_lm(2, positions=torch.ones(3).bool()), "got torch.bool"),
+    "positions that are no tensor": (lambda: cpflex.sliding_window(1, 1, positions=[0, 1]), "got list"),
+    "no positions": (lambda: cpflex.sliding_window(1, positions=torch.zeros(0).long()), r"got torch.int64 \(0,\)"),
     "document of nothing": (lambda: cpflex.document(), "exactly one of doc_ids and cu_seqlens"),
     "document of both": (lambda: cpflex.document(torch.zeros(2).long(), cu_seqlens=[0, 2]), "exactly one of"),
     "float ids": (lambda: cpflex.document(torch.zeros(4)), "doc_ids must be integers"),
@@ -261,10 +347,17 @@ def test_arguments_that_make_no_mask_are_refused(name: str):
 
 @pytest.mark.parametrize(
     "mask",
-    [cpflex.document(cu_seqlens=[0, 3, 8]), cpflex.causal() & cpflex.document(torch.zeros(1, 8).long())],
-    ids=["cu_seqlens", "ids"],
+    [
+        cpflex.document(cu_seqlens=[0, 3, 8]),
+        cpflex.causal() & cpflex.document(torch.zeros(1, 8).long()),
+        cpflex.sliding_window(3, positions=torch.zeros(1, 8).long()),
+        cpflex.prefix_lm(3, positions=torch.zeros(8).long()),
+        cpflex.tree([-1, 0, 0], [5, 1, 2]),
+        cpflex.tree([-1, -1, 0], [5, 1, 2]),
+    ],
+    ids=["cu_seqlens", "ids", "window", "prefix", "tree", "forest"],
 )
-def test_documents_of_another_length_than_the_sequence_are_refused(mask):
+def test_tables_of_another_length_than_the_sequence_are_refused(mask):
     with pytest.raises(ValueError, match=r"made for \[8\] tokens; seq_len=9"):
         cpflex.make_plan(mask, 9, batch_size=1)
 

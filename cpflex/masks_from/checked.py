@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpflex.masks import is_count
+from cpflex.masks import is_count, is_integral
 
 
 def integers(value: Any, name: str, shape: str) -> Tensor:
     """``value`` as a tensor of integers, where it is one; its number of dims is that of ``shape``: "[num_docs + 1]"."""
     tensor = torch.as_tensor(value)
-    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+    if not is_integral(tensor):
         raise ValueError(f"{name} must be integers {shape}; got {tensor.dtype} {tuple(tensor.shape)}")
     if tensor.ndim != shape.count(",") + 1:
         raise ValueError(f"{name} must be {shape}; got shape {tuple(tensor.shape)}")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpflex.masks import MaskMod
+from cpflex.masks import MaskMod, is_integral
 
 Integers = Tensor | np.ndarray | Sequence[int]
 
@@ -41,6 +41,9 @@ class Tree:
         object.__setattr__(self, "parents", rows)
         object.__setattr__(self, "lengths", (1,) * len(rows) if lengths is None else _integers(lengths, "lengths"))
         _check(self.parents, self.lengths, seq_len)
+
+    def __reduce__(self) -> tuple[type[Tree], tuple[tuple[int, ...], tuple[int, ...]]]:
+        return Tree, (self.parents, self.lengths)  # without what was computed from them
 
     def __repr__(self) -> str:
         return f"Tree({self.num_segments} segments, {self.num_tokens} tokens)"
@@ -182,7 +185,7 @@ def tree(parents: Tree | Integers, lengths: Integers | None = None) -> MaskMod:
 def _integers(given: Integers, name: str) -> tuple[int, ...]:
     if isinstance(given, Tensor | np.ndarray):
         found = torch.as_tensor(given)
-        if found.ndim != 1 or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        if found.ndim != 1 or not is_integral(found):
             raise ValueError(f"{name} must be integers [N]; got {found.dtype} {tuple(found.shape)}")
         return tuple(found.tolist())
     for row, value in enumerate(given):
