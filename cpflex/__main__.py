@@ -15,12 +15,15 @@ from functools import reduce
 from operator import and_
 from pathlib import Path
 
+from torch import Tensor
+
 import cpflex
 from cpflex.masks import MaskFn, MaskMod
 from cpflex.ring.schedule import ScheduleFn
 from cpflex.seeing.documents import draw_documents
 from cpflex.sharding.layout import LayoutFn
 from cpflex.topology import DEVICES, TOPOLOGIES, Device, Heads, Machine, Topology
+from cpflex.trees import Tree
 
 LAYOUTS: dict[str, LayoutFn] = {
     "balanced": cpflex.balanced,
@@ -41,6 +44,8 @@ TERMS = """\
   doc:FILE          keys of the same document; FILE holds the documents' lengths, separated by white space
   docs, docs:SEED   keys of the same document, of lengths drawn as those of pre-training data are spread
   prefix:N          causal, and the first N keys
+  tree:FILE         keys before the query on its path in a tree; FILE holds each segment's parent, a row from 0 on or
+                    -1 for a root, and its length. Windows beside it count along the paths
   module:function   a mask_mod (b, h, q_idx, kv_idx) -> bool Tensor that can be imported"""
 
 EXPLAIN = f"""\
@@ -230,7 +235,9 @@ def _masks(specs: Sequence[str], seq_len: int) -> dict[str, MaskFn]:
             raise ValueError(f"several masks must each have a name, for instance --mask sliding={spec}; got {spec!r}")
         if name in masks:
             raise ValueError(f"mask kinds must have different names; got {name!r} twice")
-        masks[name] = reduce(and_, [_mask(term, seq_len) for term in terms.split(",")])
+        trees = [_tree(Path(path), seq_len) for path in re.findall(r"(?<![^,\s])tree:([^,]+)", terms)]
+        depths = trees[0].depths if trees else None
+        masks[name] = reduce(and_, [_mask(term, seq_len, depths) for term in terms.split(",")])
     return masks
 
 
@@ -242,8 +249,8 @@ def _weights(spec: str) -> dict[str, float] | None:
     return {match[1]: float(match[2]) for match in found if match} or None
 
 
-def _mask(term: str, seq_len: int) -> MaskMod:
-    """The mask of one term."""
+def _mask(term: str, seq_len: int, depths: Tensor | None) -> MaskMod:
+    """The mask of one term; windows count by ``depths``."""
     name, *values = term.strip().split(":")
     match name, values:
         case "causal", []:
@@ -251,9 +258,11 @@ def _mask(term: str, seq_len: int) -> MaskMod:
         case "full", []:
             return cpflex.full()
         case "window", [_] | [_, _]:
-            return cpflex.sliding_window(*map(_size, values))
+            return cpflex.sliding_window(*map(_size, values), positions=depths)
         case "doc", [path]:
             return cpflex.document(cu_seqlens=_cu_seqlens(Path(path), seq_len))
+        case "tree", [path]:
+            return cpflex.tree(_tree(Path(path), seq_len))
         case "docs", [] | [_]:
             return cpflex.document(cu_seqlens=_drawn(values, seq_len))
         case "prefix", [length]:
@@ -286,6 +295,14 @@ def _cu_seqlens(path: Path, seq_len: int) -> list[int]:
     if starts[-1] != seq_len:
         raise ValueError(f"the lengths in {path} must sum to the sequence's {seq_len} tokens; got {starts[-1]}")
     return starts
+
+
+def _tree(path: Path, seq_len: int) -> Tree:
+    rows = [re.fullmatch(r"\s*(-?\d+)\s+(\d+)\s*", line) for line in path.read_text().splitlines()]
+    if not rows or not all(rows):
+        raise ValueError(f"{path} must hold a parent and a length of each segment, one segment a line")
+    parents, lengths = zip(*(map(int, row.groups()) for row in rows if row), strict=True)
+    return Tree(parents, lengths, seq_len=seq_len)
 
 
 def _size(text: str) -> int:

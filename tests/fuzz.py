@@ -62,6 +62,8 @@ class Table:
     shape: tuple[int, ...]
     dtype: str = "int64"
     rising: bool = False
+    parents: bool = False
+    """Of tokens in a tree: mostly the one before, else any earlier one or none."""
     special: bool = False
     """With NaN and infinities."""
     grad: bool = False
@@ -77,6 +79,9 @@ class Table:
                 made.view(-1)[1::3] = torch.tensor(-float("inf"))
         elif self.rising:
             made = (torch.rand(self.shape, generator=random) < 0.1).cumsum(dim=-1)
+        elif self.parents:
+            token, (far, anywhere) = torch.arange(*self.shape), torch.rand(2, *self.shape, generator=random)
+            made = torch.where(far < 0.2, (anywhere * (token + 1)).long() - 1, token - 1)
         elif dtype == torch.bool:
             made = torch.rand(self.shape, generator=random) < 0.5
         else:
@@ -318,7 +323,8 @@ LIBRARY = [
     "cpflex.sliding_window({n}, {n})",
     "cpflex.prefix_lm({n})",
 ]
-LIBRARY += ["cpflex.document({documents})"]
+LIBRARY += ["cpflex.document({documents})", "cpflex.tree({parents})", "cpflex.prefix_lm({n}, positions={positions})"]
+LIBRARY += ["cpflex.sliding_window({n}, positions={positions})"]
 SMOOTH = ["(3.0 * torch.tanh({x} / 3.0))", "torch.sin({x})", "torch.cos({x})", "torch.erf({x})", "torch.sigmoid({x})"]
 SMOOTH += ["torch.sqrt({x} * {x} + 1.0)", "torch.log1p({x} * {x})", "torch.exp(-{x} * {x})", "torch.exp2(-{x} * {x})"]
 SMOOTH += [
@@ -376,6 +382,7 @@ class _Mods:
 
     def fill(self, form: str, depth: int) -> str:
         """The form with each placeholder drawn once."""
+        tokens = [(self.sizes["q"],), (self.sizes["b"], self.sizes["q"])]
         makers = {
             **dict.fromkeys("ij", lambda: self.int(depth - 1)),
             **dict.fromkeys("xy", lambda: self.float(depth - 1)),
@@ -384,9 +391,9 @@ class _Mods:
             "n": lambda: str(self.pick(NUMBERS)),
             "f": lambda: self.pick(FLOATS),
             "bits": lambda: str(self.pick([0, 1, 3, 8])),
-            "documents": lambda: self.table(
-                self.pick([(self.sizes["q"],), (self.sizes["b"], self.sizes["q"])]), "int64", rising=True
-            ),
+            "documents": lambda: self.table(self.pick(tokens), "int64", rising=True),
+            "positions": lambda: self.table(self.pick(tokens), self.pick(["int64", "int16"])),
+            "parents": lambda: self.table((self.sizes["q"],), "int64", parents=True),
         }
         return form.format_map({name: make() for name, make in makers.items() if f"{{{name}}}" in form})
 

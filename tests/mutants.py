@@ -55,6 +55,10 @@ MASKS = [
     Mutant("window one token too wide", "masks.py", "at(b, k) > at(b, q) - size", "at(b, k) >= at(b, q) - size", "test_masks.py"),
     Mutant("two-sided window one token too narrow", "masks.py", "(at(b, k) <= at(b, q) + after", "(at(b, k) < at(b, q) + after", "test_masks.py"),
     Mutant("prefix one token too long", "masks.py", "(at(b, k) < length", "(at(b, k) <= length", "test_masks.py"),
+    Mutant("a window counts by where queries are stored", "masks.py", "at(b, k) > at(b, q) - size", "at(b, k) > q - size", "test_masks.py"),
+    Mutant("a branch seen by the first token of the next", "trees/tree.py", "(k <= q) & (q < leave[k])", "(k <= q) & (q <= leave[k])", "trees/test_tree.py"),
+    Mutant("a branch seen by those stored after it", "trees/tree.py", "(enter[q] < leave[k])", "(enter[q] < leave[q])", "trees/test_tree.py"),
+    Mutant("depths begin anew at each branch", "trees/tree.py", "first[parent] + self.lengths[parent] if", "first[parent] if", "trees/test_tree.py"),
     Mutant("~ forgotten", "masks.py", "~fn(b, h, q, k)", "fn(b, h, q, k)", "test_masks.py"),
 ]  # fmt: skip
 MODS = [

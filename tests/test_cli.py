@@ -121,6 +121,11 @@ MASKS: dict[str, MaskFn] = {
     "doc:lengths.txt": cpflex.document(cu_seqlens=[0, 10, 11, 64]),
     "causal,window:10,doc:lengths.txt": cpflex.sliding_window(9, 0) & cpflex.document(cu_seqlens=[0, 10, 11, 64]),
     "causal, prefix:30": cpflex.causal(),
+    "tree:branches.txt": cpflex.tree([-1, 0, 1, 0], [20, 10, 4, 30]),
+    "window:5, tree:branches.txt": (
+        cpflex.tree([-1, 0, 1, 0], [20, 10, 4, 30])
+        & cpflex.sliding_window(5, positions=torch.tensor([*range(34), *range(20, 50)]))
+    ),
     "masks_of_mine:every_third": every_third,
     "masks_of_mine:every_third,causal": cpflex.causal() & every_third,
     "masks_of_mine:windowed": cpflex.sliding_window(5, 5),
@@ -130,6 +135,7 @@ MASKS: dict[str, MaskFn] = {
 @pytest.mark.parametrize("spec", MASKS)
 def test_a_mask_means_what_its_terms_say(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "lengths.txt").write_text("10 1\n53\n")
+    (tmp_path / "branches.txt").write_text("-1 20\n0 10\n 1\t4\n0 30\n")
     (tmp_path / "masks_of_mine.py").write_text(
         "import cpflex\nwindowed = cpflex.sliding_window(5, 5)\ndef every_third(b, h, q, k): return (q - k) % 3 == 0\n"
     )
@@ -178,6 +184,9 @@ ERRORS = {
         "cu.txt must hold the documents' lengths, each at least 1; got '0'",
     ),
     "wrong_sum": (["--mask", "doc:short.txt", *SIZES], "short.txt must sum to the sequence's 64 tokens; got 40"),
+    "no_tree": (["--mask", "tree:words.txt", *SIZES], "words.txt must hold a parent and a length of each segment"),
+    "short_tree": (["--mask", "causal,tree:cu.txt", *SIZES], "cu.txt must hold a parent and a length"),
+    "tree_of_less": (["--mask", "tree:branches.txt", *SIZES], "sum to seq_len=64; they sum to 30: row 1 is the last"),
     "unnamed": (["--mask", "causal", "--mask", "b=full", *SIZES], "for instance --mask sliding=causal; got 'causal'"),
     "named_twice": (["--mask", "a=causal", "--mask", "a=full", *SIZES], "must have different names; got 'a' twice"),
     "no_such_rank": (["--mask", "causal", "--rank", "2", *SIZES], "rank must be from 0 to world_size - 1"),
@@ -202,7 +211,7 @@ def test_errors_say_what_must_hold(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    for name, text in {"words": "a few words", "cu": "0 24 64", "short": "24 16"}.items():
+    for name, text in {"words": "a few words", "cu": "0 24 64", "short": "24 16", "branches": "-1 10\n0 20"}.items():
         (tmp_path / f"{name}.txt").write_text(text)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
