@@ -46,7 +46,11 @@ def deal_trees(
     Raises:
         ValueError: a tree of more than ``max_tokens``, or fewer trees than ``multiple_of``.
     """
-    for name, value in (("max_tokens", max_tokens), ("multiple_of", multiple_of), ("window", window or 1)):
+    for name, value in (
+        ("max_tokens", max_tokens),
+        ("multiple_of", multiple_of),
+        ("window", 1 if window is None else window),
+    ):
         if not is_count(value, 1):
             raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
     tokens = [tree.num_tokens for tree in trees]

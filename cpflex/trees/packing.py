@@ -142,8 +142,10 @@ def _whole(
             mask[0] = False
         elif mask[0]:
             raise ValueError(f"the first token of sequence {index} cannot be learned, as nothing predicts it")
-    groups = range(len(rows)) if group_ids is None else torch.as_tensor(group_ids).tolist()
-    return _packed(tokens, tree, rows, [0] * len(rows), kept, list(groups), weights, values)
+    groups = torch.arange(len(rows)) if group_ids is None else torch.as_tensor(group_ids)
+    if groups.ndim != 1 or groups.is_floating_point() or groups.dtype == torch.bool:
+        raise ValueError(f"group_ids must be integers [C]; got {groups.dtype} {tuple(groups.shape)}")
+    return _packed(tokens, tree, rows, [0] * len(rows), kept, groups.tolist(), weights, values)
 
 
 def _packed(

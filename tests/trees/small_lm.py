@@ -61,9 +61,13 @@ class SmallLM(nn.Module):
 
 
 def small_lm(name: str) -> SmallLM:
-    """The same on every rank."""
-    torch.manual_seed(5)
-    return SmallLM(**MODELS[name])
+    """The same on every rank, also where ranks are threads, which share torch's own generator."""
+    model, random = SmallLM(**MODELS[name]), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name_of, x in model.named_parameters():
+            size = 1.0 if "embedding" in name_of or "sinks" in name_of else 0.5 / math.sqrt(x.shape[-1])
+            x.copy_(size * torch.randn(x.shape, generator=random))
+    return model
 
 
 def rotated(x: Tensor, position_ids: Tensor) -> Tensor:
@@ -100,6 +104,6 @@ def on(plan: cpflex.Plan) -> Attend:
 
 def plan_of(packed: cpflex.trees.PackedTree, name: str, group: Any) -> cpflex.Plan:
     """With the kinds of layers that the model has."""
-    depths, along = packed.tree.depths, cpflex.tree(packed.tree)
-    masks = {"full": along, "window": along & (lambda b, h, q, k: depths[k] > depths[q] - WINDOW)}
+    along = cpflex.tree(packed.tree)
+    masks = {"full": along, "window": along & cpflex.sliding_window(WINDOW, positions=packed.position_ids)}
     return cpflex.make_plan({kind: masks[kind] for kind in MODELS[name]["kinds"]}, packed.seq_len, group)
