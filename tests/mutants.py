@@ -213,10 +213,23 @@ MODELS = [
     Mutant("models: what fills up the last batch is evaluated", "integrations/accelerate.py", " if left > 0 else whole", " if left > 9**9 else whole", "integrations/test_trainer.py -k evaluation"),
 ]  # fmt: skip
 PACKED_TREES = [
-    Mutant("packed trees: a token that completions share counts for one of them", "trees/packed.py", "term_idx = (by[self.term_tokens] >= 0).nonzero()[:, 0]", "term_idx = (by[self.term_tokens] >= 0).nonzero()[:, 0][: len(self.term_tokens.unique())]", "trees/test_separate_forwards.py -k completions_one_by_one"),
+    Mutant("packed trees: a token that completions share counts for one of them", "trees/packed.py", "term_idx = np.flatnonzero(by[term_tokens] >= 0)", "term_idx = np.flatnonzero(by[term_tokens] >= 0)[: len(np.unique(term_tokens))]", "trees/test_separate_forwards.py -k completions_one_by_one"),
     Mutant("packed trees: a branch is predicted by the end of the one before it", "trees/packed.py", "(starts + lengths - 1)[parents])", "starts - 1)", "trees/test_separate_forwards.py -k completions_one_by_one"),
 ]  # fmt: skip
-MUTANTS = [*MASKS, *MODS, *PLANNER, *NODES, *RING, *HEADS, *READERS, *REFERENCE, *FUSED, *RECURRENT, *MODELS, *PACKED_TREES]
+MUTANTS = [
+    *MASKS,
+    *MODS,
+    *PLANNER,
+    *NODES,
+    *RING,
+    *HEADS,
+    *READERS,
+    *REFERENCE,
+    *FUSED,
+    *RECURRENT,
+    *MODELS,
+    *PACKED_TREES,
+]
 
 
 def occurrences(mutant: Mutant, root: Path = ROOT) -> int:

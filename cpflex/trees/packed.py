@@ -106,22 +106,24 @@ class PackedTree:
             raise ValueError(
                 f"the tree has {self.seq_len} tokens, the plan {plan.seq_len}; pass packed.seq_len to make_plan"
             )
-        local_of = torch.full((self.seq_len,), -1)  # -1: another rank's
-        real = plan.positions < self.seq_len
-        local_of[plan.positions[real]] = torch.arange(plan.local_len)[real]
-        by = local_of[self.predictors]  # [S]: the local token that predicts each; garbage at roots, which have no term
-        term_idx = (by[self.term_tokens] >= 0).nonzero()[:, 0]
-        targets = torch.zeros(self.seq_len, dtype=torch.bool).index_fill(0, self.term_tokens[term_idx], True)
-        predicted = targets.nonzero()[:, 0]
+        positions, term_tokens = plan.positions.numpy(), self.term_tokens.numpy()
+        real = positions < self.seq_len
+        local_of = np.full(self.seq_len, -1)  # another rank's
+        local_of[positions[real]] = np.flatnonzero(real)
+        by = local_of[self.predictors.numpy()]  # which local token predicts each; roots have no term
+        term_idx = np.flatnonzero(by[term_tokens] >= 0)
+        predicted = np.zeros(self.seq_len, bool)
+        predicted[term_tokens[term_idx]] = True
+        mine = torch.from_numpy(term_idx)
         return TreeShard(
             tokens=plan.shard(self.tokens, dim=0, pad_value=0),
             position_ids=plan.shard(self.position_ids, dim=0, pad_value=0),
-            predictors=by[predicted],
-            targets=self.tokens[predicted],
-            predictions=(targets.long().cumsum(0) - 1)[self.term_tokens[term_idx]],
-            term_idx=term_idx,
-            completion_ids=torch.repeat_interleave(self.lengths)[term_idx],
-            values={name: x[term_idx] for name, x in self.values.items()},
+            predictors=torch.from_numpy(by[predicted]),
+            targets=torch.from_numpy(self.tokens.numpy()[predicted]),
+            predictions=torch.from_numpy((predicted.cumsum() - 1)[term_tokens[term_idx]]),
+            term_idx=mine,
+            completion_ids=torch.from_numpy(np.searchsorted(self.cu_terms.numpy(), term_idx, side="right") - 1),
+            values={name: x[mine] for name, x in self.values.items()},
             lengths=self.lengths,
             group_ids=self.group_ids,
             weights=self.weights,
@@ -174,7 +176,7 @@ class PackedTree:
                     f"{name}[{index}] must have a number for each of the {len(kept)} tokens of completion {index}; "
                     f"got {len(numbers)}"
                 )
-            found.append(numbers[torch.from_numpy(kept)])
+            found.append(torch.from_numpy(numbers.numpy()[kept]))
         return found
 
 
