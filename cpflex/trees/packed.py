@@ -12,7 +12,7 @@ each learned token of each completion: completions that share a token have a ter
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cpflex.links.processes import Group, links_of
 from cpflex.loss import sum_over_ranks
@@ -223,20 +224,53 @@ class TreeShard:
         Raises:
             ValueError: logits of other tokens, or a temperature that is not above 0.
         """
-        flat = logits.squeeze(0) if logits.ndim == 3 else logits
+        used, row = self.predictors.unique(return_inverse=True)
+        rows = self._of_tokens(logits, "logits", temperature).index_select(0, used)
+        return _picked(rows, row, self.targets, temperature).index_select(0, self.predictions)
+
+    def log_probs_of(
+        self,
+        hidden: Tensor,  # [S_local, E] or [1, S_local, E]
+        head: Callable[[Tensor], Tensor],  # [rows, E] -> [rows, V]
+        *,
+        rows_at_once: int = 1024,
+        temperature: float = 1.0,
+    ) -> Tensor:  # [N_local], at least fp32
+        """As `log_probs` of ``head(hidden)``, whose logits are never there all at once: those of tokens that predict
+        something, a slice at a time, and again in backward. Every rank calls ``head`` equally often, as often as it
+        would for all its tokens: the head may gather parameters.
+
+        Raises:
+            ValueError: hidden states of other tokens, a temperature that is not above 0, or no rows at once.
+        """
+        if rows_at_once < 1:
+            raise ValueError(f"rows_at_once must be at least 1; got {rows_at_once}")
+        flat = self._of_tokens(hidden, "hidden", temperature)
+        used, row = self.predictors.unique(return_inverse=True)
+        order = row.argsort(stable=True)  # predictions by the token that predicts
+        targets, row = self.targets[order], row[order]
+        parts, num_slices = [], -(-len(self.tokens) // rows_at_once)
+        for index in range(num_slices):
+            first, end = (len(used) * edge // num_slices for edge in (index, index + 1))
+            mine = slice(*torch.searchsorted(row, torch.tensor([first, end], device=row.device)).tolist())
+
+            def picked(rows: Tensor, mine: slice = mine, first: int = first) -> Tensor:
+                return _picked(head(rows), row[mine] - first, targets[mine], temperature)
+
+            parts.append(checkpoint(picked, flat.index_select(0, used[first:end]), use_reentrant=False))
+        return torch.cat(parts)[order.argsort()[self.predictions]]  # type: ignore[arg-type]
+
+    def _of_tokens(self, x: Tensor, name: str, temperature: float) -> Tensor:
+        """[S_local, ...]"""
+        flat = x.squeeze(0) if x.ndim == 3 else x
         if flat.ndim != 2 or len(flat) != len(self.tokens):
             raise ValueError(
-                f"logits must be those of this rank's {len(self.tokens)} tokens, [S_local, V] or [1, S_local, V]; got "
-                f"{tuple(logits.shape)}"
+                f"{name} must be those of this rank's {len(self.tokens)} tokens, [S_local, ...] or [1, S_local, ...]; "
+                f"got {tuple(x.shape)}"
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0; got {temperature}")
-        used, row = self.predictors.unique(return_inverse=True)
-        wide = flat.index_select(0, used)
-        wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
-        wide = wide if temperature == 1.0 else wide / temperature
-        of_prediction = wide[row, self.targets] - wide.logsumexp(dim=-1)[row]
-        return of_prediction.index_select(0, self.predictions)
+        return flat
 
     def check_terms(self, x: Tensor, name: str) -> None:
         if x.shape != self.term_idx.shape:
@@ -251,6 +285,13 @@ class TreeShard:
             raise ValueError(
                 f"the tree was sharded over {self.world_size} ranks, and the group has {ranks}; pass that of the plan"
             )
+
+
+def _picked(logits: Tensor, row: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """The log-probability of each target at its row of the logits, at least fp32."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = wide if temperature == 1.0 else wide / temperature
+    return wide[row, targets] - wide.logsumexp(dim=-1)[row]
 
 
 def predictors_of(tree: Tree) -> np.ndarray:

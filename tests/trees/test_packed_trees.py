@@ -223,14 +223,36 @@ def test_log_probabilities_come_back_by_completion_with_gradients(
     assert (total - grad).norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * grad.norm()
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_head_on_a_few_rows_at_a_time_gives_the_same(world_size: int, rows_at_once: int):
+    packed = trees.pack(BATCHES["all at once"].groups)
+    head, hidden = torch.nn.Linear(6, 13), torch.randn(packed.seq_len, 6)
+    for shard in shards_of(packed, world_size):
+        local = torch.cat([hidden, torch.zeros(99, 6)])[: len(shard.tokens)].requires_grad_()
+        seen: list[int] = []
+        hook = head.register_forward_hook(lambda _, given, __, seen=seen: seen.append(len(given[0])))
+        found = shard.log_probs_of(local[None], head, rows_at_once=rows_at_once, temperature=0.7)
+        assert len(seen) == -(-len(shard.tokens) // rows_at_once), "as often on every rank"
+        assert max(seen) <= rows_at_once
+        weights, inputs = torch.randn(len(found)), [local, *head.parameters()]
+        grads = torch.autograd.grad((weights * found).sum(), inputs)
+        hook.remove()
+        expected = shard.log_probs(head(local), temperature=0.7)
+        torch.testing.assert_close(found, expected)
+        for grad, other in zip(grads, torch.autograd.grad((weights * expected).sum(), inputs), strict=True):
+            torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-5)
+
+
 def test_a_rank_that_predicts_nothing_has_a_graph():
     packed = trees.pack([(ids(20, 0), [[1]])])
     shard = shards_of(packed, 2)[0]
     assert not len(shard.term_idx)
     logits = torch.randn(len(shard.tokens), 13, requires_grad=True)
-    share = trees.policy_loss(shard.log_probs(logits), shard)
-    (grad,) = torch.autograd.grad(share, logits)
-    assert (share.item(), grad.abs().max().item()) == (0.0, 0.0)
+    for log_probs in (shard.log_probs(logits), shard.log_probs_of(logits, torch.nn.Identity())):
+        share = trees.policy_loss(log_probs, shard)
+        (grad,) = torch.autograd.grad(share, logits)
+        assert (share.item(), grad.abs().max().item()) == (0.0, 0.0)
 
 
 # -- what does not fit
@@ -238,7 +260,7 @@ def test_a_rank_that_predicts_nothing_has_a_graph():
 PACKED = trees.pack([([1, 2], [[3, 4], [3]])])
 (SHARD,) = shards_of(PACKED, 1)
 HALF = shards_of(PACKED, 2)[0]
-PLAN = cpflex.make_plan(cpflex.causal(), 9)
+PLAN, P = cpflex.make_plan(cpflex.causal(), 9), torch.zeros(16, 5)
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no completion": (lambda: trees.pack([([1], [])]), "at least one completion"),
@@ -262,6 +284,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "logits of other tokens": (lambda: SHARD.log_probs(torch.zeros(3, 5)), "this rank's 16 tokens"),
     "rows of logits": (lambda: SHARD.log_probs(torch.zeros(2, 4, 5)), "this rank's 16 tokens"),
     "no temperature": (lambda: SHARD.log_probs(torch.zeros(16, 5), temperature=0.0), "temperature must be above 0"),
+    "hidden states of others": (lambda: SHARD.log_probs_of(torch.zeros(3, 5), torch.nn.Identity()), "hidden must be"),
+    "no rows at once": (lambda: SHARD.log_probs_of(P, torch.nn.Identity(), rows_at_once=0), "rows_at_once must be"),
     "terms of others": (lambda: PACKED.unpack(torch.zeros(2), SHARD, None), "this rank's 3 terms"),
     "a part of the terms": (lambda: PACKED.unpack(torch.zeros(len(HALF.term_idx)), HALF, None), "over 2 ranks"),
     "a tensor of other terms": (lambda: PACKED.split(torch.zeros(2)), "the 3 terms"),
