@@ -104,6 +104,7 @@ def test_a_drafts_two_kinds_are_one_softmax(world_size: int, inside: str):
         mine = [plan.shard(x, dim=0, pad_value=NAN).requires_grad_() for x in (q, own_k, own_v)]
         memory = [target.shard(x, dim=0, pad_value=NAN).requires_grad_() for x in (memory_k, memory_v)]
         out = example["attend"](mine[0], memory, mine[1:], plan)
+        assert out.isfinite().all(), "pads, too"
         grads = torch.autograd.grad(out, [*mine, *memory], plan.shard(grad_out, dim=0, pad_value=NAN))
         of = [plan, plan, plan, plan, target, target]
         return [one.unshard(x, dim=0) for one, x in zip(of, (out.detach(), *grads), strict=True)]

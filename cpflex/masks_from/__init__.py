@@ -11,11 +11,12 @@ name.
 """
 
 from cpflex.masks_from.block_mask import as_mask, block_mask
+from cpflex.masks_from.bsr import bsr
 from cpflex.masks_from.columns import flashmask
 from cpflex.masks_from.dense import dense
 from cpflex.masks_from.intervals import intervals
 from cpflex.masks_from.ranges import ranges
-from cpflex.masks_from.tables import blocks, bsr, selected
+from cpflex.masks_from.tables import blocks, selected
 from cpflex.masks_from.varlen import varlen
 
 __all__ = ["as_mask", "block_mask", "blocks", "bsr", "dense", "flashmask", "intervals", "ranges", "selected", "varlen"]

@@ -161,59 +161,12 @@ def selected(
     q_axis = axis_of(q_size, q_len, indices.shape[2], "q")
     kv_axis = axis_of_one_size(kv_size, q_len if kv_len is None else kv_len, "kv")
     if (indices < -1).any() or (indices >= kv_axis.count).any():
-        raise ValueError(f"indices must be from 0 to {kv_axis.count - 1}, or -1 for none; got {_range(indices)}")
+        raise ValueError(f"indices must be from 0 to {kv_axis.count - 1}, or -1 for none; got {range_of(indices)}")
     shape = indices.shape[0], indices.shape[1], indices.shape[2]
     row = torch.arange(shape[0] * shape[1] * shape[2], device=indices.device)[:, None]
     chosen = indices.reshape(len(row), -1)
     pairs = (row * kv_axis.count + chosen)[chosen >= 0].unique()
     return of_pairs(pairs // kv_axis.count, pairs % kv_axis.count, shape, q_axis, kv_axis, "selected")
-
-
-@torch.inference_mode(False)
-def bsr(
-    indptr: Tensor,  # integers [Q + 1], or [B, H, Q + 1] with rows of all batches and heads one after another
-    indices: Tensor,  # integers [N]: blocks of keys
-    block_size: int | tuple[int, int],
-    *,
-    q_len: int | None = None,
-    kv_len: int,
-    num_heads: int | None = None,
-) -> MaskMod:
-    """Block-sparse rows, as FlashInfer's ``BlockSparseAttentionWrapper`` and SciPy's ``bsr_matrix`` have them: block
-    row i sees the blocks ``indices[indptr[i] : indptr[i + 1]]``, whole.
-
-    ``q_len`` and ``kv_len`` are FlashInfer's M and N, ``block_size`` its (R, C). Masks inside of blocks (its ``mask``)
-    cannot be given: combine with a mask_mod, or use `dense`.
-
-    Raises:
-        ValueError: another dtype or shape, ``indptr`` that falls or does not end with ``indices``, a block that does
-            not exist or stands twice in a row.
-        NotImplementedError: an irregular table of more than 2**26 blocks.
-    """
-    indptr = torch.as_tensor(indptr)
-    indptr = integers(indptr.view(1, 1, -1) if indptr.ndim == 1 else indptr, "indptr", "[B, H, Q + 1]").long()
-    indices = integers(indices, "indices", "[N]").long()
-    q_size, kv_size = pair_of(block_size)
-    q_axis = axis_of(q_size, q_len, indptr.shape[2] - 1, "q")
-    kv_axis = axis_of_one_size(kv_size, kv_len, "kv")
-    count = indptr.diff(dim=2)
-    ends = indptr[..., -1].reshape(-1)
-    if indptr[0, 0, 0] != 0 or (count < 0).any() or (indptr[..., 0].reshape(-1)[1:] != ends[:-1]).any():
-        raise ValueError("indptr must start at 0, never fall, and go on from one head to the next")
-    if ends[-1] != len(indices):
-        raise ValueError(f"indptr ends at {int(ends[-1])}; there are {len(indices)} indices")
-    if len(indices) and (indices.min() < 0 or indices.max() >= kv_axis.count):
-        raise ValueError(f"indices must be from 0 to {kv_axis.count - 1}; got {_range(indices)}")
-    per_row = count.reshape(-1)
-    row = torch.repeat_interleave(torch.arange(len(per_row), device=per_row.device), per_row)
-    pairs = (row * kv_axis.count + indices).sort().values
-    if (pairs.diff() == 0).any():
-        raise ValueError("a block stands twice in a row of indices; it would be counted twice")
-    shape = indptr.shape[0], indptr.shape[1], indptr.shape[2] - 1
-    if num_heads is not None and num_heads != shape[1]:
-        table = by_head(table_of(pairs // kv_axis.count, pairs % kv_axis.count, shape, kv_axis), num_heads, "indptr")
-        return of_table(table, q_axis, kv_axis, "bsr")
-    return of_pairs(pairs // kv_axis.count, pairs % kv_axis.count, shape, q_axis, kv_axis, "bsr")
 
 
 def of_table(table: Tensor, q_axis: Blocks, kv_axis: Blocks, name: str, small: int = SMALL_TABLE) -> MaskMod:
@@ -236,7 +189,7 @@ def of_pairs(
 
 def table_of(row: Tensor, col: Tensor, shape: tuple[int, int, int], kv_axis: Blocks) -> Tensor:
     """bool [B, H, Q, K], True at the pairs."""
-    _check_size((*shape, kv_axis.count))
+    check_size((*shape, kv_axis.count))
     table = torch.zeros(shape[0] * shape[1] * shape[2], kv_axis.count, dtype=torch.bool, device=row.device)
     table[row, col] = True
     return table.view(*shape, -1)
@@ -244,14 +197,14 @@ def table_of(row: Tensor, col: Tensor, shape: tuple[int, int, int], kv_axis: Blo
 
 def _by_runs(starts: Tensor, ends: Tensor, q_axis: Blocks, kv_axis: Blocks, name: str) -> MaskMod:
     row_of = None if isinstance(q_axis.size, int) and q_axis.size == 1 else q_axis.of
-    lengths = _lengths(q_axis, kv_axis)
+    lengths = lengths_of(q_axis, kv_axis)
     return by_rows(kv_axis.start(starts), kv_axis.start(ends), kv_axis.length, name, lengths, row_of)
 
 
 def _by_table(table: Tensor, q_axis: Blocks, kv_axis: Blocks, name: str) -> MaskMod:
-    _check_size(tuple(table.shape))
+    check_size(tuple(table.shape))
     seen = element_of(table)
-    return MaskMod(lambda b, h, q, k: seen(b, h, q_axis.of(q), kv_axis.of(k)), name, _lengths(q_axis, kv_axis))
+    return MaskMod(lambda b, h, q, k: seen(b, h, q_axis.of(q), kv_axis.of(k)), name, lengths_of(q_axis, kv_axis))
 
 
 def _varies(table: Tensor) -> bool:
@@ -259,7 +212,7 @@ def _varies(table: Tensor) -> bool:
     return not torch.equal(table, table[:1, :1].expand_as(table))
 
 
-def _lengths(q_axis: Blocks, kv_axis: Blocks) -> Collection[tuple[int, int]]:
+def lengths_of(q_axis: Blocks, kv_axis: Blocks) -> Collection[tuple[int, int]]:
     return {(q_axis.length, kv_axis.length)}
 
 
@@ -267,15 +220,15 @@ def _most_runs(shape: tuple[int, ...]) -> int:
     return MAX_RUNS if torch.Size(shape).numel() <= MAX_TABLE else MAX_INTERVALS
 
 
-def _check_size(shape: tuple[int, ...]) -> None:
+def check_size(shape: tuple[int, ...], why: str = f"whose rows have more than {MAX_INTERVALS} runs of blocks") -> None:
     if torch.Size(shape).numel() > MAX_TABLE:
         raise NotImplementedError(
-            f"a table of {' x '.join(map(str, shape))} blocks, more than {MAX_TABLE:,}, whose rows have more than "
-            f"{MAX_INTERVALS} runs of blocks is not supported; use larger blocks, or write the mask as a mask_mod"
+            f"a table of {' x '.join(map(str, shape))} blocks, more than {MAX_TABLE:,}, {why} is not supported; use "
+            "larger blocks, or write the mask as a mask_mod"
         )
 
 
-def _range(numbers: Tensor) -> str:
+def range_of(numbers: Tensor) -> str:
     return f"{int(numbers.min())} .. {int(numbers.max())}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -12,15 +13,22 @@ from torch import Tensor
 # -- what a format means: bool [B, H, Q, K] or [Q, K]
 
 
-def dense_varlen(cu_q: Sequence[int], cu_k: Sequence[int], causal: bool, window: tuple[int, int]) -> Tensor:
+def dense_varlen(
+    cu_q: Sequence[int],
+    cu_k: Sequence[int],
+    causal: bool,
+    window: tuple[int, int],
+    used: Sequence[int] | None = None,
+) -> Tensor:
     """flash-attn: query i of a sequence sees the keys from i + Sk - Sq - left to i + Sk - Sq + right, its own sequence's;
-    causal is a right of 0, and -1 no bound.
+    causal is a right of 0, and -1 no bound. Where only some keys are used, Sk is their number.
     """
+    used = [k1 - k0 for k0, k1 in itertools.pairwise(cu_k)] if used is None else used
     seen = torch.zeros(cu_q[-1], cu_k[-1], dtype=torch.bool)
-    for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
-        shift = (k1 - k0) - (q1 - q0)
+    for q0, q1, k0, keys in zip(cu_q, cu_q[1:], cu_k, used, strict=False):
+        shift = keys - (q1 - q0)
         for i in range(q1 - q0):
-            for j in range(k1 - k0):
+            for j in range(keys):
                 after = 0 if causal else window[1]
                 above = window[0] < 0 or j >= i + shift - window[0]
                 below = after < 0 or j <= i + shift + after
@@ -84,6 +92,26 @@ def dense_intervals(mask_func: Tensor, q_len: Sequence[int], kv_len: Sequence[in
 def dense_blocks(table: Tensor, q_sizes: Sequence[int], kv_sizes: Sequence[int]) -> Tensor:
     """Every block of the table blown up to the sizes of its row and column."""
     return table.repeat_interleave(torch.tensor(q_sizes), dim=-2).repeat_interleave(torch.tensor(kv_sizes), dim=-1)
+
+
+def dense_bsr(indptr: Sequence[int], indices: Sequence[int], mask: Tensor, q_len: int, kv_len: int) -> Tensor:
+    """FlashInfer: block n of the indices, in row i of blocks, shows what ``mask[n]`` says, bool [N, R, C]."""
+    rows, cols = mask.shape[1:]
+    seen = torch.zeros((len(indptr) - 1) * rows, -(-kv_len // cols) * cols, dtype=torch.bool)
+    for i in range(len(indptr) - 1):
+        for n in range(indptr[i], indptr[i + 1]):
+            seen[i * rows : (i + 1) * rows, indices[n] * cols : (indices[n] + 1) * cols] = mask[n]
+    return seen[:q_len, :kv_len]
+
+
+def packed_as_flashinfer(mask: Tensor, indptr: Sequence[int]) -> Tensor:
+    """Of each row of blocks the bits of its rows, one row through all its blocks; eight a byte, the first the lowest."""
+    packed = []
+    for first, last in itertools.pairwise(indptr):
+        bits = mask[first:last].transpose(0, 1).flatten().tolist()
+        bits += [False] * (-len(bits) % 8)
+        packed += [sum(bit << i for i, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)]
+    return torch.tensor(packed, dtype=torch.uint8)
 
 
 # -- a mask in a format: bool [B, H, Q, K] -> what the reader takes

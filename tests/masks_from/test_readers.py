@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from definitions import dense_blocks, dense_flashmask, dense_intervals, dense_ranges, dense_varlen
+from definitions import (
+    dense_blocks,
+    dense_bsr,
+    dense_flashmask,
+    dense_intervals,
+    dense_ranges,
+    dense_varlen,
+    packed_as_flashinfer,
+)
 from looks import assert_is, undecided
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -31,6 +39,26 @@ OTHER_CU = [0, 3, 20, 26, 40, 56]
 def test_varlen_is_flash_attns(cu_k: list[int], window: tuple[int, int], causal: bool):
     mask = masks_from.varlen(torch.tensor(CU, dtype=torch.int32), cu_k, causal=causal, window_size=window)
     assert_is(mask, dense_varlen(CU, cu_k, causal, window), tile=None)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("window", [(-1, -1), (5, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("cu_k", "used"), [(CU, [8, 0, 0, 9, 18]), (OTHER_CU, [0, 17, 1, 14, 15]), (CU, [8, 1, 0, 21, 18])], ids=str
+)
+def test_keys_that_are_not_used_are_hidden_and_move_the_diagonal(
+    cu_k: list[int], used: list[int], window: tuple[int, int], causal: bool
+):
+    """A cache with room: torch's and flash-attn's seqused_k."""
+    options: dict[str, Any] = {"causal": causal, "window_size": window}
+    mask = masks_from.varlen(CU, cu_k, **options, seqused_k=torch.tensor(used, dtype=torch.int32))
+    assert_is(mask, dense_varlen(CU, cu_k, causal, window, used), tile=None)
+
+
+def test_no_tile_of_keys_that_are_not_used_is_left_unproven():
+    cu, used = [0, 16, 32, 64], [8, 16, 24]
+    mask = masks_from.varlen(cu, seqused_k=used)
+    assert_is(mask, dense_varlen(cu, cu, False, (-1, -1), used), tile=8)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(3, 5), (2, 7), (4, 4)], ids=str)
@@ -233,6 +261,33 @@ def test_bsr_is_flashinfers():
     assert_is(masks_from.bsr(indptr, indices, (4, 2), kv_len=5), dense_blocks(expected, [4] * 3, [2, 2, 1]), tile=None)
 
 
+INDPTR, INDICES = [0, 2, 2, 5, 6], [3, 0, 1, 0, 2, 3]
+"""Four rows of blocks, one of them without any, and of four blocks of keys; in any order."""
+
+
+@pytest.mark.parametrize("size", [(16, 8), (8, 24), (3, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def test_masks_inside_of_blocks_are_flashinfers(size: tuple[int, int], density: float):
+    mask = torch.rand(len(INDICES), *size) < density
+    mask[1], mask[4] = True, torch.ones(size).tril().bool()
+    kv_len = 4 * size[1] - size[1] // 2
+    expected = dense_bsr(INDPTR, INDICES, mask, 4 * size[0], kv_len)
+    given: dict[str, Any] = {"block_size": size, "q_len": 4 * size[0], "kv_len": kv_len}
+    exact = 8 if size[0] % 8 == size[1] % 8 == 0 else None
+    assert_is(masks_from.bsr(INDPTR, INDICES, **given, mask=mask), expected, tile=exact)
+    assert_is(masks_from.bsr(INDPTR, INDICES, **given, mask=packed_as_flashinfer(mask, INDPTR)), expected, tile=exact)
+    ragged = {**given, "q_len": 3 * size[0] + 1}
+    assert_is(masks_from.bsr(INDPTR, INDICES, **ragged, mask=mask), expected[: 3 * size[0] + 1], tile=None)
+
+
+def test_masks_inside_of_blocks_of_each_head():
+    indptr = torch.tensor([[INDPTR, [6 + n for n in INDPTR]]])
+    mask = torch.rand(2 * len(INDICES), 8, 8) < 0.5
+    heads = [dense_bsr(INDPTR, INDICES, part, 32, 32) for part in mask.chunk(2)]
+    read = masks_from.bsr(indptr, 2 * INDICES, 8, kv_len=32, mask=mask, num_heads=4)
+    assert_is(read, torch.stack(heads).repeat_interleave(2, dim=0), tile=None)
+
+
 def test_a_selection_per_token_and_key_head_is_read_as_nsa_makes_it():
     indices = torch.tensor([[[[0, -1], [0, 0], [1, 0], [1, -1]], [[-1, -1], [1, 0], [2, 0], [2, 1]]]])
     table = torch.zeros(1, 2, 4, 3, dtype=torch.bool)
@@ -290,6 +345,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "varlen: floats": (lambda: masks_from.varlen(torch.tensor([0.0, 4.0])), ValueError, "must be integers"),
     "varlen: no token": (lambda: masks_from.varlen([0, 0]), ValueError, "at least 1"),
     "varlen: other sequences": (lambda: masks_from.varlen([0, 4], [0, 2, 4]), ValueError, "equally many; got|sequences; got 1 and 2"),
+    "varlen: pages": (
+        lambda: masks_from.varlen([0, 4], block_table=torch.zeros(1, 4).int()), NotImplementedError, "keys that lie in pages",
+    ),
+    "varlen: used of fewer sequences": (
+        lambda: masks_from.varlen([0, 4, 8], seqused_k=[4]), ValueError, "each of 2 sequences; got 1",
+    ),
+    "varlen: more used than there are": (
+        lambda: masks_from.varlen([0, 4, 8], seqused_k=[4, 5]), ValueError, "got 5 of 4 for sequence 1",
+    ),
     "varlen: window of -2": (lambda: masks_from.varlen([0, 4], window_size=(-2, 0)), ValueError, "integers of at least -1"),
     "varlen: window of one": (lambda: masks_from.varlen([0, 4], window_size=4), ValueError, r"\(left, right\)"),
     "flashmask: causal of four": (
@@ -361,6 +425,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bsr: end": (lambda: masks_from.bsr([0, 1], [0, 0], 4, kv_len=4), ValueError, "ends at 1; there are 2 indices"),
     "bsr: falls": (lambda: masks_from.bsr([0, 2, 1], [0, 1], 4, kv_len=8), ValueError, "never fall"),
     "bsr: twice": (lambda: masks_from.bsr([0, 2], [1, 1], 4, kv_len=8), ValueError, "counted twice"),
+    "bsr: a mask of other blocks": (
+        lambda: masks_from.bsr([0, 1], [0], 4, kv_len=8, mask=ONES.bool()), ValueError, r"bool \(1, 4, 4\), one for each",
+    ),
+    "bsr: a packed mask of other blocks": (
+        lambda: masks_from.bsr([0, 1], [0], 4, kv_len=8, mask=torch.zeros(3, dtype=torch.uint8)), ValueError, "has 2 bytes; got 3",
+    ),
+    "bsr: a packed mask of a shorter row": (
+        lambda: masks_from.bsr([0, 1], [0], 4, q_len=3, kv_len=8, mask=torch.zeros(2, dtype=torch.uint8)),
+        ValueError,
+        "whole rows of blocks",
+    ),
+    "bsr: a large table with a mask": (
+        lambda: masks_from.bsr([0] * 9001, torch.tensor([]).int(), 1, kv_len=9000, mask=torch.zeros(0, 1, 1).bool()),
+        NotImplementedError,
+        "67,108,864, with masks inside of them",
+    ),
     "bsr: beyond": (lambda: masks_from.bsr([0, 1], [2], 4, kv_len=8), ValueError, "from 0 to 1; got 2 .. 2"),
 }  # fmt: skip
 
