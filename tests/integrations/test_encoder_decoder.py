@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import cpflex
+from pages import names_of
 from processes import RankProcesses
 
 transformers = pytest.importorskip("transformers")
@@ -18,7 +18,7 @@ pytestmark = [
         int(transformers.__version__.split(".")[0]) < 5, reason="masks by layer type are given to both halves since 5"
     ),
 ]
-BATCH, SOURCE, TARGET, VOCAB = 2, 150, 70, 61
+BATCH, SOURCE, TARGET, VOCAB, WINDOW = 2, 150, 70, 61, 20
 
 
 def model_of(attention: str) -> nn.Module:
@@ -26,7 +26,8 @@ def model_of(attention: str) -> nn.Module:
 
     part: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     part |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
-    part |= {"layer_types": ["full_attention"] * 2, "attn_logit_softcapping": 20.0}
+    part |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": WINDOW}
+    part |= {"attn_logit_softcapping": 20.0}
     part |= {"attention_dropout": 0.0, "dropout_rate": 0.0}
     halves = {half: T5GemmaModuleConfig(**part) for half in ("encoder", "decoder")}
     config = T5GemmaConfig(**halves, dropout_rate=0.0, vocab_size=VOCAB)
@@ -56,46 +57,28 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def on_rank(group: Any, source_layout: str) -> tuple[float, dict[str, Tensor]]:
+def on_rank(group: Any) -> tuple[float, dict[str, Tensor]]:
+    """As the page about two lengths says."""
     from cpflex.integrations.transformers import PlanMask
 
-    model: Any = model_of("cpflex")
+    page = names_of("cross-attention.md")
+    model = model_of("cpflex")
     source, target, labels = batch()
-    encoder = cpflex.make_plan(cpflex.full(), SOURCE, group, layout=getattr(cpflex, source_layout))
-    masks = {"self": cpflex.causal(), "cross": cpflex.cross(cpflex.full(), encoder)}
-    decoder = cpflex.make_plan(masks, TARGET, group)
+    encoder, decoder = page["t5gemma_plans"](WINDOW, SOURCE, TARGET, group)
     assert PlanMask(decoder["cross"]).shape == (1, 1, TARGET, SOURCE)
-
-    def positions(plan: cpflex.Plan) -> Tensor:
-        return plan.shard(torch.arange(plan.seq_len)[None], dim=1, pad_value=0)
-
-    hidden = model.get_encoder()(
-        input_ids=encoder.shard(source, dim=1, pad_value=0),
-        attention_mask={"full_attention": PlanMask(encoder)},
-        position_ids=positions(encoder),
-        use_cache=False,
-    )
-    logits = model(
-        encoder_outputs=hidden,
-        attention_mask={"full_attention": PlanMask(decoder["cross"])},
-        decoder_input_ids=decoder.shard(target, dim=1, pad_value=0),
-        decoder_attention_mask={"full_attention": PlanMask(decoder["self"])},
-        decoder_position_ids=positions(decoder),
-        use_cache=False,
-    ).logits
+    logits = page["t5gemma_logits"](model, source, target, encoder, decoder)
     share = loss_of(logits, decoder.shard(labels, dim=1, pad_value=-100))
     share.backward()
     return float(share.detach()), gradients(model)
 
 
-@pytest.mark.parametrize("source_layout", ["contiguous", "zigzag"])
-def test_t5gemma_on_ranks_is_one_process(source_layout: str, two_processes: RankProcesses):
+def test_t5gemma_on_ranks_is_one_process(two_processes: RankProcesses):
     model: Any = model_of("eager")
     source, target, labels = batch()
     masks = {"attention_mask": torch.ones_like(source), "decoder_attention_mask": torch.ones_like(target)}
     loss = loss_of(model(input_ids=source, decoder_input_ids=target, **masks, use_cache=False).logits, labels)
     loss.backward()
-    results = two_processes.run(on_rank, source_layout)
+    results = two_processes.run(on_rank)
     assert sum(share for share, _ in results) == pytest.approx(float(loss.detach()), rel=1e-6)
     for name, expected in gradients(model).items():
         found = torch.stack([grads[name] for _, grads in results if name in grads]).sum(dim=0)
