@@ -35,7 +35,7 @@ SAYS = {
     "accelerate_plain": r"(?s)(2|4) rows: loss.*rows: loss",
     "custom_mods": r"all-gather would bring",
     "draft_model": r"(?s)causal: gradients.*bidirectional: gradients",
-    "encoder_decoder": r"(?s)step 0: .* keys.*step 10: .*gradients",
+    "encoder_decoder": r"(?s)step 0: .* keys.*step 5: .*gradients",
     "fsdp2": r"step 4: loss",
     "huggingface_trainer": r"first step: loss",
     "image_keys": r"(?s)images on every rank: gradients.*images shared: gradients",

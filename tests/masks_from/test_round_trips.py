@@ -55,6 +55,20 @@ def through_bsr(seen: Tensor, rng: Random) -> Any:
     return masks_from.bsr(*as_bsr(seen), 1, kv_len=seen.shape[3])
 
 
+def through_blocks(seen: Tensor, rng: Random) -> Any:
+    return masks_from.blocks(seen if rng.random() < 0.5 else seen.int(), 1)
+
+
+def through_masks_inside_of_blocks(seen: Tensor, rng: Random) -> Any:
+    """Blocks of any size, the last ones cut off; some that show nothing are listed, too."""
+    rows, cols = rng.choice([1, 3, 8]), rng.choice([1, 4, 16])
+    q_len, kv_len = seen.shape[2:]
+    cells = torch.nn.functional.pad(seen, (0, -kv_len % cols, 0, -q_len % rows))
+    cells = cells.unfold(2, rows, rows).unfold(3, cols, cols)
+    listed = cells.flatten(4).any(dim=4) | (torch.rand(cells.shape[:4]) < 0.2)
+    return masks_from.bsr(*as_bsr(listed), (rows, cols), q_len=q_len, kv_len=kv_len, mask=cells[listed])
+
+
 def through_selected(seen: Tensor, rng: Random) -> Any:
     return masks_from.selected(as_selected(seen, rng), 1, q_len=seen.shape[2], kv_len=seen.shape[3])
 
@@ -74,7 +88,7 @@ FORMATS: dict[str, Callable[[Tensor, Random], Any]] = {
     fn.__name__.removeprefix("through_"): fn
     for fn in (
         *(through_intervals, through_columns, through_ranges, through_dense),
-        *(through_bsr, through_selected, through_a_block_mask),
+        *(through_bsr, through_blocks, through_masks_inside_of_blocks, through_selected, through_a_block_mask),
     )
 }
 
