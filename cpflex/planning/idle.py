@@ -96,7 +96,8 @@ def _finds(mod: Mod, fixed: np.ndarray, b: np.ndarray, h: np.ndarray, axis: str,
         found[left[verdict == FULL]] = True
         is_open = (verdict == PARTIAL) & ~found[left]
         is_point = is_open & (lo == hi)
-        found[left[is_point]] |= _evaluated(mod, lo[is_point], at[is_point], b[left[is_point]], h[left[is_point]], axis)
+        points = left[is_point]
+        found[points[_evaluated(mod, lo[is_point], at[is_point], b[points], h[points], axis)]] = True
         split = is_open & (lo < hi)
         left, lo, hi = left[split], lo[split], hi[split]
         middle = (lo + hi) // 2

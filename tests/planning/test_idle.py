@@ -60,6 +60,7 @@ ODD: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "kept keys of another half": lambda b, h, q, k: (KEPT[k] > 0) & ((q < 150) != (k < 150)),
     "some keys, of some heads": lambda b, h, q, k: (k <= q) & ((k % 5 != 0) | (h == 0)) & (k % 7 != 0),
     "by a root": lambda b, h, q, k: (q * 1.0).sqrt() == k * 1.0,
+    "by a root, several keys of one query": lambda b, h, q, k: ((q - k) * 1.0).sqrt() >= 1.0,
 }
 KEPT = torch.rand(SEQ_LEN, generator=torch.Generator().manual_seed(0)) - 0.4
 
