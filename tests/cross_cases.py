@@ -1,14 +1,10 @@
-"""Attention of queries to another sequence: problems, how the ranks of a group compute them, and how the results are
-put together again. As many drawn ones as wanted, on threads, against dense attention in float64:
+"""Attention of queries to another sequence: a table of masks, problems, and how the ranks of a group compute them.
 
-    python tests/cross_cases.py --cases 1000 --seed 0
+Drawn masks and shapes are in fuzz.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +17,9 @@ import cpflex
 from cases import DIMS, HEADS, LAYOUTS, options_of
 from cpflex.testing import ThreadLinks, run_ranks
 from oracle import Attention, MaskFn, ScoreFn, assert_within_budget, dense_attention
+from runs import assemble
+from runs import attend as attend_with
 
-NAN = float("nan")
 EVERYWHERE = "everywhere"
 REACH = 2000
 
@@ -63,22 +60,6 @@ class CrossProblem:
         sides = f"{self.layout}{self.q_len}-{self.keys}{self.kv_len}"
         score = "-score" if self.score else ""
         return f"{self.mask}-{sides}-{self.schedule}-{self.heads}-{self.dims}{score}-w{self.world_size}a{self.ulysses_size}"
-
-    @classmethod
-    def drawn(cls, seed: int) -> CrossProblem:
-        pick = random.Random(seed).choice
-        return cls(
-            pick(list(MASKS)),
-            pick([1, 5, 64, 127, 300, 700]),
-            pick([1, 7, 100, 321, 900, 1500]),
-            pick([*LAYOUTS, EVERYWHERE]),
-            pick(list(LAYOUTS)),
-            pick(["ring", "ring:both", "direct", "auto", "even:3", "gather", "relay:2", "striped:1/2"]),
-            pick([1, 2, 3, 4]),
-            pick(list(HEADS)),
-            pick(list(DIMS)),
-            pick([True, False]),
-        )
 
     @property
     def num_heads(self) -> int:
@@ -144,49 +125,10 @@ class CrossProblem:
         return cpflex.make_plan(masks, self.q_len, group, layout=LAYOUTS[self.layout], **options), keys
 
 
-def attend(group: Any, problem: CrossProblem, **options: Any) -> dict[str, Any]:
-    """Local results and their positions. Pads of every input hold NaN."""
+def attend(group: Any, problem: CrossProblem) -> dict[str, Any]:
+    """Local results and their positions."""
     plan, keys = problem.plans(group)
-    cross = plan["cross"]
-    local = {}
-    for name, x in problem.tensors.items():
-        of = keys if name in "kv" else plan
-        local[name] = x.clone() if of is None else of.shard(x, dim=2, pad_value=NAN)
-        local[name].requires_grad_(name in "qkv")
-    captured = problem.captured()
-    out, lse = cpflex.flex_attention(
-        *(local[name] for name in "qkv"),
-        score_mod=problem.score_mod(captured),
-        block_mask=cross,
-        enable_gqa=True,
-        return_lse=True,
-        **options,
-    )
-    inputs = [local["q"], local["k"], local["v"], *captured]
-    dq, dk, dv, *d_captured = torch.autograd.grad((out, lse), inputs, (local["grad_out"], local["grad_lse"]))
-    found = {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv, "d_captured": d_captured}
-    found["unproven"] = cross.stats["unproven_tiles"]
-    return found | {"q_positions": plan.positions, "kv_positions": None if keys is None else keys.positions}
-
-
-def assemble(results: Sequence[dict[str, Any]], problem: CrossProblem) -> Attention:
-    """Global results; gradients of captured tensors, and of keys that all ranks hold, are summed. Nothing may have come
-    out at pads.
-    """
-    whole: dict[str, Any] = {}
-    for name in ("out", "lse", "dq", "dk", "dv"):
-        parts = [r[name] for r in results]
-        axis, length = ("kv", problem.kv_len) if name in ("dk", "dv") else ("q", problem.q_len)
-        positions = [r[f"{axis}_positions"] for r in results]
-        if positions[0] is None:
-            whole[name] = torch.stack(parts).sum(dim=0)
-            continue
-        joined = torch.cat(parts, dim=2)[:, :, torch.cat(positions).argsort()]
-        at_pads = joined[:, :, length:]
-        torch.testing.assert_close(at_pads, torch.full_like(at_pads, -torch.inf if name == "lse" else 0.0))
-        whole[name] = joined[:, :, :length]
-    summed = [torch.stack(parts).sum(dim=0) for parts in zip(*(r["d_captured"] for r in results), strict=True)]
-    return Attention(**whole, d_captured=summed)
+    return attend_with(plan["cross"], keys, problem)
 
 
 def on_threads(problem: CrossProblem) -> list[dict[str, Any]]:
@@ -198,26 +140,4 @@ def on_threads(problem: CrossProblem) -> list[dict[str, Any]]:
 
 
 def assert_right(problem: CrossProblem, results: list[dict[str, Any]]) -> None:
-    assert_within_budget(assemble(results, problem), problem.dense(torch.float32), problem.dense())
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Drawn attentions to another sequence, against dense attention.")
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first case")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    began, wrong = time.monotonic(), 0
-    for seed in range(options.seed, options.seed + options.cases):
-        problem = CrossProblem.drawn(seed)
-        try:
-            assert_right(problem, on_threads(problem))
-        except Exception as error:  # noqa: BLE001 - any error is a wrong case
-            wrong += 1
-            print(f"seed {seed}: {problem!r}: {error}", flush=True)
-    print(f"{options.cases} cases, {wrong} wrong, {time.monotonic() - began:.0f} s")
-    return int(wrong > 0)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    assert_within_budget(assemble(results), problem.dense(torch.float32), problem.dense())

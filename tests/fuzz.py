@@ -3,6 +3,7 @@
 A `Case` is a complete Python expression of itself. Failures shrink to a small one, printed as code to run again:
 
     python tests/fuzz.py --cases 10000 --seed 0 --record benchmarks/results/fuzz.json
+    python tests/fuzz.py --rectangles --cases 1000 --seed 0 --record benchmarks/results/fuzz_cross.json
     python tests/fuzz.py --replay 'Case(mask="lambda b, h, q, k: k <= q", seq_len=33, world_size=2)'
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import sys
@@ -33,8 +35,9 @@ from cpflex.mods.graph import Graph
 from cpflex.mods.trace import trace_mask_mod, trace_score_mod
 from cpflex.ring.heads import why_not_divided
 from cpflex.testing import run_ranks
+from cross_cases import EVERYWHERE
 from oracle import Attention, MaskFn, ScoreFn, assert_within_budget, dense_attention
-from runs import assemble, attend_on_rank
+from runs import assemble, attend
 
 CASES_PER_BATCH = 200
 
@@ -113,6 +116,12 @@ class Case:
     """The plan was bytes on its way to the group."""
     seed: int = 0
     ulysses_size: int = 1
+    kv_len: int = 0
+    """Of another sequence of keys; 0: they are the queries' own."""
+    keys: str = ""
+    """Their layout, or `EVERYWHERE`."""
+    packed: bool = False
+    """q, k and v are [T, H, D]."""
 
     def __repr__(self) -> str:
         return _code(self)
@@ -128,8 +137,8 @@ class Case:
 
     @cached_property
     def seen(self) -> Tensor:
-        """The mask as torch itself computes it, [B, Hq, S, S]."""
-        sides = [torch.arange(n) for n in (self.batch_size, self.heads[0], self.seq_len, self.seq_len)]
+        """The mask as torch itself computes it, [B, Hq, S, S_kv]."""
+        sides = [torch.arange(n) for n in (self.batch_size, self.heads[0], self.seq_len, self.kv_len or self.seq_len)]
         b, h, q, k = (x.view([-1] + [1] * (3 - dim)) for dim, x in enumerate(sides))
         return self.mask_mod(b, h, q, k).expand([len(x) for x in sides])
 
@@ -156,28 +165,40 @@ class Case:
     def tensors(self) -> dict[str, Tensor]:
         """q, k, v, grad_out [B, H, S, D] and grad_lse [B, Hq, S]."""
         (num_heads, kv_heads), (dim, v_dim) = self.heads, self.dims
-        sizes = {"q": (num_heads, dim), "k": (kv_heads, dim), "v": (kv_heads, v_dim), "grad_out": (num_heads, v_dim)}
+        q_len, kv_len = self.seq_len, self.kv_len or self.seq_len
+        sizes = {"q": (num_heads, q_len, dim), "k": (kv_heads, kv_len, dim), "v": (kv_heads, kv_len, v_dim)}
         random = torch.Generator().manual_seed(self.seed)
         made = {
-            name: torch.randn(self.batch_size, h, self.seq_len, d, generator=random).to(DTYPES[self.dtype])
-            for name, (h, d) in sizes.items()
+            name: torch.randn(self.batch_size, *size, generator=random).to(DTYPES[self.dtype])
+            for name, size in (sizes | {"grad_out": (num_heads, q_len, v_dim)}).items()
         }
         return made | {"grad_lse": torch.randn(self.batch_size, num_heads, self.seq_len, generator=random)}
 
-    def plan(self, group: Any) -> cpflex.Plan:
-        masks = {"mask": self.mask_mod}
-        if self.beside:
-            masks["beside"] = eval(self.beside, self.names)
+    def plans(self, group: Any) -> tuple[cpflex.Plan, cpflex.Plan | None]:
+        """Of the attention, and of what shards its keys; None if each rank holds them all."""
         where: dict[str, Any] = (
             {"rank": group.rank, "world_size": group.world_size} if self.stored else {"group": group}
         )
+        where["ulysses_size"] = self.ulysses_size
+        keys, mask = None, self.mask_mod
+        if self.kv_len:
+            if self.keys != EVERYWHERE:
+                keys = cpflex.make_plan(cpflex.full(), self.kv_len, layout=LAYOUTS[self.keys], **where)
+            mask = cpflex.cross(mask, keys or self.kv_len)
+        options = options_of(self.schedule)
+        if "topology" in options:
+            options["heads"] = cpflex.Heads(*self.heads, self.dims[0])
+        masks = {"mask": mask} | ({"beside": eval(self.beside, self.names)} if self.beside else {})
         plan = cpflex.make_plan(
             masks, self.seq_len, **where, batch_size=self.batch_size, num_heads=self.heads[0],
-            layout=LAYOUTS[self.layout], **options_of(self.schedule), ulysses_size=self.ulysses_size,
+            layout=LAYOUTS[self.layout], **options,
         )  # fmt: skip
         if self.stored:
             plan = cpflex.Plan.from_bytes(plan.to_bytes()).bind(group)
-        return plan["mask"]
+        return plan["mask"], keys if self.kv_len else plan["mask"]
+
+    def plan(self, group: Any) -> cpflex.Plan:
+        return self.plans(group)[0]
 
     def dense(self, precision: torch.dtype) -> Attention:
         captured = self.captured()
@@ -200,7 +221,10 @@ class Case:
             ("heads", f"{self.heads[0]} over {self.heads[1]}"),
             ("batch_size", self.batch_size),
         )
-        yield "seq_len", f"up to {next(n for n in (1, 16, 64, 128, 256, 512) if self.seq_len <= n)}"
+        yield "seq_len", _at_most(self.seq_len)
+        if self.kv_len:
+            yield from (("kv_len", _at_most(self.kv_len)), ("layout of the keys", self.keys))
+            yield "tensors", "[T, H, D]" if self.packed else "[B, H, S, D]"
         yield "dims", "equal" if self.dims[0] == self.dims[1] else "Dv differs"
         yield "plan", "stored" if self.stored else "made in place"
         yield "ranks that exchange heads", self.ulysses_size
@@ -216,14 +240,29 @@ class Case:
         )
 
 
+def _at_most(length: int) -> str:
+    return f"up to {next(n for n in (1, 16, 64, 128, 256, 512) if length <= n)}"
+
+
 def _ops(graph: Graph) -> set[str]:
     return {node.op for node in graph.nodes} - {"input", "const", "captured"}
 
 
-def check(case: Case) -> None:
+def attend_on_rank(group: Any, case: Case) -> dict[str, Any]:
+    return attend(*case.plans(group), case, packed=case.packed)
+
+
+Errors = dict[str, tuple[float, float]]
+"""Of each result: its error, and its budget."""
+
+
+def check(case: Case) -> Errors:
     """All ranks compute what one dense attention does, within the error of its own precision; none of them hangs."""
-    results = run_ranks(partial(attend_on_rank, problem=case), case.world_size, timeout=60)
-    assert_within_budget(assemble(results), case.dense(torch.float32), case.dense(torch.float64))
+    return compare(case, run_ranks(partial(attend_on_rank, case=case), case.world_size, timeout=60))
+
+
+def compare(case: Case, results: Sequence[dict[str, Any]]) -> Errors:
+    return assert_within_budget(assemble(results), case.dense(torch.float32), case.dense(torch.float64))
 
 
 # -- random mods, as text: i an integer of int64, x a float, c a bool
@@ -323,8 +362,14 @@ LIBRARY = [
     "cpflex.sliding_window({n}, {n})",
     "cpflex.prefix_lm({n})",
 ]
-LIBRARY += ["cpflex.document({documents})", "cpflex.tree({parents})", "cpflex.prefix_lm({n}, positions={positions})"]
-LIBRARY += ["cpflex.sliding_window({n}, positions={positions})"]
+LIBRARY += ["cpflex.document({documents})"]
+LIBRARY_OF_ONE = ["cpflex.tree({parents})", "cpflex.prefix_lm({n}, positions={positions})"]
+LIBRARY_OF_ONE += ["cpflex.sliding_window({n}, positions={positions})"]
+OF_TWO = ["(k * {Q} <= q * {K})", "((q * {K} - k * {Q}).abs() <= {n} * {Q})", "(k <= q + ({K} - {Q}))"]
+OF_TWO += ["(k // {n} < q // {n})", "(k >= {Q})"]
+LIBRARY_OF_TWO = ["cpflex.document({documents})"] * 2
+LIBRARY_OF_TWO += ["cpflex.masks_from.varlen({cu_q}, {cu_k}, causal={yes}, window_size=({n}, -1))"]
+LIBRARY_OF_TWO += ["cpflex.masks_from.varlen({cu_q}, {cu_k}, causal={yes})"]
 SMOOTH = ["(3.0 * torch.tanh({x} / 3.0))", "torch.sin({x})", "torch.cos({x})", "torch.erf({x})", "torch.sigmoid({x})"]
 SMOOTH += ["torch.sqrt({x} * {x} + 1.0)", "torch.log1p({x} * {x})", "torch.exp(-{x} * {x})", "torch.exp2(-{x} * {x})"]
 SMOOTH += [
@@ -339,7 +384,7 @@ SMOOTH += [
     "({x} + 0.5 * {x}.detach())",
     "torch.log({x} * {x} + 1.0)",
 ]
-SMOOTH += ["({x} * {x} + 1.0) ** 0.5"]
+SMOOTH += ["(({x} * {x} + 1.0) ** 0.5)"]
 BIAS = [
     "({x} + {t})",
     "({x} * torch.sigmoid({t}))",
@@ -372,9 +417,12 @@ SPANS = {"q": "seq_len", "k": "seq_len", "b": "batch_size", "h": "num_heads"}
 class _Mods:
     """Draws the texts of mods; their tables have the sizes of one case."""
 
-    def __init__(self, draw: Callable, seq_len: int, batch_size: int, num_heads: int) -> None:
+    def __init__(self, draw: Callable, seq_len: int, batch_size: int, num_heads: int, kv_len: int = 0) -> None:
         self.draw = draw
-        self.sizes = {"q": seq_len, "k": seq_len, "b": batch_size, "h": num_heads}
+        self.sizes = {"q": seq_len, "k": kv_len or seq_len, "b": batch_size, "h": num_heads}
+        self.known = KNOWN + OF_TWO if kv_len else KNOWN
+        self.library = LIBRARY + (LIBRARY_OF_TWO if kv_len else LIBRARY_OF_ONE)
+        self.is_square = not kv_len
         self.tables: list[Table] = []
 
     def pick(self, options: Sequence[Any]) -> Any:
@@ -391,15 +439,32 @@ class _Mods:
             "n": lambda: str(self.pick(NUMBERS)),
             "f": lambda: self.pick(FLOATS),
             "bits": lambda: str(self.pick([0, 1, 3, 8])),
-            "documents": lambda: self.table(self.pick(tokens), "int64", rising=True),
             "positions": lambda: self.table(self.pick(tokens), self.pick(["int64", "int16"])),
             "parents": lambda: self.table((self.sizes["q"],), "int64", parents=True),
+            "documents": lambda: self.documents(self.pick([(), (self.sizes["b"],)]), "int64"),
+            "yes": lambda: str(self.pick([False, True])),
+            "cu_q": lambda: self.bounds("q"),
+            "cu_k": lambda: self.bounds("k"),
+            "Q": lambda: str(self.sizes["q"]),
+            "K": lambda: str(self.sizes["k"]),
         }
         return form.format_map({name: make() for name, make in makers.items() if f"{{{name}}}" in form})
 
     def table(self, shape: tuple[int, ...], dtype: str, **options: Any) -> str:
         self.tables.append(Table(shape, dtype, **options, seed=self.draw(st.integers(0, 99))))
         return f"t{len(self.tables) - 1}"
+
+    def documents(self, batch: tuple[int, ...], dtype: str, between: str = ", kv_ids=") -> str:
+        """Of the queries, and of the keys if these are another sequence."""
+        q_ids = self.table((*batch, self.sizes["q"]), dtype, rising=True)
+        if self.is_square:
+            return q_ids
+        return f"{q_ids}{between}{self.table((*batch, self.sizes['k']), dtype, rising=True)}"
+
+    def bounds(self, axis: str) -> str:
+        """cu_seqlens of three sequences, empty ones among them."""
+        cuts = sorted(self.draw(st.integers(0, self.sizes[axis])) for _ in range(2))
+        return str([0, *cuts, self.sizes[axis]])
 
     def gather(self, dtype: str, depth: int, **options: Any) -> str:
         """One element: at a position as it is, or anywhere within, counted from either end."""
@@ -444,14 +509,14 @@ class _Mods:
             ["known"] if depth <= 0 else ["known", "known", "logic", "logic", "int", "float", "gather", "documents"]
         )
         if form == "known":
-            return self.fill(self.pick(KNOWN), depth)
+            return self.fill(self.pick(self.known), depth)
         if form == "logic":
             return self.fill(self.pick(LOGIC), depth)
         if form == "gather":
             return self.gather("bool", depth)
         if form == "documents":
-            ids = self.table((self.sizes["q"],), self.pick(["int64", "int32"]), rising=True)
-            return f"({ids}[q] == {ids}[k])"
+            q_ids, _, k_ids = self.documents((), self.pick(["int64", "int32"]), " ").partition(" ")
+            return f"({q_ids}[q] == {k_ids or q_ids}[k])"
         make, numbers = (self.int, NUMBERS) if form == "int" else (self.float, FLOATS)
         other = str(self.pick(numbers)) if self.draw(st.booleans()) else make(depth - 1)
         return f"({make(depth - 1)} {self.pick(COMPARE)} {other})"
@@ -462,8 +527,8 @@ class _Mods:
         plain = f"lambda b, h, q, k: {self.bool(depth)}" if form != "library" else ""
         if form == "plain":
             return plain
-        known = self.fill(self.pick(LIBRARY), depth)
-        other = f"({plain})" if form == "both" else self.fill(self.pick(LIBRARY), depth)
+        known = self.fill(self.pick(self.library), depth)
+        other = f"({plain})" if form == "both" else self.fill(self.pick(self.library), depth)
         return self.pick(["{} & {}", "{} | {}", "~{} & {}", "{} & ~({} & cpflex.full())"]).format(known, other)
 
     def score(self) -> str:
@@ -480,7 +545,8 @@ class _Mods:
 
 
 @st.composite
-def cases(draw: Callable, worlds: Sequence[int] = tuple(range(1, 9))) -> Case:
+def cases(draw: Callable, worlds: Sequence[int] = tuple(range(1, 9)), rectangles: bool = False) -> Case:
+    """Attentions to the same sequence, or to another one."""
     lengths = [
         st.integers(1, 20),
         st.integers(1, 100),
@@ -494,9 +560,14 @@ def cases(draw: Callable, worlds: Sequence[int] = tuple(range(1, 9))) -> Case:
         draw(st.sampled_from([1, 1, 2, 3])),
         draw(st.sampled_from([1, 1, 2])),
     )
-    mods = _Mods(draw, seq_len, batch_size, kv_heads * group_size)
+    kv_len = draw(st.one_of(lengths)) if rectangles else 0
+    mods = _Mods(draw, seq_len, batch_size, kv_heads * group_size, kv_len)
     mask, score = mods.mask(draw(st.sampled_from([1, 2, 3]))), mods.score()
-    beside = mods.mask(1) if draw(st.sampled_from([False] * 4 + [True])) else ""
+    beside = ""
+    if draw(st.sampled_from([False] * 4 + [True])):
+        square = _Mods(draw, seq_len, batch_size, kv_heads * group_size)
+        square.tables = mods.tables
+        beside = square.mask(1)
     heads, world_size = (kv_heads * group_size, kv_heads), draw(st.sampled_from(worlds))
     case = Case(
         mask, score, tuple(mods.tables), seq_len,
@@ -510,10 +581,13 @@ def cases(draw: Callable, worlds: Sequence[int] = tuple(range(1, 9))) -> Case:
         beside=beside,
         stored=draw(st.sampled_from([False] * 7 + [True])),
         seed=draw(st.integers(0, 9)),
-        ulysses_size=draw(st.sampled_from(
-            [n for n in range(1, world_size + 1) if world_size % n == 0 and not why_not_divided(*heads, n)]
-        )),
+        kv_len=kv_len,
+        keys=draw(st.sampled_from([*LAYOUTS, EVERYWHERE])) if rectangles else "",
+        packed=rectangles and batch_size == 1 and draw(st.booleans()),
     )  # fmt: skip
+    if case.keys != EVERYWHERE:
+        sizes = [n for n in range(1, world_size + 1) if world_size % n == 0 and not why_not_divided(*heads, n)]
+        case = dataclasses.replace(case, ulysses_size=draw(st.sampled_from(sizes)))
     if case.seen.any() or draw(st.sampled_from([False, False, False, True])):
         return case
     return dataclasses.replace(case, mask=f"cpflex.causal() | ({mask})")
@@ -537,6 +611,8 @@ class Report:
     num_cases: int = 0
     distinct: set[str] = dataclasses.field(default_factory=set)
     failures: list[Failure] = dataclasses.field(default_factory=list)
+    worst: dict[str, dict[str, tuple[float, float]]] = dataclasses.field(default_factory=dict)
+    """By dtype and result: the largest error, and the largest share of its budget that an error was."""
     features: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
 
     def add(self, case: Case) -> None:
@@ -545,10 +621,17 @@ class Report:
         for name, value in case.features():
             self.features.setdefault(name, Counter())[str(value)] += 1
 
+    def add_errors(self, case: Case, errors: Errors) -> None:
+        worst = self.worst.setdefault(case.dtype, {})
+        for name, (error, budget) in errors.items():
+            found = (error, error / budget if error else 0.0)
+            name = name.partition("[")[0]
+            worst[name] = tuple(map(max, worst.get(name, (0.0, 0.0)), found))  # pyright: ignore
+
 
 def run(
     num_cases: int,
-    check: Callable[[Case], None] = check,
+    check: Callable[[Case], Errors | None] = check,
     strategy: st.SearchStrategy[Case] | None = None,
     random_seed: int | None = None,
     report: Report | None = None,
@@ -567,10 +650,12 @@ def run(
         if not errors:
             report.add(case)
         try:
-            check(case)
+            found = check(case)
         except BaseException as error:
             errors.append(error)
             raise
+        if found and not errors:
+            report.add_errors(case, found)
 
     quiet = {
         "database": None,
@@ -593,7 +678,7 @@ def run(
     return report
 
 
-def fuzz(num_cases: int, random_seed: int) -> Report:
+def fuzz(num_cases: int, random_seed: int, rectangles: bool = False) -> Report:
     """Batches of cases, each up to its first failure, with their progress."""
     report, began = Report(), time.perf_counter()
     batch = 0
@@ -601,6 +686,7 @@ def fuzz(num_cases: int, random_seed: int) -> Report:
         known = len(report.failures)
         run(
             min(CASES_PER_BATCH, num_cases - report.num_cases),
+            strategy=cases(rectangles=rectangles),
             random_seed=random_seed * 1_000_003 + batch,
             report=report,
         )
@@ -624,6 +710,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rectangles", action="store_true", help="keys of another sequence than the queries")
     parser.add_argument("--replay", help="check this one case")
     parser.add_argument("--record", type=Path, help="write what was tried, and what failed, to this file")
     options = parser.parse_args(arguments)
@@ -634,23 +721,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("the case passes")
         return 0
     began = time.perf_counter()
-    report = fuzz(options.cases, options.seed)
-    record = {
-        "command": f"python tests/fuzz.py --cases {options.cases} --seed {options.seed} --record benchmarks/results/fuzz.json",
+    report = fuzz(options.cases, options.seed, options.rectangles)
+    if options.record:
+        record = recorded(report, options, time.perf_counter() - began)
+        options.record.write_text(json.dumps(record, indent=2) + "\n")
+    return 1 if report.failures else 0
+
+
+def recorded(report: Report, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    which = "--rectangles " if options.rectangles else ""
+    return {
+        "command": f"python tests/fuzz.py {which}--cases {options.cases} --seed {options.seed} --record {options.record}",
         "cases": report.num_cases,
         "distinct": len(report.distinct),
         "failures": [{"case": repr(f.case), "error": f.error} for f in report.failures],
-        "seconds": round(time.perf_counter() - began),
+        "worst": {
+            dtype: {name: {"error": error, "of its budget": share} for name, (error, share) in sorted(worst.items())}
+            for dtype, worst in sorted(report.worst.items())
+        },
+        "seconds": round(seconds),
         "cpu_seconds": round(time.process_time()),
         "versions": {"cpflex": cpflex.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1},
         "coverage": {
             name: dict(sorted(counts.items(), key=lambda item: (len(item[0]), item[0])))
             for name, counts in report.features.items()
         },
     }
-    if options.record:
-        options.record.write_text(json.dumps(record, indent=2) + "\n")
-    return 1 if report.failures else 0
 
 
 if __name__ == "__main__":

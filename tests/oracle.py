@@ -181,8 +181,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-def assert_within_budget(actual: Attention, reference: Attention, exact: Attention) -> None:
-    """error(actual) <= 2 x error(reference) + one rounding, both against float64 (DESIGN.md section 7).
+def assert_within_budget(actual: Attention, reference: Attention, exact: Attention) -> dict[str, tuple[float, float]]:
+    """error(actual) <= 2 x error(reference) + one rounding, both against float64 (DESIGN.md section 7). Returns the
+    (error, budget) of each result.
 
     One rounding of the result in its dtype, and one in float32 of everything that is summed up to it: where few numbers are
     compared, or terms cancel, the reference may be right by luck. -inf agrees exactly.
@@ -190,6 +191,7 @@ def assert_within_budget(actual: Attention, reference: Attention, exact: Attenti
     assert exact.terms is not None, "the exact attention is in float64"
     found, close, true, terms = (x.named() for x in (actual, reference, exact, exact.terms))
     assert set(found) == set(true) == set(close)
+    errors = {}
     for name, value in found.items():
         assert value.shape == true[name].shape, f"{name}: shape {tuple(value.shape)}, not {tuple(true[name].shape)}"
         finite = true[name].isfinite()
@@ -201,6 +203,8 @@ def assert_within_budget(actual: Attention, reference: Attention, exact: Attenti
         assert error <= 2 * allowed + rounding, (
             f"{name}: error {error:.3e} against float64; the budget is 2 x {allowed:.3e} + one rounding, {rounding:.3e}"
         )
+        errors[name] = (error, 2 * allowed + rounding)
+    return errors
 
 
 def _largest(x: Tensor) -> float:

@@ -1,6 +1,8 @@
-"""A sample of the fuzz (the same cases at every run), and that what it finds can be run again."""
+"""A sample of the fuzz (squares: the same cases at every run), and that what it finds can be run again."""
 
 from __future__ import annotations
+
+import datetime
 
 import pytest
 import torch
@@ -19,6 +21,13 @@ def test_random_attentions_equal_the_oracle(worlds: tuple[int, int]):
     assert not report.failures, "\n".join(f"{f.error}\n{fuzz.replay_command(f.case)}" for f in report.failures)
     assert set(report.features["world_size"]) == {str(n) for n in worlds}
     assert set(report.features["layout"]) == {"balanced", "contiguous", "striped", "zigzag"}
+
+
+def test_random_attentions_to_another_sequence_equal_the_oracle():
+    """Others every day."""
+    report = run(30, strategy=cases((1, 2, 3, 4), rectangles=True), random_seed=datetime.date.today().toordinal())
+    assert not report.failures, "\n".join(f"{f.error}\n{fuzz.replay_command(f.case)}" for f in report.failures)
+    assert {"kv_len", "layout of the keys", "tensors"} <= set(report.features)
 
 
 def test_a_failure_shrinks_to_the_least_case_that_fails_and_can_be_run_again():
