@@ -7,6 +7,7 @@ import json
 import pickle
 import pickletools
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ import cpflex
 from cases import FACTORS, Problem, pairwise
 from cpflex.planning import plan_bytes
 from cpflex.planning.plan import VERSION
+from cpflex.testing import ThreadLinks, run_ranks
 
 STORED = Path(__file__).parent / "stored"
 """Of `test_a_plan_written_before_is_the_same_or_refused_by_its_version`, one of each format that was released."""
@@ -93,22 +95,47 @@ def test_a_plan_of_another_version_is_refused():
         pickle.loads(stored)
 
 
-@pytest.mark.parametrize("stored", sorted(STORED.iterdir()), ids=lambda path: path.stem)
-def test_a_plan_written_before_is_the_same_or_refused_by_its_version(stored: Path):
+def stored_before(rank: int) -> cpflex.Plan:
+    """Of whose rank 1 ``to_bytes()`` is in `STORED`; those before format 4 have the first two kinds."""
+
     def odd(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) | table[k % 64]
 
-    table = torch.arange(64) % 3 > 0
-    masks = {"full": cpflex.causal() & cpflex.document(cu_seqlens=[0, 100, 300]), "odd": odd}
+    table, where = torch.arange(64) % 3 > 0, {"rank": rank, "world_size": 2}
+    masks: dict[str, Any] = {"full": cpflex.causal() & cpflex.document(cu_seqlens=[0, 100, 300]), "odd": odd}
+    encoder = cpflex.make_plan(cpflex.full(), 700, **where, layout=cpflex.striped)
+    masks["cross"] = cpflex.cross(cpflex.document(torch.arange(300) // 90, kv_ids=torch.arange(700) // 200), encoder)
+    masks["images"] = cpflex.cross(lambda b, h, q, k: table[k % 64] & (k <= q // 4), 64)
+    return cpflex.make_plan(masks, 300, **where)
+
+
+@pytest.mark.parametrize("stored", sorted(STORED.iterdir()), ids=lambda path: path.stem)
+def test_a_plan_written_before_is_the_same_or_refused_by_its_version(stored: Path):
     data = stored.read_bytes()
     if f'"{VERSION}"'.encode() not in data:
         with pytest.raises(ValueError, match=r"was made by cpflex .* make it again"):
             cpflex.Plan.from_bytes(data)
         return
-    plan = cpflex.make_plan(masks, 300, rank=1, world_size=2)
-    again = cpflex.Plan.from_bytes(data)
+    plan, again = stored_before(1), cpflex.Plan.from_bytes(data)
     assert again.stats == plan.stats
     assert again.layout == plan.layout
+    assert again.to_bytes() == plan.to_bytes() == data
+
+    def on_rank(group: ThreadLinks, of_rank_1: cpflex.Plan) -> list[Tensor]:
+        whole = (of_rank_1 if group.rank else stored_before(0)).bind(group)
+        outs = []
+        for kind in ("full", "cross", "images"):
+            random, bound = torch.Generator().manual_seed(group.rank), whole[kind]
+            q, k, v = (
+                torch.randn(1, 2, n, 8, generator=random)
+                for n in (bound.local_len, bound.kv_local_len, bound.kv_local_len)
+            )
+            outs.append(cpflex.flex_attention(q, k, v, block_mask=bound))
+        return outs
+
+    torch.testing.assert_close(
+        *(run_ranks(partial(on_rank, of_rank_1=one), 2) for one in (again, plan)), rtol=0, atol=0
+    )
 
 
 def test_any_byte_that_changed_is_noticed():
