@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import cpflex
 from cases import LAYOUTS
+from cpflex.mods.intervals import EMPTY
 from cpflex.testing import ThreadLinks, run_ranks
 from cross_cases import EVERYWHERE, MASKS, CrossProblem, assert_right, attend, on_threads
 from processes import RankProcesses
@@ -108,6 +110,22 @@ def test_a_plan_of_two_sequences_is_explained_and_drawn_as_a_rectangle(keys: str
     assert "future keys are visible" not in text
     plan.plot(str(tmp_path / "plan.png"))
     assert (tmp_path / "plan.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("keys", [EVERYWHERE, "zigzag"])
+def test_what_is_drawn_is_the_mask_on_its_own_axes(keys: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("matplotlib")
+    explaining, painted = importlib.import_module("cpflex.seeing.explain"), []
+    monkeypatch.setattr(explaining, "_paint", lambda ax, verdicts, colors, extent: painted.append((verdicts, extent)))
+    problem = P("monotonic", 300, 900, keys, world_size=2)
+    plan = problem.plans(rank=1, world_size=2)[0]["cross"]
+    plan.plot(str(tmp_path / "plan.png"))
+    (verdicts, (left, right, bottom, top)), *_ = painted
+    (rows, columns), seen = verdicts.shape, problem.mask_mod
+    assert (left, top) == (0, 0) and 300 <= bottom < 300 + bottom // rows and 900 <= right < 900 + right // columns
+    q, k = (torch.arange(n).clamp(max=most - 1) for n, most in ((bottom, 300), (right, 900)))
+    dense = seen(torch.tensor(0), torch.tensor(0), q[:, None], k).view(rows, bottom // rows, columns, right // columns)
+    assert torch.equal(torch.from_numpy(verdicts != EMPTY), dense.any(dim=3).any(dim=1))
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
