@@ -128,6 +128,12 @@ def varlen_of_two(s: int) -> Made:
     return lambda: masks_from.varlen(cu, cu_k, causal=True)
 
 
+def varlen_with_room(s: int) -> Made:
+    cu = documents(s)
+    used = cu.diff() * 3 // 4
+    return lambda: masks_from.varlen(cu, causal=True, window_size=(WINDOW - 1, 0), seqused_k=used)
+
+
 def flashmask_of_documents(s: int) -> Made:
     cu = documents(s)
     ends = torch.repeat_interleave(cu[1:], cu.diff()).view(1, 1, -1, 1).int()
@@ -156,17 +162,30 @@ def bsr_of_window(s: int) -> Made:
     return lambda: masks_from.bsr(indptr, flat, BLOCK, kv_len=s)
 
 
+def bsr_of_parts(s: int) -> Made:
+    """The own block as a triangle, the one before it, and the first."""
+    num_blocks = s // BLOCK
+    rows = [sorted({0, max(0, i - 1), i}) for i in range(num_blocks)]
+    indices = torch.tensor([block for row in rows for block in row])
+    indptr = torch.tensor([0, *np.cumsum([len(row) for row in rows])])
+    mask = torch.ones(len(indices), BLOCK, BLOCK, dtype=torch.bool)
+    mask[indptr[1:] - 1] = torch.ones(BLOCK, BLOCK).tril().bool()
+    return lambda: masks_from.bsr(indptr, indices, BLOCK, kv_len=s, mask=mask)
+
+
 FORMATS: dict[str, Callable[[int], Made]] = {
     "BlockMask, window and sink, blocks of 128": block_mask_of_window,
     "BlockMask, causal, blocks of 1,024": block_mask_of_causal,
     "Magi ranges, causal documents": ranges_of_documents,
     "varlen, documents and window": varlen_of_documents,
     "varlen, documents of two lengths": varlen_of_two,
+    "varlen, documents with keys not used": varlen_with_room,
     "FlashMask, causal documents": flashmask_of_documents,
     "FlashMask, random eviction": flashmask_of_eviction,
     "cuDNN intervals, window and sinks": intervals_of_window,
     "selected blocks of 1,024, 16 a row": selection,
     "BSR, window and sink, blocks of 128": bsr_of_window,
+    "BSR, triangles inside of blocks of 128": bsr_of_parts,
 }
 
 

@@ -146,7 +146,7 @@ FORMATS = "masks_from/test_readers.py"
 READERS = [
     Mutant("format: varlen aligned at the first key", "masks_from/varlen.py", "k_bounds[:-1] + used - q_bounds[1:]", "k_bounds[:-1] - q_bounds[:-1]", FORMATS),
     Mutant("format: keys that are not used count for alignment", "masks_from/varlen.py", "k_bounds[:-1] + used - q_bounds[1:]", "k_bounds[1:] - q_bounds[1:]", f"{FORMATS} -k used"),
-    Mutant("format: packed masks read from the highest bit", "masks_from/bsr.py", "packed[:, None] >> torch.arange(8", "packed[:, None] >> torch.arange(7, -1, -1", f"{FORMATS} -k inside"),
+    Mutant("format: packed masks read from the highest bit", "masks_from/bsr.py", 'bitorder="little"', 'bitorder="big"', f"{FORMATS} -k inside"),
     Mutant("format: window one token too wide", "masks_from/varlen.py", "shift[q] - before.to(q.device)", "shift[q] - before.to(q.device) - 1", FORMATS),
     Mutant("format: FlashMask aligned at the first key", "masks_from/columns.py", "k <= q + keys_before.to(q.device)", "k <= q", FORMATS),
     Mutant("format: FlashMask's upper triangle forgotten", "masks_from/columns.py", "[(column[0], last), (first, column[1])]", "[(column[0], last)]", FORMATS),

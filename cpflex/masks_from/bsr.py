@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cpflex.masks import MaskMod
 from cpflex.masks_from.checked import by_head, integers
-from cpflex.masks_from.rows import element_of
+from cpflex.masks_from.rows import element_of, slots
 from cpflex.masks_from.tables import (
+    MAX_RUNS,
     Blocks,
     axis_of,
     axis_of_one_size,
@@ -56,9 +60,20 @@ def bsr(
     kv_axis = axis_of_one_size(kv_size, kv_len, "kv")
     row, col, order = _pairs(indptr, indices, kv_axis)
     shape = indptr.shape[0], indptr.shape[1], indptr.shape[2] - 1
-    if mask is not None:
-        inside = _inside(mask, indptr.diff(dim=2).reshape(-1), q_axis, kv_axis)[order.to(mask.device)]
-        return _by_parts(inside, row, col, shape, q_axis, kv_axis, num_heads)
+    if mask is None:
+        return _whole(row, col, shape, q_axis, kv_axis, num_heads)
+    inside = _inside(mask, indptr.diff(dim=2).reshape(-1), q_axis, kv_axis)[order.to(mask.device)].to(row.device)
+    is_whole = inside.flatten(1).all(dim=1)
+    is_part = inside.flatten(1).any(dim=1) & ~is_whole
+    whole = _whole(row[is_whole], col[is_whole], shape, q_axis, kv_axis, num_heads)
+    if not is_part.any():
+        return whole
+    return whole | _parts(inside[is_part], row[is_part], col[is_part], shape, q_axis, kv_axis, num_heads)
+
+
+def _whole(
+    row: Tensor, col: Tensor, shape: tuple[int, int, int], q_axis: Blocks, kv_axis: Blocks, num_heads: int | None
+) -> MaskMod:
     if num_heads is not None and num_heads != shape[1]:
         table = by_head(table_of(row, col, shape, kv_axis), num_heads, "indptr")
         return of_table(table, q_axis, kv_axis, "bsr")
@@ -83,7 +98,7 @@ def _pairs(indptr: Tensor, indices: Tensor, kv_axis: Blocks) -> tuple[Tensor, Te
     return pairs // kv_axis.count, pairs % kv_axis.count, order
 
 
-def _by_parts(
+def _parts(
     inside: Tensor,  # bool [N, R, C]
     row: Tensor,
     col: Tensor,
@@ -92,23 +107,44 @@ def _by_parts(
     kv_axis: Blocks,
     num_heads: int | None,
 ) -> MaskMod:
-    """A table says which part a block has: none, all, or one of those listed. What is the same is kept once."""
-    check_size((*shape, kv_axis.count), "with masks inside of them,")
-    none, whole = (inside.new_full((1, *inside.shape[1:]), seen) for seen in (False, True))
-    parts = torch.cat([none, whole, inside])
-    packed = np.packbits(parts.flatten(1).cpu().numpy(), axis=1)
-    _, first, part_of = np.unique(packed, axis=0, return_index=True, return_inverse=True)
-    parts, part_of = parts[torch.from_numpy(first)], torch.from_numpy(part_of.reshape(-1)).int().to(row.device)
-    table = torch.full((shape[0] * shape[1] * shape[2], kv_axis.count), int(part_of[0]), dtype=torch.int32)
-    table = table.to(row.device)
-    table[row, col] = part_of[2:]
-    part = element_of(by_head(table.view(*shape, -1), num_heads, "indptr"))
+    """Blocks of which a part is seen. A row of few lists them; else a table says of every block which part it has."""
+    parts, part_of = _once(inside)
     rows, cols = inside.shape[1:]
-    return MaskMod(
-        lambda b, h, q, k: parts[part(b, h, q // rows, k // cols), q % rows, k % cols],
-        "bsr",
-        lengths_of(q_axis, kv_axis),
-    )
+    count = torch.bincount(row, minlength=shape[0] * shape[1] * shape[2]).view(shape)
+    if int(count.max()) > MAX_RUNS:
+        check_size((*shape, kv_axis.count), "with masks inside of them,")
+        table = torch.zeros(count.numel(), kv_axis.count, dtype=torch.int32, device=row.device)
+        table[row, col] = part_of
+        part = element_of(by_head(table.view(*shape, -1), num_heads, "indptr"))
+
+        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return parts[part(b, h, q // rows, k // cols), q % rows, k % cols]
+    else:
+        listed = slots(col.int() + 1, part_of, count)
+        cells = [
+            [element_of(by_head(x, num_heads, "indptr")) for x in pair]
+            for pair in zip((listed[0] - 1).unbind(2), listed[1].unbind(2), strict=True)
+        ]
+
+        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            shown = [
+                (k // cols == at(b, h, q // rows)) & parts[part(b, h, q // rows), q % rows, k % cols]
+                for at, part in cells
+            ]
+            return functools.reduce(operator.or_, shown)
+
+    return MaskMod(seen, "parts of blocks", lengths_of(q_axis, kv_axis))
+
+
+def _once(inside: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts that differ, the first of them nothing, bool [1 + n, R, C]; and which each block has, int32 [N]."""
+    numbers: dict[bytes, int] = {}
+    packed = np.packbits(inside.flatten(1).cpu().numpy(), axis=1)
+    part_of = [numbers.setdefault(bits.tobytes(), 1 + len(numbers)) for bits in packed]
+    block = torch.zeros(len(numbers), dtype=torch.int64)
+    block[torch.tensor(part_of) - 1] = torch.arange(len(part_of))  # any one that has it
+    parts = torch.cat([torch.zeros_like(inside[:1]), inside[block.to(inside.device)]])
+    return parts, torch.tensor(part_of, dtype=torch.int32, device=inside.device)
 
 
 def _inside(mask: Tensor, per_row: Tensor, q_axis: Blocks, kv_axis: Blocks) -> Tensor:
@@ -135,10 +171,8 @@ def _unpacked(packed: Tensor, per_row: Tensor, rows: int, cols: int) -> Tensor:
     num_bytes = (per_row * rows * cols + 7) // 8
     if len(packed) != int(num_bytes.sum()):
         raise ValueError(f"a packed mask of these blocks has {int(num_bytes.sum())} bytes; got {len(packed)}")
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    row = torch.repeat_interleave(torch.arange(len(per_row), device=per_row.device), per_row)
-    slot = torch.arange(len(row), device=row.device) - (per_row.cumsum(0) - per_row)[row]
-    first = 8 * (num_bytes.cumsum(0) - num_bytes)[row] + slot * cols
-    r, c = torch.arange(rows, device=row.device), torch.arange(cols, device=row.device)
-    at = first[:, None, None] + r[:, None] * (per_row[row] * cols)[:, None, None] + c
-    return bits.flatten()[at.to(packed.device)].bool()
+    ends, read = num_bytes.cumsum(0).tolist(), []
+    for begin, end, count in zip([0, *ends], ends, per_row.tolist(), strict=False):
+        bits = np.unpackbits(packed[begin:end].cpu().numpy(), count=rows * count * cols, bitorder="little")
+        read.append(bits.reshape(rows, count, cols).swapaxes(0, 1))
+    return torch.from_numpy(np.concatenate(read)).bool().to(packed.device)

@@ -108,7 +108,7 @@ def runs_of_table(table: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
     count = begins.sum(dim=-1)
     if int(count.max()) > most:
         return None
-    return _slots(begins.nonzero()[:, 3], stops.nonzero()[:, 3] + 1, count)
+    return slots(begins.nonzero()[:, 3], stops.nonzero()[:, 3] + 1, count)
 
 
 def runs_of_pairs(
@@ -125,10 +125,10 @@ def runs_of_pairs(
     count = torch.bincount(row[first], minlength=shape[0] * shape[1] * shape[2])
     if int(count.max()) > most:
         return None
-    return _slots(col[first], col[last] + 1, count.view(shape))
+    return slots(col[first], col[last] + 1, count.view(shape))
 
 
-def _slots(starts: Tensor, ends: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def slots(starts: Tensor, ends: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Runs in the order of their rows -> [B, H, n, R], the n-th run of each row; ``count``: runs of each row."""
     per_row = count.reshape(-1)
     row = torch.repeat_interleave(torch.arange(len(per_row), device=count.device), per_row)

@@ -436,8 +436,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "whole rows of blocks",
     ),
-    "bsr: a large table with a mask": (
-        lambda: masks_from.bsr([0] * 9001, torch.tensor([]).int(), 1, kv_len=9000, mask=torch.zeros(0, 1, 1).bool()),
+    "bsr: a large table with many masks in a row": (
+        lambda: masks_from.bsr(
+            [0, *[5] * 9000], torch.arange(5), 2, kv_len=18000, mask=torch.eye(2, dtype=torch.bool).expand(5, 2, 2)
+        ),
         NotImplementedError,
         "67,108,864, with masks inside of them",
     ),
