@@ -140,7 +140,7 @@ def test_a_reader_returns_an_ordinary_mask_mod(name: str):
 
 
 def test_packed_sequences_of_any_lengths_are_flash_attns():
-    @settings(max_examples=60, derandomize=True, database=None)
+    @settings(max_examples=30, derandomize=True, database=None)
     @given(st.randoms(use_true_random=True))
     def run(rng: Random) -> None:
         count = rng.randint(1, 4)
