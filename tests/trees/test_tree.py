@@ -192,8 +192,8 @@ def test_intervals_settle_every_tile_of_a_tree_stored_depth_first(seed: int):
 
 
 @pytest.mark.parametrize("window", [16, 200])
-def test_a_window_by_depth_is_settled_but_for_few_tiles(window: int):
-    """Branches of different depths share a tile where one ends: there, bounds are those of both."""
+def test_a_window_by_depth_leaves_open_only_tiles_where_branches_meet(window: int):
+    """Segments of a few tiles. Branches of different depths share a tile where one ends: its bounds are those of both."""
     needless = mixed = 0
     for seed in range(6):
         tree = depth_first(random_tree(seed, most_segments=30, longest=400))
@@ -201,7 +201,7 @@ def test_a_window_by_depth_is_settled_but_for_few_tiles(window: int):
         is_open, is_mixed = left_open(mask, tree.num_tokens)
         assert not (is_mixed & ~is_open).any()
         needless, mixed = needless + int((is_open & ~is_mixed).sum()), mixed + int(is_mixed.sum())
-    assert needless <= 0.25 * mixed
+    assert needless <= 0.4 * mixed
 
 
 # -- trees of drafted tokens
