@@ -95,11 +95,13 @@ def program(
     operations: list[Batch | Kernels] = []
     kernels: list[int] = []
     arrived: dict[int, tuple[int, ...]] = {}
+    sizes: dict[tuple[int, int], np.ndarray] = {}  # stages may share their flows
 
     def post(flow: Flow, row_bytes: int, after: tuple[int, ...], carries: str) -> tuple[int, ...]:
         if not len(flow.source):
             return ()
-        operations.append(Batch(flow.source, flow.target, flow.rows * row_bytes, after, carries=carries))
+        size = sizes.setdefault((id(flow.rows), row_bytes), flow.rows * row_bytes)
+        operations.append(Batch(flow.source, flow.target, size, after, carries=carries))
         return (len(operations) - 1,)
 
     arrived[0] = post(stages[0].arrives, heads.row_bytes, (), "K/V")
@@ -134,15 +136,20 @@ def _rings(traffic: Traffic, hops: tuple[int, int]) -> list[Stage]:
     """So many hops each way; dK/dV follow one hop behind, then go home."""
     ranks, size = np.arange(traffic.world_size), traffic.world_size
     shard = np.full(size, float(traffic.local_len))
+    flows: dict[tuple[int, ...], Flow] = {}
+
+    def shift(*distances: int) -> Flow:
+        """Whole shards to the ranks so far on."""
+        if distances not in flows:
+            flows[distances] = Flow.of([Flow(ranks, (ranks + distance) % size, shard) for distance in distances])
+        return flows[distances]
+
     stages = [own_stage(traffic)]
     for hop in range(1, max(hops) + 1):
-        owners, arrives, returns = [], [], []
-        for way, last in zip((1, -1), hops, strict=True):
-            if hop <= last:
-                owners.append((ranks - hop * way) % size)
-                arrives.append(Flow((ranks - way) % size, ranks, shard))
-                returns.append(Flow(ranks, (ranks + way) % size if hop < last else owners[-1], shard))
-        stages.append(_of_owners(traffic, owners, Flow.of(arrives), Flow.of(returns)))
+        ways = [(way, last) for way, last in zip((1, -1), hops, strict=True) if hop <= last]
+        returns = shift(*(way if hop < last else -hop * way for way, last in ways))
+        distances = [hop * way % size for way, _ in ways]
+        stages.append(_of_distances(traffic, distances, shift(*(way for way, _ in ways)), returns))
     return stages
 
 
@@ -152,7 +159,7 @@ def direct(traffic: Traffic) -> list[Stage]:
     for distances in pack_distances(traffic.rows, traffic.local_len):
         owners = [(ranks - distance) % len(ranks) for distance in distances]
         flow = between(traffic.rows, np.tile(ranks, len(owners)), np.concatenate(owners))
-        stage = _of_owners(traffic, owners, flow, flow.back)
+        stage = _of_distances(traffic, distances, flow, flow.back)
         copied = flow.sent(len(ranks)) + flow.received(len(ranks))
         stages.append(replace(stage, copied=copied))
     return stages
@@ -181,10 +188,9 @@ def own_stage(traffic: Traffic) -> Stage:
     return Stage(np.diag(traffic.pairs).astype(float), np.diag(traffic.touched).astype(float))
 
 
-def _of_owners(traffic: Traffic, owners: Sequence[np.ndarray], arrives: Flow, returns: Flow) -> Stage:
-    """With all keys that each rank needs of ``owners``, each array one owner per rank."""
-    ranks, owner = np.arange(traffic.world_size)[:, None], np.stack(owners, axis=1)
-    pairs, touched = traffic.pairs[ranks, owner].sum(axis=1), traffic.touched[ranks, owner].sum(axis=1)
+def _of_distances(traffic: Traffic, distances: Sequence[int], arrives: Flow, returns: Flow) -> Stage:
+    """With all keys that each rank needs of the ranks so far before it."""
+    pairs, touched = (table[list(distances)].sum(axis=0) for table in traffic.by_distance)
     return Stage(pairs.astype(float), np.minimum(touched, traffic.local_len).astype(float), arrives, returns)
 
 

@@ -95,6 +95,7 @@ def run(program: Program, world_size: int, topology: Topology, lead: float = 0.0
     """Every operation at every rank. ``lead``: seconds that the host is ahead of the device at first."""
     spans: list[Span] = []
     lanes: dict[str, np.ndarray] = {}
+    messages: dict[tuple[int, int, int], _Messages] = {}  # batches of the same arrays have the same costs
     free, busy, across, host = np.zeros(world_size), np.zeros(world_size), np.zeros(world_size), -lead
     for step in program:
         ready = np.zeros(world_size)
@@ -110,25 +111,43 @@ def run(program: Program, world_size: int, topology: Topology, lead: float = 0.0
             lanes[step.lane] = end = np.full(world_size, start.max() + step.seconds)
             across = across + step.bytes_across
         else:
-            start = np.maximum(ready, lanes.get(step.lane, 0.0))
-            end, took_part, crossed = _exchange(step, start, topology)
-            lanes[step.lane] = np.where(took_part, end, lanes.get(step.lane, 0.0))
-            start, end = np.where(took_part, start, ready), np.where(took_part, end, ready)
-            across = across + crossed
+            batch = id(step.source), id(step.target), id(step.size)
+            if batch not in messages:
+                messages[batch] = _messages(step, world_size, topology)
+            held = lanes.get(step.lane, np.zeros(world_size))
+            start, end, lanes[step.lane] = messages[batch].run(ready, held)
+            across = across + messages[batch].crossed
         spans.append(Span(start, end))
     last = np.maximum.reduce([free, *(span.end for span in spans)])
     return Timeline(program, topology, spans, last, busy, across)
 
 
-def _exchange(batch: Batch, start: np.ndarray, topology: Topology) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(end, whether it has a message, bytes sent to other nodes) at each rank."""
-    seconds, crosses = message_costs(batch, len(start), topology)
-    arrival = np.maximum(start[batch.source], start[batch.target]) + seconds
-    end, took_part = start.copy(), np.zeros(len(start), dtype=bool)
-    for ends in (batch.source, batch.target):
-        np.maximum.at(end, ends, arrival)
-        took_part[ends] = True
-    return end, took_part, np.bincount(batch.source[crosses], batch.size[crosses], len(start))
+class _Messages(NamedTuple):
+    """Of a batch, whenever it runs."""
+
+    source: np.ndarray  # [messages]
+    target: np.ndarray
+    seconds: np.ndarray
+    takes_part: np.ndarray  # bool [world_size]
+    crossed: np.ndarray  # bytes sent to other nodes, [world_size]
+
+    def run(self, ready: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(start, end, until when the lane is held) at each rank, [world_size] each."""
+        start = np.maximum(ready, held)
+        arrival = np.maximum(start[self.source], start[self.target]) + self.seconds
+        end = start.copy()
+        np.maximum.at(end, self.source, arrival)
+        np.maximum.at(end, self.target, arrival)
+        part = self.takes_part
+        return np.where(part, start, ready), np.where(part, end, ready), np.where(part, end, held)
+
+
+def _messages(batch: Batch, world_size: int, topology: Topology) -> _Messages:
+    seconds, crosses = message_costs(batch, world_size, topology)
+    takes_part = np.zeros(world_size, dtype=bool)
+    takes_part[batch.source] = takes_part[batch.target] = True
+    crossed = np.bincount(batch.source[crosses], batch.size[crosses], world_size)
+    return _Messages(batch.source, batch.target, seconds, takes_part, crossed)
 
 
 def message_costs(batch: Batch, world_size: int, topology: Topology) -> Costs:

@@ -48,6 +48,15 @@ class Traffic:
         np.fill_diagonal(needed, 0)
         return needed
 
+    @cached_property
+    def by_distance(self) -> tuple[np.ndarray, np.ndarray]:
+        """``pairs`` and ``touched`` of every rank and the one so far before it, int64 [world_size (distance),
+        world_size (r)] each.
+        """
+        ranks = np.arange(self.world_size)
+        owner = (ranks - ranks[:, None]) % self.world_size
+        return self.pairs[ranks, owner], self.touched[ranks, owner]
+
     def seen_by_nodes(self, gpus_per_node: int) -> np.ndarray:
         """Blocks that some rank of a node needs, and that lie on another node: bool [nodes, blocks]."""
         starts = np.arange(0, self.world_size, gpus_per_node)
