@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
+from cpflex.planning.bounds import least_us
 from cpflex.planning.needs import Needs
 from cpflex.planning.predict import Prediction, outer_machine, predict
-from cpflex.planning.timing import BACKWARD_FLOPS
 from cpflex.planning.traffic import Traffic
 from cpflex.ring import schedule as schedules
 from cpflex.ring.named import named_schedule
@@ -29,8 +31,20 @@ MANY = 4
 MAX_HALVINGS = 3
 """Stages after these, each half of the one before."""
 
-ENOUGH = 1.01
-"""Cuts of needs are not considered where a ring is predicted to take at most so many times what its kernels must."""
+ENOUGH = 1.03
+"""Schedules are not predicted that take, by their bound, no less than the best one over this. What is chosen is
+nearer to the best than that, as bounds are less than what is predicted.
+"""
+
+
+class Choice(NamedTuple):
+    """The best schedule and those it was compared with."""
+
+    best: Prediction
+    others: list[Prediction]
+    """The best first."""
+    least_us: int | None
+    """What the others that are considered take at least; None if all were predicted."""
 
 
 def auto(layout: Layout, rank: int, needs: schedules.Needs) -> Schedule:
@@ -42,10 +56,18 @@ def auto(layout: Layout, rank: int, needs: schedules.Needs) -> Schedule:
     # of keys that are another sequence nothing is predicted yet
     if needs.machine is None or not isinstance(needs, Needs) or needs.keys is not needs.layout:
         return _by_rows(layout, rank, needs)
-    best, *others = ranked(needs.traffic, needs.machine, enough=ENOUGH)
-    schedule = named_schedule(best.name)
-    assert schedule is not None, f"{best.name} is considered, and no schedule"
-    return replace(schedule(layout, rank, needs), reason=reason(best, others))
+    choice = choice_of(needs)
+    schedule = named_schedule(choice.best.name)
+    assert schedule is not None, f"{choice.best.name} is considered, and no schedule"
+    return replace(schedule(layout, rank, needs), reason=reason(choice))
+
+
+def choice_of(needs: Needs) -> Choice:
+    """What `choose` says of them, found once."""
+    assert needs.machine is not None, "predictions are made of a machine"
+    if needs.choice is None:
+        needs.choice = choose(needs.traffic, needs.machine)
+    return needs.choice
 
 
 def _by_rows(layout: Layout, rank: int, needs: schedules.Needs) -> Schedule:
@@ -56,38 +78,79 @@ def _by_rows(layout: Layout, rank: int, needs: schedules.Needs) -> Schedule:
     return replace(chosen(layout, rank, needs), reason=f"{share}: {'under' if chosen is direct else 'not under'} half")
 
 
-def ranked(traffic: Traffic, machine: Machine, degree: int = 1, *, enough: float = 0.0) -> list[Prediction]:
-    """Predictions of the schedules that are considered, the best first: those that keep within the device's buffers, by
-    time; then the others, by memory. Needs are cut in one way on every level, in all ways on the level that is best.
+def ranked(traffic: Traffic, machine: Machine, degree: int = 1) -> list[Prediction]:
+    """Predictions of all schedules that are considered, the best first; otherwise as `choose`."""
+    choice = choose(traffic, machine, degree, enough=0.0)
+    return [choice.best, *choice.others]
+
+
+def choose(traffic: Traffic, machine: Machine, degree: int = 1, *, enough: float = ENOUGH) -> Choice:
+    """The best of the schedules that are considered: of those that keep within the device's buffers by time; if none
+    does, by memory. Needs are cut in one way on every level, in other ways on the level that is best.
 
     Args:
         traffic, machine, degree: as `predict` takes them.
-        enough: needs are not cut if a schedule without cuts takes at most so many times the busiest rank's kernels.
+        enough: what cannot take less than the best so far over this is not predicted; 0 to predict everything.
     """
-    outer, limit = outer_machine(machine, degree), machine.device.buffer_gb * 1e9
+    search = _Search(traffic, machine, degree, enough)
+    outer = outer_machine(machine, degree)
+    for name in _rings(traffic):
+        search.look(name, name)
+    cuts, many = _cuts(traffic, outer)
+    levels = {level: _name(level, cuts[1]) for level in _levels(traffic, outer)}
+    others = levels | {"direct": "direct"}
+    looks = {family: search.look(family, others[family]) for family in sorted(others, key=search.least)}
+    by_level = {level: found for level in levels if (found := looks[level]) is not None}
+    if by_level:
+        level, typical = min(by_level.items(), key=lambda found: search.cost(found[1]))
+        finer = search.look(level, _name(level, cuts[2]))
+        is_finer = finer is not None and search.cost(finer) < search.cost(typical)
+        if is_finer or not enough:
+            search.look(level, _name(level, cuts[3]))
+        if not is_finer or not enough:
+            search.look(level, _name(level, cuts[0]))
+        search.look(level, _name(level, many))
+    best, *others = sorted(search.found, key=search.cost)
+    return Choice(best, others, min(search.skipped, default=None))
 
-    def cost(found: Prediction) -> tuple[int, int]:
-        return found.buffer_bytes if found.buffer_bytes > limit else 0, found.total_us
 
-    def on(level: str, parts: tuple[int, ...]) -> Prediction:
-        name = "gather" if (level, parts) == ("even", (1,)) else f"{level}:{name_of(parts)}"
-        return predict(name, traffic, machine, degree)
+class _Search:
+    """Predictions so far, and the bounds of what need not be predicted."""
 
-    found = [predict(name, traffic, machine, degree) for name in _plain(traffic)]
-    flops = int(traffic.pairs.sum(axis=1).max()) * outer.heads.flops_per_pair * (1 + BACKWARD_FLOPS)
-    if min(map(cost, found)) <= (0, enough * flops / (outer.device.tflops * 1e6)):
-        return sorted(found, key=cost)
-    typical, *others = _parts(traffic, outer)
-    by_level = {level: on(level, typical) for level in _levels(traffic, outer)}
-    best = min(by_level, key=lambda level: cost(by_level[level]))
-    return sorted([*found, *by_level.values(), *(on(best, parts) for parts in others)], key=cost)
+    def __init__(self, traffic: Traffic, machine: Machine, degree: int, enough: float) -> None:
+        self.found: list[Prediction] = []
+        self.skipped: list[int] = []
+        self._predict: Callable[[str], Prediction] = lambda name: predict(name, traffic, machine, degree)
+        self.least: Callable[[str], int] = cache(lambda family: least_us(family, traffic, machine, degree))
+        self._limit, self._enough = machine.device.buffer_gb * 1e9, enough
+
+    def cost(self, found: Prediction) -> tuple[int, int]:
+        return found.buffer_bytes if found.buffer_bytes > self._limit else 0, found.total_us
+
+    def look(self, family: str, name: str) -> Prediction | None:
+        """Predict it, unless that cannot be worth it."""
+        if self._enough and self.found:
+            least = self.least(family)
+            if min(map(self.cost, self.found)) <= (0, self._enough * least):
+                self.skipped.append(least)
+                return None
+        self.found.append(self._predict(name))
+        return self.found[-1]
 
 
-def _plain(traffic: Traffic) -> list[str]:
-    """Names of schedules that take no parts."""
+def family_of(name: str) -> str:
+    """What `bounds` calls the schedules like it."""
+    return "even" if name == "gather" else name if name.startswith("ring") else name.partition(":")[0]
+
+
+def _name(level: str, parts: tuple[int, ...]) -> str:
+    return "gather" if (level, parts) == ("even", (1,)) else f"{level}:{name_of(parts)}"
+
+
+def _rings(traffic: Traffic) -> list[str]:
+    """Names of the rings that are considered, the one first that is better most often."""
     moved = hops_needed(traffic.rows) * traffic.local_len * traffic.world_size
-    rings = ["ring", "ring:both"] if traffic.rows.sum() * RING_EXCESS > moved else []
-    return [*rings, "direct"]
+    return ["ring:both", "ring"] if traffic.rows.sum() * RING_EXCESS > moved else []
 
 
 def _levels(traffic: Traffic, machine: Machine) -> list[str]:
@@ -108,27 +171,27 @@ def degrees(world_size: int, machine: Machine, num_heads: int | None = None) -> 
     ]
 
 
-def _parts(traffic: Traffic, machine: Machine) -> Iterator[tuple[int, ...]]:
-    """As many equal parts as buffers ask for, with ever smaller ones after them: the own shard hides how long the first
-    takes to arrive, and backward waits for the dK/dV of the last. A typical cut first.
+def _cuts(traffic: Traffic, machine: Machine) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """As many equal parts as buffers ask for, with so many ever smaller ones after them, by that number: the own shard
+    hides how long the first takes to arrive, and backward waits for the dK/dV of the last. And many equal parts.
     """
     heads = machine.heads
     # K/V of two stages and dK/dV of one, twice
     most = int(traffic.rows.sum(axis=1).max()) * 2 * (heads.row_bytes + heads.grad_row_bytes)
     large = min(int(most // (machine.device.buffer_gb * 1e9)) + 1, MAX_PARTS)
-    for halvings in (1, 0, *range(2, MAX_HALVINGS + 1)):
-        yield (2**halvings,) * large + tuple(2**h for h in reversed(range(halvings)))
-    yield (1,) * min(MANY * large, MAX_PARTS)
+    cuts = [(2**n,) * large + tuple(2**h for h in reversed(range(n))) for n in range(MAX_HALVINGS + 1)]
+    return cuts, (1,) * min(MANY * large, MAX_PARTS)
 
 
-def reason(best: Prediction, others: list[Prediction]) -> str:
+def reason(choice: Choice) -> str:
     """What was predicted, the runner-up, and what sets it apart."""
+    best, others, least = choice
     said = f"predicted {_ms(best.total_us)} forward and backward a layer"
     limit = best.machine.device.buffer_gb * 1e9
     if best.buffer_bytes > limit:
         said += f", the least memory: {best.buffer_bytes / 1e9:.1f} GB of buffers, over the {limit / 1e9:g} GB allowed"
     if not others:
-        return said
+        return said if least is None else f"{said}; no other takes less than {_ms(least)}"
     other = others[0]
     said += f"; next {other.name}, {_ms(other.total_us)}: "
     more = other.total_us - best.total_us

@@ -19,13 +19,12 @@ from cpflex.masks import MaskFn, MaskMod, is_count
 from cpflex.masks_from import as_mask
 from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
 from cpflex.mods.trace import trace_mask_mod
-from cpflex.planning.choose import ENOUGH, auto, degrees, ranked
+from cpflex.planning.bounds import waits_for_links
+from cpflex.planning.choose import auto, choice_of, degrees, family_of
 from cpflex.planning.cross import Cross
 from cpflex.planning.mask_kind import KindWork, plan_kind
-from cpflex.planning.needs import blocks_of
 from cpflex.planning.plan import Plan
-from cpflex.planning.predict import outer_machine
-from cpflex.planning.traffic import traffic_of
+from cpflex.planning.predict import heads_us, outer_machine
 from cpflex.ring.heads import why_not_divided
 from cpflex.ring.schedule import ScheduleFn
 from cpflex.sharding.balance import balanced
@@ -33,6 +32,11 @@ from cpflex.sharding.layout import ALIGNMENT, STRIPE, ChunkWork, Layout, LayoutF
 from cpflex.topology import Device, Heads, Machine, Topology
 
 log = logging.getLogger(__name__)
+
+CHEAP_HEADS = 0.125
+"""Where an exchange of heads takes at most this part of the time, and links do not decide, no layout is made without
+it: the ranks compute as much without, wait for as many rows, and spare no more than the exchange.
+"""
 
 
 @torch.inference_mode(False)
@@ -169,27 +173,47 @@ def _shards(asked: _Asked, size: int, keys: Keys | None = None) -> Layout:
     return asked.layouts[size]
 
 
+class _Sizes(NamedTuple):
+    """Ranks that exchange heads, by mask kind, on the layout of the largest of them."""
+
+    sizes: dict[str, int]
+    total_us: float
+    """Forward and backward of all layers, predicted."""
+    heads_us: float
+    """Of the exchange of heads, a part of it."""
+    waits: bool
+    """Links and not kernels decide, for one of the kinds that exchange heads."""
+
+
 def _predicted_sizes(asked: _Asked) -> dict[str, int]:
     """With which exchange of heads, if any, a model's layers are predicted to take least time: none, or as many ranks
     as a node and the heads allow, for all mask kinds or for those that gain by it.
     """
     machine = asked.machine
     assert machine is not None, "heads are given with a topology only"
-    best: tuple[float, dict[str, int]] | None = None
-    for most in sorted({1, max(degrees(asked.world_size, machine, asked.num_heads))}):
-        outer, total, sizes = _shards(asked, most), 0.0, {}
-        for kind in asked.mods:
-            times = {}
-            for size in {1, most} if len(asked.mods) > 1 else {most}:
-                table, work = cut_shards(outer, most // size), _work(asked, size)
-                tables = traffic_of(work.classifiers[kind], table, blocks_of(table.chunk_len, table.num_chunks))
-                times[size] = ranked(tables, machine, size, enough=ENOUGH)[0].total_us
-            sizes[kind] = min(times, key=lambda size: (times[size], size))
-            total += asked.weights[kind] * times[sizes[kind]]
-        if best is None or total < best[0]:
-            best = total, sizes
-    assert best is not None
-    return best[1]
+    shared = _sizes_with(asked, machine, max(degrees(asked.world_size, machine, asked.num_heads)))
+    is_cheap = shared.heads_us <= CHEAP_HEADS * shared.total_us and not shared.waits
+    if max(shared.sizes.values()) == 1 or is_cheap:
+        return shared.sizes
+    return min(_sizes_with(asked, machine, 1), shared, key=lambda found: found.total_us).sizes
+
+
+def _sizes_with(asked: _Asked, machine: Machine, most: int) -> _Sizes:
+    """The best sizes, none or ``most`` by mask kind, on a layout of shards of ``most`` ranks."""
+    outer, sizes, total, heads, waits = _shards(asked, most), {}, 0.0, 0.0, False
+    for kind, weight in asked.weights.items():
+        times, needs = {}, {}
+        for size in {1, most} if len(asked.mods) > 1 else {most}:
+            table = cut_shards(outer, most // size)
+            needs[size] = _work(asked, size).needs(kind, table, asked.rank // size)
+            alone = choice_of(needs[size]).best.total_us
+            times[size] = alone + heads_us(table.local_len // size, size, machine), alone
+        size = sizes[kind] = min(times, key=lambda size: (times[size][0], size))
+        total += weight * times[size][0]
+        heads += weight * (times[size][0] - times[size][1])
+        family = family_of(choice_of(needs[size]).best.name)
+        waits |= size > 1 and waits_for_links(family, needs[size].traffic, choice_of(needs[size]).best.machine)
+    return _Sizes(sizes, total, heads, waits)
 
 
 def _summary(plan: Plan) -> str:

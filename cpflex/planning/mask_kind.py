@@ -78,6 +78,16 @@ class KindWork:
         self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
         self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
         self._squares: dict[int, dict[str, Squares]] = {}
+        self._needs_of: dict[tuple[str, str, int], Needs] = {}
+
+    def needs(self, kind: str, table: Layout, rank: int) -> Needs:
+        """Of all ranks under a layout, as one sees them; with what was found out about them, once."""
+        asked = kind, table.key, rank
+        if asked not in self._needs_of:
+            chunks = self(table.chunk_len, table.num_chunks)[kind]
+            keys = self.keys[kind][0] if kind in self.keys else None
+            self._needs_of[asked] = Needs(self.classifiers[kind], table, rank, chunks, self.machine, keys)
+        return self._needs_of[asked]
 
     def __call__(self, chunk_len: int, num_chunks: int) -> dict[str, ChunkNeeds]:
         if (chunk_len, num_chunks) not in self._known:
@@ -120,7 +130,7 @@ def plan_kind(
     """``table`` and ``rank``: of the outer shards, each of ``ulysses_size`` ranks that exchange heads."""
     chunks = work(table.chunk_len, table.num_chunks)[kind]
     keys = work.keys[kind][0] if kind in work.keys else None
-    needs = Needs(work.classifiers[kind], table, rank, chunks, work.machine, keys)
+    needs = work.needs(kind, table, rank)
     chosen = schedule(table if keys is None else _shared(keys, table.world_size), rank, needs)
     facts = {
         "cpflex version": __version__,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from cpflex.ring.schedule import Rows, rows_of
 from cpflex.sharding.layout import ChunkNeeds, Layout
 from cpflex.tile_mask import TILE, Tiles
 from cpflex.topology import Machine
+
+if TYPE_CHECKING:
+    from cpflex.planning.choose import Choice
 
 MAX_BLOCKS = 4096
 """Blocks of the whole sequence in which foreign keys are counted, unless there are more chunks."""
@@ -156,6 +160,7 @@ class Needs:
         self.rank = rank
         self.tiles = tiles_of(layout)
         self.key_tiles = tiles_of(self.keys)
+        self.choice: Choice | None = None
         self._classify = classify
         self._chunks = chunks
 

@@ -146,6 +146,12 @@ def between_exchanges(steps: Program, tokens: int, degree: int, machine: Machine
     return [*moved, replace(last, after=tuple(range(len(moved))))]
 
 
+def heads_us(tokens: int, degree: int, machine: Machine) -> int:
+    """Of the all-to-alls before and after, forward and backward, of ranks with so many tokens each."""
+    found = [between_exchanges([], tokens, degree, machine, backward) for backward in (False, True)]
+    return round(1e6 * sum(step.seconds for steps in found for step in steps if isinstance(step, Collective)))
+
+
 def _all_to_all(size: int, degree: int, machine: Machine) -> Collective:
     """Of so many bytes at each rank, packed, sent and unpacked."""
     source, target = np.nonzero(~np.eye(degree, dtype=bool))
