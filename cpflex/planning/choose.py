@@ -121,11 +121,14 @@ class _Search:
         self.found: list[Prediction] = []
         self.skipped: list[int] = []
         self._predict: Callable[[str], Prediction] = lambda name: predict(name, traffic, machine, degree)
-        self.least: Callable[[str], int] = cache(lambda family: least_us(family, traffic, machine, degree))
+        self._least: Callable[[str], int] = cache(lambda family: least_us(family, traffic, machine, degree))
         self._limit, self._enough = machine.device.buffer_gb * 1e9, enough
 
     def cost(self, found: Prediction) -> tuple[int, int]:
         return found.buffer_bytes if found.buffer_bytes > self._limit else 0, found.total_us
+
+    def least(self, family: str) -> int:
+        return self._least({"striped": "relay", "even": "direct"}.get(family, family))  # one bound for both
 
     def look(self, family: str, name: str) -> Prediction | None:
         """Predict it, unless that cannot be worth it."""

@@ -20,7 +20,7 @@ from cpflex.masks_from import as_mask
 from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
 from cpflex.mods.trace import trace_mask_mod
 from cpflex.planning.bounds import waits_for_links
-from cpflex.planning.choose import auto, choice_of, degrees, family_of
+from cpflex.planning.choose import auto, degrees, family_of
 from cpflex.planning.cross import Cross
 from cpflex.planning.mask_kind import KindWork, plan_kind
 from cpflex.planning.plan import Plan
@@ -202,17 +202,17 @@ def _sizes_with(asked: _Asked, machine: Machine, most: int) -> _Sizes:
     """The best sizes, none or ``most`` by mask kind, on a layout of shards of ``most`` ranks."""
     outer, sizes, total, heads, waits = _shards(asked, most), {}, 0.0, 0.0, False
     for kind, weight in asked.weights.items():
-        times, needs = {}, {}
+        times, found = {}, {}
         for size in {1, most} if len(asked.mods) > 1 else {most}:
             table = cut_shards(outer, most // size)
-            needs[size] = _work(asked, size).needs(kind, table, asked.rank // size)
-            alone = choice_of(needs[size]).best.total_us
+            found[size] = _work(asked, size).predicted(kind, table)
+            alone = found[size][1].best.total_us
             times[size] = alone + heads_us(table.local_len // size, size, machine), alone
         size = sizes[kind] = min(times, key=lambda size: (times[size][0], size))
         total += weight * times[size][0]
         heads += weight * (times[size][0] - times[size][1])
-        family = family_of(choice_of(needs[size]).best.name)
-        waits |= size > 1 and waits_for_links(family, needs[size].traffic, choice_of(needs[size]).best.machine)
+        traffic, (best, *_) = found[size]
+        waits |= size > 1 and waits_for_links(family_of(best.name), traffic, best.machine)
     return _Sizes(sizes, total, heads, waits)
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from cpflex.mods.graph import Mod
+from cpflex.planning.choose import Choice, choose
 from cpflex.planning.idle import find_idle
-from cpflex.planning.needs import Needs, chunk_needs, classifier, tiles_of, whole_mask
+from cpflex.planning.needs import Needs, blocks_of, chunk_needs, classifier, tiles_of, whole_mask
 from cpflex.planning.squares import Squares
 from cpflex.planning.tables import make_tile_masks
+from cpflex.planning.traffic import Traffic, traffic_of
 from cpflex.ring.schedule import Exchange, ScheduleFn, Step
 from cpflex.sharding.layout import ChunkNeeds, Layout, work_per_rank
 from cpflex.tile_mask import TILE, Idle, Tiles
@@ -78,16 +80,17 @@ class KindWork:
         self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
         self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
         self._squares: dict[int, dict[str, Squares]] = {}
-        self._needs_of: dict[tuple[str, str, int], Needs] = {}
+        self.known: dict[tuple[str, str], tuple[Traffic, Choice]] = {}
+        """Predictions, by mask kind and key of the layout."""
 
-    def needs(self, kind: str, table: Layout, rank: int) -> Needs:
-        """Of all ranks under a layout, as one sees them; with what was found out about them, once."""
-        asked = kind, table.key, rank
-        if asked not in self._needs_of:
-            chunks = self(table.chunk_len, table.num_chunks)[kind]
-            keys = self.keys[kind][0] if kind in self.keys else None
-            self._needs_of[asked] = Needs(self.classifiers[kind], table, rank, chunks, self.machine, keys)
-        return self._needs_of[asked]
+    def predicted(self, kind: str, table: Layout) -> tuple[Traffic, Choice]:
+        """What ranks need under a layout, and the schedule that suits it; found once."""
+        if (kind, table.key) not in self.known:
+            assert self.machine is not None, "predictions are made of a machine"
+            tiles = blocks_of(table.chunk_len, table.num_chunks)
+            traffic = traffic_of(self.classifiers[kind], table, tiles)
+            self.known[kind, table.key] = traffic, choose(traffic, self.machine)
+        return self.known[kind, table.key]
 
     def __call__(self, chunk_len: int, num_chunks: int) -> dict[str, ChunkNeeds]:
         if (chunk_len, num_chunks) not in self._known:
@@ -130,7 +133,9 @@ def plan_kind(
     """``table`` and ``rank``: of the outer shards, each of ``ulysses_size`` ranks that exchange heads."""
     chunks = work(table.chunk_len, table.num_chunks)[kind]
     keys = work.keys[kind][0] if kind in work.keys else None
-    needs = work.needs(kind, table, rank)
+    needs = Needs(work.classifiers[kind], table, rank, chunks, work.machine, keys)
+    if (kind, table.key) in work.known:
+        needs.choice = work.known[kind, table.key][1]
     chosen = schedule(table if keys is None else _shared(keys, table.world_size), rank, needs)
     facts = {
         "cpflex version": __version__,

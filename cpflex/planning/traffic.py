@@ -60,7 +60,7 @@ class Traffic:
     def seen_by_nodes(self, gpus_per_node: int) -> np.ndarray:
         """Blocks that some rank of a node needs, and that lie on another node: bool [nodes, blocks]."""
         starts = np.arange(0, self.world_size, gpus_per_node)
-        sees = np.logical_or.reduceat(self.sees, starts, axis=0)
+        sees = np.stack([self.sees[start : start + gpus_per_node].any(axis=0) for start in starts])
         sees[self.owner // gpus_per_node, np.arange(len(self.owner))] = False
         return sees
 
@@ -103,7 +103,7 @@ def _counted(
         # each row of a square adds its tokens from its first column on, and takes them away after its last
         step = np.bincount(at + first[here], weight[here], ranks * (width + 1))
         step -= np.bincount(at + end[here], weight[here], ranks * (width + 1))
-        covering = step.reshape(ranks, -1).cumsum(axis=1)[:, :-1][:, order].astype(np.int64)
+        covering = step.reshape(ranks, -1).cumsum(axis=1).take(order, axis=1).astype(np.int64)
         seen.append(covering > 0)
         tokens = np.where(seen[-1], tiles.length[order], 0) if once else covering * tiles.length[order]
         totals.append(np.add.reduceat(tokens, starts, axis=1))
