@@ -14,7 +14,7 @@ import numpy as np
 
 from cpflex.planning import stages as one_level
 from cpflex.planning.relays import relay
-from cpflex.planning.stages import Stage, program
+from cpflex.planning.stages import NOTHING, Stage, program
 from cpflex.planning.timing import Batch, Collective, Kernels, Program, Timeline, message_costs, run
 from cpflex.planning.traffic import Traffic
 from cpflex.topology import Heads, Machine, Topology
@@ -102,10 +102,11 @@ def buffer_bytes(stages: Sequence[Stage], heads: Heads) -> int:
     and those that arrive.
     """
     size, most = len(stages[0].pairs), 0.0
-    came = [stage.arrives.received(size) for stage in stages] + [np.zeros(size)]
-    for index, stage in enumerate(stages):
-        held = (came[index] + came[index + 1]) * heads.row_bytes
-        back = (stage.returns.sent(size) * 2 + stage.returns.received(size)) * heads.grad_row_bytes
+    later = [*(stage.arrives for stage in stages[1:]), NOTHING]
+    steps = [(stage.arrives, after, stage.returns) for stage, after in zip(stages, later, strict=True)]
+    for now, after, returns in {tuple(map(id, flows)): flows for flows in steps}.values():  # rings repeat theirs
+        held = (now.received(size) + after.received(size)) * heads.row_bytes
+        back = (returns.sent(size) * 2 + returns.received(size)) * heads.grad_row_bytes
         most = max(most, float((held + back).max()))
     return int(most)
 
