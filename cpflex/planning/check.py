@@ -69,6 +69,8 @@ def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: S
 
 def _difference(one: Any, other: Any, name: str) -> str:
     """The name of a part in which two parts of plans differ, "" if there is none."""
+    if one is other:  # captured NaN, too
+        return ""
     if type(one) is not type(other):
         return name
     if isinstance(one, Tensor):

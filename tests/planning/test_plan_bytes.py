@@ -254,6 +254,13 @@ def test_a_name_of_something_else_is_not_looked_up():
         assert refuses(signed(header, arrays))
 
 
+def test_a_plan_whose_mask_captures_nan_is_checked():
+    bias = torch.tensor([0.0, float("nan"), 1.0]).repeat(8)
+    plan = cpflex.make_plan(lambda b, h, q, k: (k <= q) & ~(bias[k] > 0.5), 24, rank=1, world_size=2)
+    plan.check()
+    cpflex.Plan.from_bytes(plan.to_bytes()).check()
+
+
 def test_a_plan_with_a_schedule_of_ones_own_is_checked_with_it():
     def mine(layout, rank, needs):
         made = cpflex.direct(layout, rank, needs)
