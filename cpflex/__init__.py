@@ -6,7 +6,7 @@ from cpflex.attention import flex_attention, score_mod
 from cpflex.masks import MaskMod, causal, document, full, prefix_lm, sliding_window
 from cpflex.mods.trace import UnsupportedMod
 from cpflex.planning.choose import auto
-from cpflex.planning.cross import cross
+from cpflex.planning.cross import cached, cross
 from cpflex.planning.make import make_plan
 from cpflex.planning.nodes import topology_of
 from cpflex.planning.packing import pack
@@ -33,6 +33,7 @@ __all__ = [
     "UnsupportedMod",
     "auto",
     "balanced",
+    "cached",
     "causal",
     "contiguous",
     "cross",

@@ -19,6 +19,7 @@ from cpflex.planning.block_masks import plan_of
 from cpflex.planning.plan import Plan
 from cpflex.ring.heads import why_not_divided
 from cpflex.ring.operator import attention, intern_score_mod
+from cpflex.sharding.joined import Joined
 
 ScoreFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -201,10 +202,15 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, plan: Plan, enable
             f"{plan.world_size} ranks; shard the inputs with plan.shard(x, dim)"
         )
     if lengths[1] != plan.kv_local_len:
+        how = "shard keys and values with the plan that was given to cpflex.cross"
+        if isinstance(plan.keys, Joined):
+            how = (
+                f"they are {[part.local_len for part in plan.keys.parts]} of the chunks whose plans were given to "
+                "cpflex.cached and of this one, pads included"
+            )
         raise ValueError(
             f"key has {lengths[1]} tokens and the plan has kv_local_len={plan.kv_local_len} for {plan.kv_seq_len} keys "
-            f"{'on every rank' if plan.keys.world_size == 1 else f'on {plan.world_size} ranks'}; shard keys and values "
-            "with the plan that was given to cpflex.cross"
+            f"{'on every rank' if plan.keys.world_size == 1 else f'on {plan.world_size} ranks'}; {how}"
         )
     if not (query.shape[0] == key.shape[0] == value.shape[0]):
         raise ValueError(f"batch sizes differ: {[x.shape[0] for x in named.values()]}")
@@ -277,12 +283,13 @@ def _traced(score_mod: ScoreMod | ScoreFn | None) -> ScoreMod | None:
 
 
 def _check_captured(mod: ScoreMod, query: Tensor, plan: Plan) -> None:
-    for name, length in (("q_idx", plan.seq_len), ("kv_idx", plan.kv_seq_len)):
+    for name, end in (("q_idx", plan.layout.end), ("kv_idx", plan.keys.end)):
         table_len = mod.table_lens[name]
-        if table_len is not None and table_len < length:
+        if table_len is not None and table_len < end:
+            whose = "seq_len" if end == plan.layout.end else "kv_seq_len"
+            whose = f"{whose}={end}" if plan.start == 0 else f"positions up to {end - 1}"
             raise ValueError(
-                f"the score_mod indexes a captured tensor of {table_len} elements with a position; "
-                f"the plan has {'seq_len' if length == plan.seq_len else 'kv_seq_len'}={length}"
+                f"the score_mod indexes a captured tensor of {table_len} elements with a position; the plan has {whose}"
             )
     elsewhere = [x.device for x in mod.captured if x.requires_grad and x.device != query.device]
     if elsewhere:

@@ -7,7 +7,7 @@ not listed; FULL ones skip the mask; PARTIAL ones evaluate it at the tokens' pos
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ class Tiles:
     chunk_len: int
     num_chunks: int
     tile_len: int = TILE
+    start: int = 0
+    """Position of the first token."""
 
     @property
     def per_chunk(self) -> int:
@@ -43,12 +45,12 @@ class Tiles:
     def lo(self) -> np.ndarray:
         """First position of each tile, int64."""
         tile = np.arange(self.num_tiles)
-        return tile // self.per_chunk * self.chunk_len + tile % self.per_chunk * self.tile_len
+        return tile // self.per_chunk * self.chunk_len + tile % self.per_chunk * self.tile_len + self.start
 
     @cached_property
     def hi(self) -> np.ndarray:
         """Last position of each tile, int64."""
-        return np.append(self.lo[1:], self.num_chunks * self.chunk_len) - 1
+        return np.append(self.lo[1:], self.start + self.num_chunks * self.chunk_len) - 1
 
     @cached_property
     def length(self) -> np.ndarray:
@@ -64,6 +66,73 @@ class Tiles:
         """Tiles of the chunks, in the order given."""
         first = np.fromiter(chunks, dtype=np.int64) * self.per_chunk
         return (first[:, None] + np.arange(self.per_chunk)).reshape(-1)
+
+    def in_blocks(self, block_len: int) -> tuple[Tiles, np.ndarray]:
+        """(the same chunks in longer tiles, which of these each tile is in)."""
+        blocks = replace(self, tile_len=block_len)
+        within = np.arange(self.num_tiles) % self.per_chunk * self.tile_len // block_len
+        return blocks, self.chunk * blocks.per_chunk + within
+
+
+@dataclass(frozen=True)
+class PieceTiles:
+    """Chunks of several lengths, anywhere, cut into tiles as `Tiles` are."""
+
+    starts: tuple[int, ...]  # position of the first token of each chunk, rising
+    lengths: tuple[int, ...]
+    tile_len: int = TILE
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        """Tiles of each chunk, int64."""
+        return -(-np.array(self.lengths, dtype=np.int64) // self.tile_len)
+
+    @cached_property
+    def _first(self) -> np.ndarray:
+        """First tile of each chunk, int64."""
+        return np.cumsum(self._counts) - self._counts
+
+    @property
+    def num_tiles(self) -> int:
+        return int(self._counts.sum())
+
+    @cached_property
+    def chunk(self) -> np.ndarray:
+        """Chunk of each tile, int64."""
+        return np.repeat(np.arange(len(self.starts)), self._counts)
+
+    @cached_property
+    def _within(self) -> np.ndarray:
+        """Tokens of its chunk before each tile, int64."""
+        return (np.arange(self.num_tiles) - self._first[self.chunk]) * self.tile_len
+
+    @cached_property
+    def lo(self) -> np.ndarray:
+        """First position of each tile, int64."""
+        return np.array(self.starts, dtype=np.int64)[self.chunk] + self._within
+
+    @cached_property
+    def hi(self) -> np.ndarray:
+        """Last position of each tile, int64."""
+        return self.lo + self.length - 1
+
+    @cached_property
+    def length(self) -> np.ndarray:
+        """Tokens of each tile, int64."""
+        return np.minimum(np.array(self.lengths, dtype=np.int64)[self.chunk] - self._within, self.tile_len)
+
+    def of_chunks(self, chunks: Iterable[int]) -> np.ndarray:
+        """Tiles of the chunks, in the order given."""
+        return np.concatenate([self._first[c] + np.arange(self._counts[c]) for c in chunks])
+
+    def in_blocks(self, block_len: int) -> tuple[PieceTiles, np.ndarray]:
+        """(the same chunks in longer tiles, which of these each tile is in)."""
+        blocks = replace(self, tile_len=block_len)
+        return blocks, blocks._first[self.chunk] + self._within // block_len
+
+
+Axis = Tiles | PieceTiles
+"""How queries, or keys, are cut."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def check_layout(layout: Layout, rank: int, ulysses_size: int) -> None:
     for name, value, least, most in (
         ("seq_len", layout.seq_len, 1, 2**31 - 1),
         ("chunk_len", layout.chunk_len, 1, 2**31 - 1),
+        ("start", layout.start, 0, 2**31 - 1 - layout.seq_len),
         ("ulysses_size", ulysses_size, 1, layout.local_len),
         ("rank", rank, 0, layout.world_size * ulysses_size - 1),
     ):
@@ -56,12 +57,14 @@ def check_kind(name: str, kind: MaskKind, layout: Layout, rank: int, schedule: S
     chosen = schedule or named_schedule(kind.schedule)
     if chosen is None:
         raise WrongPlan(f"to check the plan, pass its schedule function: plan.check(schedule={kind.schedule})")
-    lengths = [layout.seq_len] if kind.keys is None else [layout.seq_len, kind.keys.seq_len]
+    lengths = [layout.end] if kind.keys is None else [layout.end, kind.keys.end]
     if [x.tolist() for x in kind.mask.captured[-len(lengths) :]] != lengths:
         raise WrongPlan(f"the plan is wrong: the mask of {name!r} is of another sequence length")
     batch_size, num_heads = kind.sizes
     keys = {} if kind.keys is None else {name: (kind.keys, 1)}
-    work = KindWork({name: kind.mask}, {name: 1.0}, batch_size or 1, num_heads or 1, kind.machine, keys)
+    work = KindWork(
+        *({name: kind.mask}, {name: 1.0}, batch_size or 1, num_heads or 1, kind.machine, keys), start=layout.start
+    )
     again = plan_kind(name, kind.mask, layout, rank, work, chosen, batch_size, num_heads, kind.ulysses_size)
     if part := _difference(replace(again, reason=kind.reason), kind, f"kinds[{name!r}]"):
         raise WrongPlan(f"the plan is wrong: {part} is not what make_plan would make of its mask and layout")

@@ -1,8 +1,12 @@
-"""Cross: a mask kind whose keys are another sequence than its queries, with a layout of their own."""
+"""Mask kinds whose keys are others than the queries' tokens: those of another sequence, with a layout of their own, or
+of earlier chunks of the same one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -64,3 +68,53 @@ def cross(mask: MaskFn | BlockMask, keys: Plan | int) -> Cross:
     if not is_count(keys, 1) or keys >= 2**31:
         raise ValueError(f"keys must be a plan, or a number of keys from 1 to 2**31 - 1; got {keys!r}")
     return Cross(mask, Layout(keys, keys, ((0,),), "on every rank"), 1, on_every_rank=True)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What `cached` says."""
+
+    mask: MaskFn | BlockMask
+    earlier: tuple[Layout, ...]
+    """Shards of the earlier chunks, those of single ranks."""
+
+    def require(self, kind: str, start: int, world_size: int) -> None:
+        """
+        Raises:
+            ValueError: the earlier chunks are of other ranks, or do not end where this one starts.
+        """
+        if any(layout.world_size != world_size for layout in self.earlier):
+            found = sorted({layout.world_size for layout in self.earlier})
+            raise ValueError(
+                f"mask kind {kind!r}: the queries are shared by {world_size} ranks and keys of earlier chunks by "
+                f"{found}; make all plans on one group"
+            )
+        if self.earlier and self.earlier[-1].end != start:
+            raise ValueError(
+                f"mask kind {kind!r}: earlier chunks end at {self.earlier[-1].end} and this one starts at {start}; "
+                "give cpflex.cached the plans of the chunks up to this one, or leave out start"
+            )
+
+
+def cached(mask: MaskFn | BlockMask, earlier: Sequence[Plan]) -> Cached:
+    """A mask kind for the plan of a chunk of a sequence, whose keys are those of earlier chunks and then the chunk's
+    own: each rank holds its keys of each, one after the other, pads included, as ``torch.cat([cache, k], dim=2)``.
+
+    Args:
+        mask: a mask_mod at positions of the whole sequence; what it captures may be made for more tokens than there are
+            so far.
+        earlier: the plans of the chunks whose keys are held, in order; none for the first chunk. A chunk that the mask
+            does not reach any more may be left out, with its keys.
+
+    >>> plan = cpflex.make_plan(cpflex.cached(cpflex.causal(), plans), chunk_len, group)
+
+    Raises:
+        ValueError: the chunks are not in order.
+    """
+    if isinstance(earlier, Plan) or not all(isinstance(plan, Plan) for plan in earlier):
+        raise TypeError("earlier must be a list of the plans of earlier chunks, made by cpflex.make_plan")
+    layouts = tuple(plan.layout for plan in earlier)
+    if any(a.end > b.start for a, b in pairwise(layouts)):
+        spans = ", ".join(f"{layout.start} to {layout.end}" for layout in layouts)
+        raise ValueError(f"earlier chunks must follow one another; got tokens {spans} - make plans with start=")
+    return Cached(mask, layouts)

@@ -16,6 +16,7 @@ from torch import Tensor
 from cpflex.mods.evaluate import evaluate
 from cpflex.mods.graph import Mod
 from cpflex.mods.intervals import FULL, PARTIAL, TileClassifier
+from cpflex.sharding.joined import Joined, Keys
 from cpflex.sharding.layout import Layout
 from cpflex.tile_mask import Idle
 
@@ -26,7 +27,7 @@ MOST_INTERVALS = 1 << 18
 """Pieces of the sequence that one search looks at; what is then left counts as seen, and is not cleared."""
 
 
-def find_idle(mod: Mod, layout: Layout, rank: int, batch_size: int, num_heads: int, keys: Layout | None = None) -> Idle:
+def find_idle(mod: Mod, layout: Layout, rank: int, batch_size: int, num_heads: int, keys: Keys | None = None) -> Idle:
     """The idle ones of a rank's tokens, pads among them.
 
     Args:
@@ -47,13 +48,13 @@ def find_idle(mod: Mod, layout: Layout, rank: int, batch_size: int, num_heads: i
     return Idle(*tables)
 
 
-def _counterparts(positions: np.ndarray, own: Layout, other: Layout) -> list[np.ndarray]:
-    last = other.seq_len - 1
-    likely = positions, positions + other.seq_len - own.seq_len, positions * other.seq_len // own.seq_len
-    return [np.clip(one, 0, last) for one in likely]
+def _counterparts(positions: np.ndarray, own: Keys, other: Keys) -> list[np.ndarray]:
+    in_proportion = other.start + (positions - own.start) * other.seq_len // own.seq_len
+    likely = positions, positions + other.end - own.end, in_proportion
+    return [np.clip(one, other.start, other.end - 1) for one in likely]
 
 
-def _idle_of(mod: Mod, own: Layout, rank: int, other: Layout, axis: str, settled: np.ndarray) -> Tensor:
+def _idle_of(mod: Mod, own: Keys, rank: int, other: Keys, axis: str, settled: np.ndarray) -> Tensor:
     """Of one axis, that of the keys while queries are searched (``axis="q"``), or the other way round.
 
     Args:
@@ -61,12 +62,19 @@ def _idle_of(mod: Mod, own: Layout, rank: int, other: Layout, axis: str, settled
         settled: tokens that are known to take part, bool [1 or B, 1 or Hq, S_local].
     """
     positions = own.positions(rank)
-    is_pad = positions >= own.seq_len
+    is_pad = positions >= own.end
     b, h, token = np.nonzero(~settled & ~is_pad)
     idle = np.broadcast_to(is_pad, settled.shape).copy()
     if len(token):
-        idle[b, h, token] = ~_finds(mod, positions[token], b, h, axis, other.num_chunks * other.chunk_len)
+        idle[b, h, token] = ~_finds(mod, positions[token], b, h, axis, _spans(other))
     return torch.from_numpy(idle) if idle.any() else torch.zeros(0, dtype=torch.bool)
+
+
+def _spans(layout: Keys) -> tuple[tuple[int, int], ...]:
+    """Positions where tokens are, (start, stop); pads may be among them."""
+    if isinstance(layout, Joined):
+        return layout.spans
+    return ((layout.start, layout.start + layout.num_chunks * layout.chunk_len),)
 
 
 def _seen_at(mod: Mod, q: np.ndarray, kv: np.ndarray, batch_size: int, num_heads: int) -> np.ndarray:
@@ -80,11 +88,16 @@ def _seen_at(mod: Mod, q: np.ndarray, kv: np.ndarray, batch_size: int, num_heads
     return np.concatenate(pieces, axis=2)
 
 
-def _finds(mod: Mod, fixed: np.ndarray, b: np.ndarray, h: np.ndarray, axis: str, padded_len: int) -> np.ndarray:
-    """Whether any query (``axis="q"``) sees the key at each ``fixed``, or any key is seen by the query there."""
+def _finds(
+    mod: Mod, fixed: np.ndarray, b: np.ndarray, h: np.ndarray, axis: str, spans: tuple[tuple[int, int], ...]
+) -> np.ndarray:
+    """Whether any query (``axis="q"``) in the spans sees the key at each ``fixed``, or any key is seen by the query
+    there.
+    """
     classify = TileClassifier(mod)
     found = np.zeros(len(fixed), dtype=bool)
-    left, lo, hi = np.arange(len(fixed)), np.zeros_like(fixed), np.full_like(fixed, padded_len - 1)
+    left = np.tile(np.arange(len(fixed)), len(spans))
+    lo, hi = (np.repeat(ends, len(fixed)) for ends in zip(*((start, stop - 1) for start, stop in spans), strict=True))
     looked_at = 0
     while len(left):
         looked_at += len(left)

@@ -21,7 +21,7 @@ from cpflex.mods.graph import GraphBuilder, Mod, table_sizes
 from cpflex.mods.trace import trace_mask_mod
 from cpflex.planning.bounds import waits_for_links
 from cpflex.planning.choose import auto, degrees, family_of
-from cpflex.planning.cross import Cross
+from cpflex.planning.cross import Cached, Cross
 from cpflex.planning.mask_kind import KindWork, plan_kind
 from cpflex.planning.plan import Plan
 from cpflex.planning.predict import heads_us, outer_machine
@@ -39,12 +39,16 @@ it: the ranks compute as much without, wait for as many rows, and spare no more 
 """
 
 
+Mask = MaskFn | BlockMask | Cross | Cached
+
+
 @torch.inference_mode(False)
 def make_plan(
-    mask: MaskFn | BlockMask | Cross | Mapping[str, MaskFn | BlockMask | Cross],
+    mask: Mask | Mapping[str, Mask],
     seq_len: int,
     group: Group | None = None,
     *,
+    start: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     ulysses_size: int | Mapping[str, int] | None = None,
@@ -64,11 +68,15 @@ def make_plan(
         mask: a mask_mod on global positions, or one per layer kind of a hybrid model, ``{"full": m1, "sliding": m2}``;
             all kinds share one layout. Captured tensors are copied. A torch BlockMask is a mask too: its mask_mod in
             the blocks of its table (`masks_from.block_mask`). `cross` makes a mask kind whose keys are another
-            sequence, with a plan of their own: all kinds of one plan share the layout of its queries.
-        seq_len: tokens of the whole sequence, below 2**31; any number of them.
+            sequence, with a plan of their own, `cached` one whose keys are those of earlier chunks and then the
+            chunk's: all kinds of one plan share the layout of its queries.
+        seq_len: tokens of the whole sequence, or of the chunk; any number of them, that end below 2**31.
         group: the ranks that share the sequence: a process group, a 1-D device mesh such as ``mesh["cp"]``, or None for
             one rank. A 2-D mesh, ``mesh["cp", "heads"]``, or two groups, ``(heads_group, cp_group)``, exchange heads
             among the ranks of the dim that is named "heads", or is the first, and keys among those of the other.
+        start: if the tokens are a chunk of a longer sequence, the position of the first: queries, and keys that are not
+            of another sequence, are at ``start`` and up. Masks may then be made for more tokens than end here. Keys
+            before ``start`` are those of `cached` kinds alone, whose earlier chunks also tell it; others see none.
         rank, world_size: instead of a group, to plan for any rank of any job, anywhere; `Plan.bind` adds the group.
         ulysses_size: ranks among which heads are exchanged, so many that are next to each other in the group; they then
             share longer shards. It must divide the query heads, and the heads of keys or be a multiple of them. By mask
@@ -99,17 +107,24 @@ def make_plan(
     if not masks or not all(isinstance(kind, str) for kind in masks):
         raise ValueError(f"mask must name at least one mask kind, by strings; got {masks or 'an empty dict'}")
     _check_options(batch_size, num_heads, layout, schedule)
+    begin = _begin(start, seq_len, masks, world_size)
+    is_chunk = start is not None or any(isinstance(one, Cached) for one in masks.values())
     sizes = _ulysses_sizes(ulysses_size, links, world_size, num_heads, masks)
     machine = Machine.of(topology, device, heads)
     weights = _weights(weights, masks)
     copies: dict[int, tuple[Tensor, Tensor]] = {}  # kinds that capture one tensor share one copy
     crosses = {kind: one for kind, one in masks.items() if isinstance(one, Cross)}
-    mods = {kind: traced(one, seq_len, batch_size, num_heads, copies) for kind, one in masks.items()}
+    earlier = {kind: one.earlier for kind, one in masks.items() if isinstance(one, Cached) and one.earlier}
+    mods = {
+        kind: traced(one, seq_len, batch_size, num_heads, copies, begin if is_chunk else None)
+        for kind, one in masks.items()
+    }
     asked = _Asked(
-        *(mods, crosses, weights, seq_len, rank, world_size, batch_size, num_heads, layout, schedule, machine), {}, {}
+        *(mods, crosses, earlier, weights, seq_len, begin, rank, world_size, batch_size, num_heads, layout, schedule),
+        *(machine, {}, {}),
     )
     is_open = ulysses_size is None and not isinstance(links, GridLinks)
-    if is_open and heads is not None and schedule is auto and not crosses:
+    if is_open and heads is not None and schedule is auto and not crosses and not earlier:
         sizes = _predicted_sizes(asked)
     plan = _planned(asked, links, sizes)
     if log.isEnabledFor(logging.INFO):
@@ -126,8 +141,10 @@ class _Asked(NamedTuple):
 
     mods: Mapping[str, Mod]
     crosses: Mapping[str, Cross]
+    earlier: Mapping[str, tuple[Layout, ...]]
     weights: Mapping[str, float]
     seq_len: int
+    start: int
     rank: int
     world_size: int
     batch_size: int | None
@@ -145,11 +162,12 @@ def _planned(asked: _Asked, links: Links | None, sizes: Mapping[str, int]) -> Pl
     for kind, one in asked.crosses.items():
         keys[kind] = one.shards(kind, asked.world_size, sizes[kind]), most // sizes[kind]
     outer, kinds = _shards(asked, most, keys), {}
+    own = cut_shards(outer, most)
     for kind, mod in asked.mods.items():
         size = sizes[kind]
         kinds[kind] = plan_kind(
             kind, mod, cut_shards(outer, most // size), asked.rank // size, _work(asked, size, keys), asked.schedule,
-            asked.batch_size, asked.num_heads, size,
+            asked.batch_size, asked.num_heads, size, own,
         )  # fmt: skip
     by_b, by_h = (any(mod.uses(name) for mod in asked.mods.values()) for name in "bh")
     counts = asked.batch_size if by_b else None, asked.num_heads if by_h else None
@@ -161,7 +179,8 @@ def _work(asked: _Asked, size: int, keys: Keys | None = None) -> KindWork:
     if size not in asked.works:
         machine = _outer_machine(asked.machine, size)
         counts = asked.batch_size or 1, asked.num_heads or 1
-        asked.works[size] = KindWork(asked.mods, asked.weights, *counts, machine, keys)
+        earlier = {kind: (layouts, size) for kind, layouts in asked.earlier.items()}
+        asked.works[size] = KindWork(asked.mods, asked.weights, *counts, machine, keys, earlier, asked.start)
     return asked.works[size]
 
 
@@ -169,7 +188,8 @@ def _shards(asked: _Asked, size: int, keys: Keys | None = None) -> Layout:
     """Of so many ranks each, known once."""
     if size not in asked.layouts:
         world_size = asked.world_size // size
-        asked.layouts[size] = _outer_layout(asked.layout, asked.seq_len, world_size, size, _work(asked, size, keys))
+        outer = _outer_layout(asked.layout, asked.seq_len, world_size, size, _work(asked, size, keys))
+        asked.layouts[size] = replace(outer, start=asked.start)
     return asked.layouts[size]
 
 
@@ -225,6 +245,23 @@ def _summary(plan: Plan) -> str:
         f"{s['full_tiles']} FULL and {s['partial_tiles']} PARTIAL tiles"
         for name, one in plans.items()
     )
+
+
+def _begin(start: int | None, seq_len: int, masks: Mapping[str, Any], world_size: int) -> int:
+    """Position of the first token."""
+    cached = {kind: one for kind, one in masks.items() if isinstance(one, Cached)}
+    ends = [one.earlier[-1].end for one in cached.values() if one.earlier]
+    begin = start if start is not None else max(ends, default=0)
+    if not is_count(begin, 0) or begin + seq_len >= 2**31:
+        raise ValueError(f"start must be an integer of at least 0, and start + seq_len below 2**31; got {start!r}")
+    for kind, one in cached.items():
+        one.require(kind, begin, world_size)
+        if begin and not one.earlier:
+            raise ValueError(
+                f"mask kind {kind!r} is of a chunk that starts at {begin}, and no earlier ones are given; pass their "
+                "plans to cpflex.cached, or the mask alone for attention within the chunk"
+            )
+    return begin
 
 
 def _check_options(batch_size: object, num_heads: object, layout: object, schedule: object) -> None:
@@ -326,27 +363,29 @@ def _weights(weights: Mapping[str, float] | None, masks: Mapping[str, Any]) -> d
 
 
 def traced(
-    mask: MaskFn | BlockMask | Cross,
+    mask: Mask,
     seq_len: int,
     batch_size: int | None,
     num_heads: int | None,
     copies: dict[int, tuple[Tensor, Tensor]],
+    start: int | None = None,
 ) -> Mod:
-    """The mask as a graph that is also false at pads, its captured tensors copied to the CPU. Last among them are the
-    length of both sequences, or two lengths.
+    """The mask as a graph that is also false at pads, its captured tensors copied to the CPU. Last among them is where
+    both sequences end, or two ends.
+
+    Args:
+        start: of a chunk; masks may then be made for more tokens than end there.
     """
-    kv_len = mask.keys.seq_len if isinstance(mask, Cross) else seq_len
-    lengths = {"q_idx": seq_len, "kv_idx": kv_len}
+    q_end = (start or 0) + seq_len
+    kv_end = mask.keys.end if isinstance(mask, Cross) else q_end
+    has_two_ends = isinstance(mask, Cross) or (isinstance(mask, Cached) and len(mask.earlier) > 0)
     is_cross = isinstance(mask, Cross)
-    mask = as_mask(mask.mask if isinstance(mask, Cross) else mask)
+    is_longer = start is not None, mask.keys.start > 0 if isinstance(mask, Cross) else start is not None
+    mask = as_mask(mask.mask if isinstance(mask, Cross | Cached) else mask)
     if not callable(mask):
         raise TypeError(f"mask must be a mask_mod (b, h, q_idx, kv_idx) -> bool Tensor; got {type(mask).__name__}")
-    if isinstance(mask, MaskMod) and (wrong := mask.lengths - {(seq_len, kv_len)}):
-        if is_cross:
-            raise ValueError(
-                f"{mask!r} was made for (queries, keys) {sorted(wrong)}; these are {seq_len} queries and {kv_len} keys"
-            )
-        raise ValueError(f"{mask!r} was made for {sorted({n for both in wrong for n in both})} tokens; {seq_len=}")
+    if isinstance(mask, MaskMod):
+        _require_lengths(mask, (q_end, kv_end), is_longer, is_cross)
 
     def copied(tensor: Tensor) -> Tensor:
         if id(tensor) not in copies:
@@ -355,7 +394,8 @@ def traced(
         return copies[id(tensor)][1]
 
     mod = trace_mask_mod(mask).map_captured(copied)
-    limits = {"q_idx": ("seq_len", seq_len), "kv_idx": ("number of keys" if is_cross else "seq_len", kv_len)}
+    name = "seq_len" if not start else "start + seq_len"
+    limits = {"q_idx": (name, q_end), "kv_idx": ("number of keys" if is_cross else name, kv_end)}
     limits |= {"b": ("batch_size", batch_size), "h": ("num_heads", num_heads)}
     for name, (argument, size) in limits.items():
         if size is None:
@@ -371,9 +411,26 @@ def traced(
     builder = GraphBuilder(mod.graph.nodes)
     seen = mod.graph.outputs[0]
     for name in ("q_idx", "kv_idx"):
-        slot = len(mod.captured) + (is_cross and name == "kv_idx")
+        slot = len(mod.captured) + (has_two_ends and name == "kv_idx")
         length = builder.add("captured", slot, dtype=torch.int64)
         position = builder.add("input", name, dtype=torch.int64)
         seen = builder.add("and", seen, builder.add("lt", position, length, dtype=torch.bool), dtype=torch.bool)
-    held = list(lengths.values())[: 1 + is_cross]
-    return Mod(builder.graph(seen), (*mod.captured, *map(torch.tensor, held)), mod.name)
+    ends = [q_end, kv_end][: 1 + has_two_ends]
+    return Mod(builder.graph(seen), (*mod.captured, *map(torch.tensor, ends)), mod.name)
+
+
+def _require_lengths(mask: MaskMod, ends: tuple[int, int], is_longer: tuple[bool, bool], is_cross: bool) -> None:
+    """Of the mask, on each axis: where the tokens end, or more if they are a chunk of a longer sequence."""
+    wrong = [
+        made
+        for made in sorted(mask.lengths)
+        if any(n < end or (n > end and not longer) for n, end, longer in zip(made, ends, is_longer, strict=True))
+    ]
+    if not wrong:
+        return
+    if is_cross:
+        raise ValueError(
+            f"{mask!r} was made for (queries, keys) {wrong}; these are {ends[0]} queries and {ends[1]} keys"
+        )
+    tokens, said = sorted({n for both in wrong for n in both}), "end of the chunk" if is_longer[0] else "seq_len"
+    raise ValueError(f"{mask!r} was made for {tokens} tokens; {said}={ends[0]}")

@@ -11,18 +11,20 @@ import numpy as np
 
 from cpflex.mods.graph import Mod
 from cpflex.planning.choose import Choice, choose
+from cpflex.planning.earlier import Earlier, refuse_missing
 from cpflex.planning.idle import find_idle
 from cpflex.planning.needs import Needs, blocks_of, chunk_needs, classifier, tiles_of, whole_mask
 from cpflex.planning.squares import Squares
 from cpflex.planning.tables import make_tile_masks
 from cpflex.planning.traffic import Traffic, traffic_of
 from cpflex.ring.schedule import Exchange, ScheduleFn, Step
+from cpflex.sharding.joined import Joined, Keys
 from cpflex.sharding.layout import ChunkNeeds, Layout, work_per_rank
-from cpflex.tile_mask import TILE, Idle, Tiles
+from cpflex.tile_mask import TILE, Axis, Idle, Tiles
 from cpflex.topology import Machine
 from cpflex.version import __version__
 
-FORMAT = 4
+FORMAT = 5
 """Version of the plan's contents; ranks that disagree on it do not exchange."""
 
 
@@ -41,8 +43,8 @@ class MaskKind:
     work: np.ndarray  # (query, key) pairs in tiles that are not EMPTY, int64 [world_size]
     tokens: np.ndarray  # K/V rows of rank o's shard that rank r needs, by block, int64 [world_size (r), world_size (o)]
     machine: Machine | None = None
-    keys: Layout | None = None
-    """Their shards, if they are another sequence than the queries; one shard if every rank holds all of them."""
+    keys: Keys | None = None
+    """Their shards, if they are others than the queries' tokens; one shard if every rank holds all of them."""
 
     @property
     def sizes(self) -> tuple[int | None, int | None]:
@@ -69,14 +71,25 @@ class KindWork:
         batch_size: int,
         num_heads: int,
         machine: Machine | None = None,
-        keys: Mapping[str, tuple[Layout, int]] | None = None,
+        keys: Mapping[str, tuple[Keys, int]] | None = None,
+        earlier: Mapping[str, tuple[tuple[Layout, ...], int]] | None = None,
+        start: int = 0,
     ) -> None:
-        """``keys``: of kinds whose keys are another sequence, their shards, and how many of these are one of the shards
-        that are dealt out.
+        """
+        Args:
+            keys: of kinds whose keys are another sequence, their shards, and how many of these are one of the shards
+                that are dealt out.
+            earlier: of kinds whose keys are those of earlier chunks and then the queries' own tokens: the layouts of
+                the chunks, and how many of their shards are one that is dealt out.
+            start: position of the first query.
         """
         self.weights = weights
         self.machine = machine
+        self.start = start
         self.keys = keys or {}
+        self.earlier = {
+            kind: (Earlier.of(layouts, shards), layouts) for kind, (layouts, shards) in (earlier or {}).items()
+        }
         self.classifiers = {kind: classifier(mod, batch_size, num_heads) for kind, mod in mods.items()}
         self._known: dict[tuple[int, int], dict[str, ChunkNeeds]] = {}
         self._squares: dict[int, dict[str, Squares]] = {}
@@ -87,19 +100,21 @@ class KindWork:
         """What ranks need under a layout, and the schedule that suits it; found once."""
         if (kind, table.key) not in self.known:
             assert self.machine is not None, "predictions are made of a machine"
-            tiles = blocks_of(table.chunk_len, table.num_chunks)
+            tiles = blocks_of(table.chunk_len, table.num_chunks, table.start)
             traffic = traffic_of(self.classifiers[kind], table, tiles)
             self.known[kind, table.key] = traffic, choose(traffic, self.machine)
         return self.known[kind, table.key]
 
     def __call__(self, chunk_len: int, num_chunks: int) -> dict[str, ChunkNeeds]:
         if (chunk_len, num_chunks) not in self._known:
-            tiles = Tiles(chunk_len, num_chunks)
+            tiles = Tiles(chunk_len, num_chunks, start=self.start)
             squares = self._whole_masks(tiles)
             self._known[chunk_len, num_chunks] = {kind: self._needs(kind, squares[kind], tiles) for kind in squares}
         return self._known[chunk_len, num_chunks]
 
     def _needs(self, kind: str, squares: Squares, tiles: Tiles) -> ChunkNeeds:
+        if kind in self.earlier:
+            return self.earlier[kind][0].needs(squares, tiles)
         if kind not in self.keys:
             return chunk_needs(squares, tiles)
         keys, shards = self.keys[kind]
@@ -113,10 +128,15 @@ class KindWork:
         grid = tiles.chunk_len if tiles.chunk_len % TILE else TILE
         if grid not in self._squares:
             self._squares[grid] = {
-                kind: whole_mask(classify, tiles, tiles_of(self.keys[kind][0]) if kind in self.keys else None)
+                kind: whole_mask(classify, tiles, self._key_tiles(kind, tiles))
                 for kind, classify in self.classifiers.items()
             }
         return self._squares[grid]
+
+    def _key_tiles(self, kind: str, tiles: Tiles) -> Axis | None:
+        if kind in self.earlier:
+            return self.earlier[kind][0].before(tiles)
+        return tiles_of(self.keys[kind][0]) if kind in self.keys else None
 
 
 def plan_kind(
@@ -129,8 +149,22 @@ def plan_kind(
     batch_size: int | None,
     num_heads: int | None,
     ulysses_size: int = 1,
+    own: Layout | None = None,
 ) -> MaskKind:
-    """``table`` and ``rank``: of the outer shards, each of ``ulysses_size`` ranks that exchange heads."""
+    """
+    Args:
+        table, rank: of the outer shards, each of ``ulysses_size`` ranks that exchange heads.
+        own: the ranks' own shards, that of ``table`` if none exchange heads.
+    """
+    if kind in work.earlier:
+        joined = Joined((*work.earlier[kind][1], table if own is None else own), ulysses_size)
+        refuse_missing(kind, work.classifiers[kind], table, joined)
+        # of keys whose layout is known by now
+        work = KindWork(
+            *({kind: mod}, {kind: 1.0}, batch_size or 1, num_heads or 1, work.machine),
+            keys={kind: (joined, 1)},
+            start=table.start,
+        )
     chunks = work(table.chunk_len, table.num_chunks)[kind]
     keys = work.keys[kind][0] if kind in work.keys else None
     needs = Needs(work.classifiers[kind], table, rank, chunks, work.machine, keys)
@@ -151,6 +185,8 @@ def plan_kind(
         "mask": f"{mod.name}, graph {mod.key}",
         "tensors captured by the mask": mod.content_key,
     }
+    if table.start:
+        facts["start"] = table.start
     if keys is not None:
         facts |= {"number of keys": keys.seq_len, "layout of the keys": _described(keys)}
     steps = _steps(mod, needs, chosen.exchanges, batch_size or 1, num_heads or 1)
@@ -161,17 +197,20 @@ def plan_kind(
     return MaskKind(mod, steps, idle, facts, chosen.name, reason, received, *moved, work.machine, keys)
 
 
-def _described(layout: Layout) -> str:
+def _described(layout: Keys) -> str:
+    if isinstance(layout, Joined):
+        return f"{layout.name}, {'; '.join(map(_described, layout.parts))}, {layout.key}"
     chunks = f"{len(layout.chunks[0])} chunks of {layout.chunk_len} tokens per rank"
     return f"{layout.name}, {chunks}, {layout.key}"
 
 
-def _shared(keys: Layout, world_size: int) -> Layout:
+def _shared(keys: Keys, world_size: int) -> Layout:
     """The shards of the keys as a schedule sees them: where every rank holds all keys, so many, each a shard."""
-    if keys.world_size == world_size:
+    if isinstance(keys, Layout) and keys.world_size == world_size:
         return keys
     ranks = tuple((rank,) for rank in range(world_size))
-    return Layout(keys.seq_len * world_size, keys.seq_len, ranks, keys.name)
+    shard_len = keys.local_len if keys.world_size == world_size else keys.seq_len
+    return Layout(shard_len * world_size, shard_len, ranks, keys.name)
 
 
 def _steps(mod: Mod, needs: Needs, exchanges: Sequence[Exchange], batch_size: int, num_heads: int) -> tuple[Step, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from cpflex.mods.intervals import TileClassifier
 from cpflex.planning.squares import Classify, Squares, classify_squares, repeat
 from cpflex.planning.traffic import Traffic, traffic_of
 from cpflex.ring.schedule import Rows, rows_of
+from cpflex.sharding.joined import Joined, Keys
 from cpflex.sharding.layout import ChunkNeeds, Layout
-from cpflex.tile_mask import TILE, Tiles
+from cpflex.tile_mask import TILE, Axis, PieceTiles, Tiles
 from cpflex.topology import Machine
 
 if TYPE_CHECKING:
@@ -42,49 +43,69 @@ def classifier(mod: Mod, batch_size: int, num_heads: int) -> Classify:
     return lambda q_lo, q_hi, kv_lo, kv_hi: classify(q_lo, q_hi, kv_lo, kv_hi, b=b, h=h)
 
 
-def blocks_of(chunk_len: int, num_chunks: int) -> Tiles:
+def blocks_of(chunk_len: int, num_chunks: int, start: int = 0) -> Tiles:
     """The sequence in tiles, or in larger blocks where there would be too many."""
     block_len = TILE
     while block_len < chunk_len and num_chunks * -(-chunk_len // block_len) > MAX_BLOCKS:
         block_len *= 2
-    return Tiles(chunk_len, num_chunks, block_len)
+    return Tiles(chunk_len, num_chunks, block_len, start)
 
 
-def tiles_of(layout: Layout) -> Tiles:
+@overload
+def tiles_of(layout: Layout) -> Tiles: ...
+
+
+@overload
+def tiles_of(layout: Keys) -> Axis: ...
+
+
+def tiles_of(layout: Keys) -> Axis:
     """The padded sequence of a layout."""
-    return Tiles(layout.chunk_len, layout.num_chunks)
+    if isinstance(layout, Joined):
+        return PieceTiles(*layout.pieces)
+    return Tiles(layout.chunk_len, layout.num_chunks, start=layout.start)
 
 
-def whole_mask(classify: Classify, tiles: Tiles, keys: Tiles | None = None) -> Squares:
+def whole_mask(classify: Classify, tiles: Tiles, keys: Axis | None = None) -> Squares:
     """The tiles of the whole mask that are not EMPTY; coarser squares where its boundary is too long for tiles."""
     return classify_squares(classify, tiles, most=MAX_SQUARES, keys=keys)
 
 
-def chunk_needs(squares: Squares, tiles: Tiles, keys: Tiles | None = None) -> ChunkNeeds:
+def chunk_needs(squares: Squares, tiles: Tiles, keys: Axis | None = None, block_len: int | None = None) -> ChunkNeeds:
     """What the queries of each chunk compute, by tile, and see, by block: never too little.
 
     Args:
         squares: of the whole mask, in these tiles or in those of other chunks that are cut at the same positions.
         keys: their tiles, if they are not those of the queries.
+        block_len: tokens of a block, if not as many as keep blocks few.
     """
     keys = tiles if keys is None else keys
     row, col, side = squares.all
     exists = (row < tiles.num_tiles) & (col < keys.num_tiles)
     row, col, side = row[exists], col[exists], side[exists]
     row_end, col_end = np.minimum(row + side, tiles.num_tiles), np.minimum(col + side, keys.num_tiles)
-    start = np.append(keys.lo, keys.hi[-1:] + 1)
+    start = np.append(0, np.cumsum(keys.length))
     seen = start[col_end] - start[col]
     # float64 is exact: a row has fewer than 2**31 keys, and there are fewer than 2**22 rows
     change = np.bincount(row, seen, tiles.num_tiles + 1) - np.bincount(row_end, seen, tiles.num_tiles + 1)
     pairs = tiles.length * np.cumsum(change[:-1]).astype(np.int64)
     work = pairs.reshape(tiles.num_chunks, -1).sum(axis=1)
-    blocks = blocks_of(keys.chunk_len, keys.num_chunks)
-    block = keys.chunk * blocks.per_chunk + np.arange(keys.num_tiles) % keys.per_chunk * TILE // blocks.tile_len
+    blocks, block = keys.in_blocks(block_len_of(keys) if block_len is None else block_len)
     sees = _rectangles(
         (tiles.chunk[row], tiles.chunk[row_end - 1] + 1, block[col], block[col_end - 1] + 1),
         (tiles.num_chunks, blocks.num_tiles),
     )
     return ChunkNeeds(work, sees, blocks.chunk, blocks.length)
+
+
+def block_len_of(keys: Axis) -> int:
+    """Tokens of a block, so that there are not too many."""
+    if isinstance(keys, Tiles):
+        return blocks_of(keys.chunk_len, keys.num_chunks).tile_len
+    block_len = TILE
+    while block_len < max(keys.lengths) and keys.in_blocks(block_len)[0].num_tiles > MAX_BLOCKS:
+        block_len *= 2
+    return block_len
 
 
 def _rectangles(bounds: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
@@ -152,7 +173,7 @@ class Needs:
         rank: int,
         chunks: ChunkNeeds,
         machine: Machine | None = None,
-        keys: Layout | None = None,
+        keys: Keys | None = None,
     ) -> None:
         self.machine = machine
         self.layout = layout
@@ -187,7 +208,11 @@ class Needs:
     @cached_property
     def traffic(self) -> Traffic:
         """What all ranks compute and need, by block."""
-        return traffic_of(self._classify, self.layout, blocks_of(self.layout.chunk_len, self.layout.num_chunks))
+        return traffic_of(self._classify, self.layout, self._blocks)
+
+    @property
+    def _blocks(self) -> Tiles:
+        return blocks_of(self.layout.chunk_len, self.layout.num_chunks, self.layout.start)
 
     @cached_property
     def squares(self) -> Squares:
@@ -205,8 +230,8 @@ class Needs:
         """Queries of rank r see a key of the tile, for the tiles that this rank holds; bool [world_size (r), T]."""
         is_held = self.keys.owner[self.key_tiles.chunk] == self.rank
         squares = classify_squares(self._classify, self.tiles, cols=is_held, keys=self.key_tiles)
-        per_chunk, world_size = self.key_tiles.per_chunk, self.layout.world_size
-        chunks = [range(c * per_chunk, (c + 1) * per_chunk) for c in self.keys.chunks[self.rank]]
+        world_size = self.layout.world_size
+        chunks = [range(held[0], held[-1] + 1) for held in map(self._tiles_in, self.keys.chunks[self.rank])]
         return np.concatenate([_covered(squares, cols, self._owner_of_tile, world_size) for cols in chunks], axis=1)
 
     def seen(self, line: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -227,8 +252,8 @@ class Needs:
         """As `seen`, of all tiles of some owners, by block: never too few, the same on every rank; bool [lines,
         owners, T].
         """
-        begins = np.cumsum(self._chunks.block_len) - self._chunks.block_len
-        block_of = np.searchsorted(begins, self.key_tiles.lo, side="right") - 1
+        begins, tokens = (np.cumsum(x) - x for x in (self._chunks.block_len, self.key_tiles.length))
+        block_of = np.searchsorted(begins, tokens, side="right") - 1
         return self._sees(line)[:, block_of[self._tile_of[list(owners)]]]
 
     def rows_from(self, owner: int) -> Rows:
@@ -249,6 +274,9 @@ class Needs:
         tiles = self._tile_of[owner % len(self._tile_of)]  # of the one shard, if all hold it
         start = np.cumsum(self.key_tiles.length[tiles]) - self.key_tiles.length[tiles]
         return np.concatenate([tiles[(start >= begin) & (start < end)] for begin, end in rows] or [tiles[:0]])
+
+    def _tiles_in(self, chunk: int) -> np.ndarray:
+        return self.key_tiles.of_chunks([chunk])
 
     @cached_property
     def _tile_of(self) -> np.ndarray:

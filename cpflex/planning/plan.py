@@ -24,6 +24,7 @@ from cpflex.ring import handles
 from cpflex.ring.bound import Bound
 from cpflex.ring.heads import HeadExchange
 from cpflex.ring.schedule import Exchange, ScheduleFn, Source, Step, Transfer
+from cpflex.sharding.joined import Joined, cut_keys
 from cpflex.sharding.layout import Layout, cut_shards
 from cpflex.sharding.shard import shard, unshard
 from cpflex.tile_mask import Idle, Runs, TileMask
@@ -32,7 +33,7 @@ from cpflex.version import __version__
 
 VERSION = f"cpflex {__version__}, plan format {FORMAT}"
 PARTS = (
-    *(Layout, MaskKind, Mod, Graph, Node, Ref, Step, Exchange, Source, Transfer, TileMask, Runs, Idle),
+    *(Layout, Joined, MaskKind, Mod, Graph, Node, Ref, Step, Exchange, Source, Transfer, TileMask, Runs, Idle),
     *(Machine, Topology, Device, Heads),
 )
 """What a plan is made of, besides numbers, strings, tuples and tensors."""
@@ -73,11 +74,13 @@ class Plan:
         self.batch_size = batch_size
         self.num_heads = num_heads
         self.seq_len = layout.seq_len
+        self.start = layout.start
+        """Position of the first token: 0, or where the chunk is in its sequence."""
         self.world_size = layout.world_size
         self.local_len = layout.local_len
         keys = next(iter(kinds.values())).keys if len(kinds) == 1 else None
-        self.keys = layout if keys is None else cut_shards(keys, ulysses_size)
-        """Where the keys of the one mask kind are: with the queries, or where `cross` said."""
+        self.keys = layout if keys is None else cut_keys(keys, ulysses_size)
+        """Where the keys of the one mask kind are: with the queries, or where `cross` or `cached` said."""
         self.kv_seq_len = self.keys.seq_len
         self.kv_local_len = self.keys.local_len
         self._links = links
@@ -121,8 +124,14 @@ class Plan:
     @cached_property
     @torch.inference_mode(False)
     def positions(self) -> Tensor:
-        """Global position of each local token, int64 [S_local]; pads are numbered S, S + 1, ..."""
+        """Global position of each local token, int64 [S_local]: its position id. Pads are numbered on from the last."""
         return torch.from_numpy(self.layout.positions(self.rank))
+
+    @cached_property
+    @torch.inference_mode(False)
+    def kv_positions(self) -> Tensor:
+        """Global position of each local key of the one mask kind, int64 [kv_local_len]."""
+        return torch.from_numpy(self.keys.positions(self.rank % self.keys.world_size))
 
     @property
     def fragments(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -302,10 +311,11 @@ class Plan:
         plot(self, path)
 
     def __repr__(self) -> str:
+        start = f" from {self.start}" if self.start else ""
         grid = f", heads among {self.ulysses_size}" if self.ulysses_size > 1 else ""
         return (
-            f"Plan({', '.join(sorted(self.kinds))}; seq_len={self.seq_len}, {self.layout.name} on rank {self.rank} of "
-            f"{self.world_size}{grid}, local_len={self.local_len})"
+            f"Plan({', '.join(sorted(self.kinds))}; seq_len={self.seq_len}{start}, {self.layout.name} on rank "
+            f"{self.rank} of {self.world_size}{grid}, local_len={self.local_len})"
         )
 
     def to_bytes(self) -> bytes:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpflex.mods.intervals import FULL, PARTIAL
-from cpflex.tile_mask import Tiles
+from cpflex.tile_mask import Axis, Tiles
 
 Classify = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(q_lo, q_hi, kv_lo, kv_hi), positions, inclusive -> verdicts EMPTY / PARTIAL / FULL."""
@@ -41,12 +41,12 @@ class Squares:
 
 def classify_squares(
     classify: Classify,
-    tiles: Tiles,
+    tiles: Axis,
     rows: np.ndarray | None = None,
     cols: np.ndarray | None = None,
     most: int | None = None,
     *,
-    keys: Tiles | None = None,
+    keys: Axis | None = None,
 ) -> Squares:
     """Coarse to fine: a square that is all EMPTY or all FULL is settled, any other is cut in four.
 

@@ -12,7 +12,7 @@ from cpflex.mods.evaluate import evaluate
 from cpflex.mods.graph import Mod
 from cpflex.mods.intervals import EMPTY, FULL, PARTIAL
 from cpflex.planning.squares import Squares, repeat
-from cpflex.tile_mask import Runs, TileMask, Tiles
+from cpflex.tile_mask import Axis, Runs, TileMask
 
 EXACT_ELEMENTS = 1 << 21
 """Mask elements that the plan of one mask kind may evaluate to settle tiles that intervals left open."""
@@ -25,8 +25,8 @@ MAX_RUNS = 1 << 26
 def make_tile_masks(
     mod: Mod,
     squares: Squares,
-    tiles: Tiles,
-    keys: Tiles,
+    tiles: Axis,
+    keys: Axis,
     q_tiles: np.ndarray,
     blocks: Sequence[np.ndarray],
     batch_size: int = 1,
@@ -78,7 +78,7 @@ def make_tile_masks(
     ]
 
 
-def _axis(tiles: Tiles, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+def _axis(tiles: Axis, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
     """Position of the first token and start of each tile of an axis, int32."""
     starts = np.append(0, np.cumsum(tiles.length[chosen]))
     return torch.from_numpy(tiles.lo[chosen].astype(np.int32)), torch.from_numpy(starts.astype(np.int32))
@@ -149,7 +149,7 @@ def _runs(
 
 def _evaluate_tiles(
     mod: Mod,
-    axes: tuple[Tiles, Tiles],
+    axes: tuple[Axis, Axis],
     listed: tuple[np.ndarray, np.ndarray],
     batch_size: int,
     num_heads: int,
@@ -159,7 +159,7 @@ def _evaluate_tiles(
     rows, cols = listed
     verdicts = np.full(len(rows), PARTIAL, dtype=np.int8)
     copies = (batch_size if mod.uses("b") else 1) * (num_heads if mod.uses("h") else 1)
-    q_side, kv_side = (min(axis.tile_len, axis.chunk_len) for axis in axes)
+    q_side, kv_side = (int(axis.length.max()) for axis in axes)
     affordable = min(len(rows), budget // (q_side * kv_side * copies))
     inputs = {
         "b": torch.arange(batch_size if mod.uses("b") else 1).view(-1, 1, 1, 1, 1),
@@ -167,7 +167,7 @@ def _evaluate_tiles(
     }
     group = max(1, (1 << 20) // (q_side * kv_side * copies))  # tiles at once: what stays in cache
 
-    def positions(tiles: Tiles, side: int, chosen: np.ndarray) -> Tensor:
+    def positions(tiles: Axis, side: int, chosen: np.ndarray) -> Tensor:
         # a short tile repeats its last token, which changes no verdict
         return torch.from_numpy(np.minimum(tiles.lo[chosen][:, None] + np.arange(side), tiles.hi[chosen][:, None]))
 

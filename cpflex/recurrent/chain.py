@@ -126,8 +126,14 @@ def make_chain(
         padding_mask: padding belongs to no document: it is skipped, whatever it holds, and gets 0.
 
     Raises:
+        NotImplementedError: the plan is of a chunk of a longer sequence, not the first.
         ValueError: shapes that do not fit, both of the two, a document in two pieces, or padding inside of one.
     """
+    if plan.start:
+        raise NotImplementedError(
+            f"this plan is of a chunk that starts at {plan.start}; a recurrent layer would need the state of what came "
+            "before, which is not supported - compute it on a plan of the whole sequence"
+        )
     age = ages(plan.seq_len, doc_ids, position_ids, padding_mask)
     key = hashlib.sha256(f"{tuple(age.shape)}".encode() + age.numpy().tobytes()).hexdigest()[:16]
     return Chain(plan, plan.shard(age, dim=1, pad_value=-1), key)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cpflex.mods.evaluate import evaluate
 from cpflex.mods.graph import Arg, Graph, Node, Ref
+from cpflex.sharding.joined import Joined
 from cpflex.tile_mask import Runs
 
 if TYPE_CHECKING:
@@ -50,7 +51,11 @@ def doubts(plan: Plan) -> list[str]:
 
 def _doubts_of(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[str]:
     found = []
-    if kind.keys is None and _leaves_future_open(kind.mask.graph) and _sees_ahead(plan, kind):
+    if (
+        (kind.keys is None or isinstance(kind.keys, Joined))
+        and _leaves_future_open(kind.mask.graph)
+        and _sees_ahead(plan, kind)
+    ):
         found.append(
             "future keys are visible: the mask bounds how far back a query sees, not how far ahead - "
             "use causal() & sliding_window(w), or sliding_window(left, right) if that is meant"
@@ -92,7 +97,7 @@ def _blind_queries(plan: Plan, kind: MaskKind) -> int:
     runs = torch.stack([mask.full.offsets.diff() + mask.partial.offsets.diff() for mask in masks]).sum(dim=0)
     in_blind_tile = torch.repeat_interleave(runs == 0, masks[0].q_starts.diff())
     positions = torch.from_numpy(plan.outer.positions(plan.outer_rank))
-    return int((in_blind_tile & (positions < plan.seq_len)).sum())
+    return int((in_blind_tile & (positions < plan.outer.end)).sum())
 
 
 def _wasted_share(plan: Plan, kind: MaskKind, sample_elements: int = 1 << 20) -> float:
@@ -125,7 +130,7 @@ def _tiles(runs: Runs) -> tuple[Tensor, Tensor]:
 
 def _sees_ahead(plan: Plan, kind: MaskKind, samples: int = 1 << 16) -> bool:
     """Some query sees itself and the next token; looked for at evenly spaced positions, at b = h = 0."""
-    q = torch.arange(0, plan.seq_len - 1, max(1, plan.seq_len // samples))
+    q = torch.arange(plan.start, plan.outer.end - 1, max(1, plan.seq_len // samples))
     zero = torch.zeros_like(q)
     own, following = (
         evaluate(kind.mask.graph, kind.mask.captured, {"b": zero, "h": zero, "q_idx": q, "kv_idx": q + ahead})[0]

@@ -12,19 +12,19 @@ import numpy as np
 from torch import Tensor
 
 from cpflex.mods.intervals import EMPTY, FULL, PARTIAL
-from cpflex.planning.needs import blocks_of, classifier, tiles_of
+from cpflex.planning.needs import block_len_of, blocks_of, classifier, tiles_of
 from cpflex.planning.predict import predict
 from cpflex.planning.traffic import traffic_of
 from cpflex.ring.named import named_schedule
 from cpflex.ring.schedule import most_rows
 from cpflex.seeing.doubts import doubts, holder
+from cpflex.sharding.joined import Joined, Keys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from cpflex.planning.mask_kind import MaskKind
     from cpflex.planning.plan import Plan
-    from cpflex.sharding.layout import Layout
 
 MANY_RANKS = 16
 """More ranks than this are summarised."""
@@ -38,7 +38,7 @@ PIXELS = 256
 
 def explain(plan: Plan) -> str:
     """The plan in words: layout, work per rank, K/V received, tiles, schedule, memory, and warnings."""
-    lines = [f"{plan.seq_len:,} tokens on {_count(plan.world_size, 'rank')}, seen from rank {plan.rank}", ""]
+    lines = [f"{_tokens(plan)} on {_count(plan.world_size, 'rank')}, seen from rank {plan.rank}", ""]
     if not (differ := len({kind.ulysses_size for kind in plan.kinds.values()}) > 1):
         lines += _grid(plan)
     lines += _layout(plan)
@@ -49,6 +49,11 @@ def explain(plan: Plan) -> str:
     for doubt in found:
         lines += textwrap.wrap(doubt, WIDTH, initial_indent="  - ", subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def _tokens(plan: Plan) -> str:
+    start = f", from position {plan.start:,}," if plan.start else ""
+    return f"{plan.seq_len:,} tokens{start}"
 
 
 def _grid(plan: Plan) -> list[str]:
@@ -88,7 +93,7 @@ def _layout(plan: Plan) -> list[str]:
 def _ranges(plan: Plan) -> list[str]:
     """The rank's positions as ranges, both ends included, pads left out."""
     positions = plan.positions.numpy()
-    positions = positions[positions < plan.seq_len]
+    positions = positions[positions < plan.layout.end]
     pieces = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
     return [f"{piece[0]:,}-{piece[-1]:,}" for piece in pieces if len(piece)]
 
@@ -126,8 +131,12 @@ def _kind(plan: Plan, name: str, *, with_grid: bool) -> list[str]:
     return [f"{name}: {kind.mask.name}", *grid, *table, *_facts(facts)]
 
 
-def _keys(keys: Layout) -> str:
-    """Those of another sequence."""
+def _keys(keys: Keys) -> str:
+    """Those of another sequence, or of earlier chunks."""
+    if isinstance(keys, Joined):
+        *earlier, own = (part.seq_len for part in keys.parts)
+        chunks = f"{_count(len(earlier), 'earlier chunk')}, from position {keys.start:,}"
+        return f"{sum(earlier):,} of {chunks}, and the {own:,} tokens of this one"
     if keys.world_size == 1:
         return f"{keys.seq_len:,} of another sequence, all on every rank: nothing travels"
     chunks = f"{_count(len(keys.chunks[0]), 'chunk')} of {keys.chunk_len:,} tokens per rank"
@@ -149,7 +158,7 @@ def _predicted(plan: Plan, kind: MaskKind) -> list[tuple[str, str]]:
         return []
     layout, (batch_size, num_heads) = plan.outer, kind.sizes
     classify = classifier(kind.mask, batch_size or 1, num_heads or 1)
-    tables = traffic_of(classify, layout, blocks_of(layout.chunk_len, layout.num_chunks))
+    tables = traffic_of(classify, layout, blocks_of(layout.chunk_len, layout.num_chunks, layout.start))
     found = predict(kind.schedule, tables, kind.machine)
     forward, backward = (f"{1e3 * one.makespan:.2f} ms" for one in (found.forward, found.backward))
     waits = (
@@ -202,7 +211,8 @@ def _ranks_table(plan: Plan, stats: dict[str, Any]) -> list[str]:
     ]
     if num_shards > 1:
         keys = plan.kinds[next(iter(plan.kinds))].keys or plan.outer
-        block = min(blocks_of(keys.chunk_len, keys.num_chunks).tile_len, keys.chunk_len)
+        tiles = tiles_of(keys)
+        block = int(tiles.in_blocks(block_len_of(tiles))[0].length.max())
         table.append(f"(work by tiles, rows by blocks of {block:,} tokens, never too few)")
     return table
 
@@ -299,7 +309,7 @@ def plot(plan: Plan, path: str) -> None:
     layout = plan.layout
     padding = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
     figure = Figure(figsize=(13.5, 0.8 + 4.5 * len(plan.kinds)), dpi=100, layout=padding)
-    title = f"{plan.seq_len:,} tokens on {_count(plan.world_size, 'rank')}"
+    title = f"{_tokens(plan)} on {_count(plan.world_size, 'rank')}"
     chunks = f"{_count(len(layout.chunks[0]), 'chunk')} of {layout.chunk_len:,} tokens per rank"
     figure.suptitle(f"{title}   ·   {layout.name}: {chunks}", color=INK, fontsize=13, fontweight="bold")
     panels = figure.subplots(len(plan.kinds), 3, squeeze=False, width_ratios=(1.15, 1, 1))
@@ -322,8 +332,9 @@ def _rank_colors(world_size: int) -> np.ndarray:
 
 def _draw_mask(ax: Axes, plan: Plan, kind: MaskKind, name: str, colors: np.ndarray) -> None:
     keys = kind.keys or plan.outer
-    verdicts, (owner, key_owner), (height, width) = _squares(plan, kind, (0, plan.seq_len), (0, keys.seq_len))
-    _paint(ax, verdicts, colors[owner], (0, width, height, 0))
+    spans = [(one.start, one.end) for one in (plan.outer, keys)]
+    verdicts, (owner, key_owner), (height, width) = _squares(plan, kind, *spans)
+    _paint(ax, verdicts, colors[owner], (keys.start, width, height, plan.start))
     if kind.keys is not None:
         ax.set_aspect("auto")
     left, top = ax.inset_axes((-0.035, 0, 0.025, 1)), ax.inset_axes((0, 1.01, 1, 0.025))
@@ -341,8 +352,8 @@ def _draw_mask(ax: Axes, plan: Plan, kind: MaskKind, name: str, colors: np.ndarr
     ax.set_ylabel("query position", color=INK, labelpad=14)
     ax.tick_params(colors=FAINT, labelsize=8)
     ax.tick_params(axis="y", pad=12, length=0)
-    for set_ticks, length in ((ax.set_xticks, keys.seq_len), (ax.set_yticks, plan.seq_len)):
-        ticks = np.linspace(0, length, 5)
+    for set_ticks, span in zip((ax.set_yticks, ax.set_xticks), spans, strict=True):
+        ticks = np.linspace(*span, 5)
         set_ticks(ticks, [_size(int(tick)) for tick in ticks])
 
 
@@ -350,7 +361,7 @@ def _draw_enlarged(ax: Axes, plan: Plan, kind: MaskKind, colors: np.ndarray) -> 
     """The middle of the mask, as near as it takes to see something."""
     span = plan.seq_len // 16
     while True:
-        begin = (plan.seq_len - span) // 2
+        begin = plan.start + (plan.seq_len - span) // 2
         verdicts, (owner, _), (edge, _) = _squares(plan, kind, (begin, begin + span), (begin, begin + span))
         if span <= 4 * PIXELS or (verdicts != EMPTY).mean() > THIN:
             break
@@ -375,7 +386,8 @@ def _squares(
         lo = np.arange(begin, end, pixel_len)
         hi = np.minimum(lo + pixel_len, end) - 1
         bounds.append((lo, hi))
-        owners.append(layout.owner[(lo + hi) // 2 // layout.chunk_len])
+        tiles = tiles_of(layout)
+        owners.append(layout.owner[tiles.chunk[np.searchsorted(tiles.lo, (lo + hi) // 2, side="right") - 1]])
         ends.append(begin + len(lo) * pixel_len)
     classify = classifier(kind.mask, plan.batch_size or 1, plan.num_heads or 1)
     (q_lo, q_hi), (kv_lo, kv_hi) = bounds

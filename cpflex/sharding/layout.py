@@ -22,15 +22,18 @@ STRIPE = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """``chunks[rank]``: ids of the chunks that the rank holds, rising; chunk c is positions [c, c + 1) * chunk_len.
+    """``chunks[rank]``: ids of the chunks that the rank holds, rising; chunk c is positions [c, c + 1) * chunk_len,
+    counted from ``start``.
 
-    Every rank holds equally many chunks. Positions of ``seq_len`` and above are pads.
+    Every rank holds equally many chunks. Positions of ``end`` and above are pads.
     """
 
     seq_len: int
     chunk_len: int
     chunks: tuple[tuple[int, ...], ...]
     name: str
+    start: int = 0
+    """Position of the first token: tokens may be a piece of a longer sequence."""
 
     def __post_init__(self) -> None:
         ids = sorted(chunk for held in self.chunks for chunk in held)
@@ -40,6 +43,11 @@ class Layout:
             raise ValueError("a rank holds its chunks in rising order")
         if self.chunk_len * len(ids) < self.seq_len:
             raise ValueError(f"{len(ids)} chunks of {self.chunk_len} tokens do not hold seq_len={self.seq_len}")
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + self.seq_len
 
     @property
     def world_size(self) -> int:
@@ -62,8 +70,8 @@ class Layout:
         return owner
 
     def positions(self, rank: int) -> np.ndarray:
-        """Global position of each local token, int64 [local_len]; pads are numbered from ``seq_len`` on."""
-        starts = np.asarray(self.chunks[rank], dtype=np.int64) * self.chunk_len
+        """Global position of each local token, int64 [local_len]; pads are numbered from ``end`` on."""
+        starts = np.asarray(self.chunks[rank], dtype=np.int64) * self.chunk_len + self.start
         return (starts[:, None] + np.arange(self.chunk_len)).reshape(-1)
 
     @cached_property
@@ -80,11 +88,12 @@ class Layout:
             if runs and runs[-1][1] == start:
                 start = runs.pop()[0]
             runs.append((start, stop))
-        return tuple(runs)
+        return tuple((start + self.start, stop + self.start) for start, stop in runs)
 
     @cached_property
     def key(self) -> str:
-        return hashlib.sha256(f"{self.seq_len}|{self.chunk_len}|{self.chunks}".encode()).hexdigest()[:16]
+        start = f"|{self.start}" if self.start else ""
+        return hashlib.sha256(f"{self.seq_len}|{self.chunk_len}|{self.chunks}{start}".encode()).hexdigest()[:16]
 
 
 def cut_shards(layout: Layout, pieces: int) -> Layout:
@@ -103,7 +112,7 @@ def cut_shards(layout: Layout, pieces: int) -> Layout:
     per_chunk, per_piece = layout.chunk_len // chunk_len, piece_len // chunk_len
     small = [[chunk * per_chunk + i for chunk in held for i in range(per_chunk)] for held in layout.chunks]
     chunks = (tuple(held[i * per_piece : (i + 1) * per_piece]) for held in small for i in range(pieces))
-    return Layout(layout.seq_len, chunk_len, tuple(chunks), layout.name)
+    return Layout(layout.seq_len, chunk_len, tuple(chunks), layout.name, layout.start)
 
 
 @dataclass(frozen=True)
@@ -114,11 +123,27 @@ class ChunkNeeds:
     sees: np.ndarray  # bool [num_chunks, num_blocks]
     block_chunk: np.ndarray  # chunk of each block of keys, int64 [num_blocks]
     block_len: np.ndarray  # tokens of each block, int64 [num_blocks]
-    block_owner: np.ndarray | None = None  # rank that holds each block, where keys have a layout of their own
+    block_owner: np.ndarray | None = None
+    """Rank that holds each block, where keys have a layout of their own; -1 for keys that are dealt out with the
+    queries, by chunk.
+    """
+
+    @property
+    def dealt(self) -> ChunkNeeds:
+        """With those blocks alone that are dealt out with the queries."""
+        if self.block_owner is None:
+            return self
+        chosen = np.flatnonzero(self.block_owner < 0)
+        sees = np.ascontiguousarray(self.sees[:, chosen])
+        return ChunkNeeds(self.work, sees, self.block_chunk[chosen], self.block_len[chosen])
 
     def held_by(self, owner: np.ndarray, ranks_per_owner: int = 1) -> np.ndarray:
         """Who holds each block, given the owner of each chunk: a rank, or a group of so many; int64 [num_blocks]."""
-        return owner[self.block_chunk] if self.block_owner is None else self.block_owner // ranks_per_owner
+        if self.block_owner is None:
+            return owner[self.block_chunk]
+        is_dealt = self.block_owner < 0
+        by_chunk = owner[np.where(is_dealt, self.block_chunk, 0)]
+        return np.where(is_dealt, by_chunk, self.block_owner // ranks_per_owner)
 
 
 class ChunkWork(Protocol):

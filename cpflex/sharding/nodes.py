@@ -104,9 +104,7 @@ def _merged(needs: ChunkNeeds, cut: int) -> ChunkNeeds:
     """Of chunks ``cut`` times as long."""
     work = needs.work.reshape(-1, cut).sum(axis=1)
     sees = np.logical_or.reduce(needs.sees.reshape(len(work), cut, needs.sees.shape[1]), axis=1)
-    if needs.block_owner is not None:  # chunks of another sequence
-        return replace(needs, work=work, sees=sees)
-    return ChunkNeeds(work, sees, needs.block_chunk // cut, needs.block_len)
+    return replace(needs, work=work, sees=sees, block_chunk=needs.block_chunk // cut)
 
 
 def _over_nodes(needs: Needs, weights: Mapping[str, float], num_nodes: int) -> list[np.ndarray]:

@@ -58,15 +58,16 @@ class Problem:
         kinds = sorted(needs)
         num_chunks = len(needs[kinds[0]].work)
         # keys that are not dealt out are held by ranks, not by chunks: `balanced` counts them when it compares deals
-        own = [kind for kind in kinds if len(needs[kind].block_chunk) and needs[kind].block_owner is None]
-        per_chunk = len(needs[own[0]].block_chunk) // num_chunks if own else 1
+        dealt = {kind: needs[kind].dealt for kind in kinds}
+        own = [kind for kind in kinds if len(dealt[kind].block_len)]
+        per_chunk = len(dealt[own[0]].block_len) // num_chunks if own else 1
         # as many groups per chunk as divide its blocks and stay within the limit
         groups = max(
             g for g in range(1, per_chunk + 1) if per_chunk % g == 0 and (g == 1 or g * num_chunks <= MAX_GROUPS)
         )
         shape = num_chunks, num_chunks * groups, per_chunk // groups
         seen = np.stack([
-            needs[kind].sees.reshape(shape).any(axis=2) if kind in own else np.zeros(shape[:2], dtype=bool)
+            dealt[kind].sees.reshape(shape).any(axis=2) if kind in own else np.zeros(shape[:2], dtype=bool)
             for kind in kinds
         ])  # fmt: skip
         held = np.repeat(np.eye(num_chunks, dtype=bool), groups, axis=1)
@@ -74,7 +75,7 @@ class Problem:
         work = np.stack([one >> max(0, int(one.sum()).bit_length() - WORK_BITS) for one in work])
         limit = work.sum(axis=1) * (1000 + SLACK_PERMILLE) // (1000 * world_size)
         scale = np.array([weights[kind] for kind in kinds])
-        fragments_per_group = num_chunks * groups / max(1, sum(int(needs[kind].block_len.sum()) for kind in own[:1]))
+        fragments_per_group = num_chunks * groups / max(1, sum(int(dealt[kind].block_len.sum()) for kind in own[:1]))
         burden = 3 * fragment_cost * fragments_per_group  # `_burden` of what the slowest rank receives, as all do
         return cls(world_size, num_chunks // world_size, work, limit, scale, packed(seen), packed(held), burden)
 

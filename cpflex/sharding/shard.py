@@ -24,7 +24,7 @@ def shard(x: Tensor, dim: int, layout: Layout, rank: int, pad_value: float | int
     if _length(x, dim) != layout.seq_len:
         raise ValueError(f"dim {dim} must have the plan's seq_len={layout.seq_len} tokens; got shape {tuple(x.shape)}")
     positions = torch.from_numpy(layout.positions(rank)).to(x.device)
-    local = x.index_select(dim, positions.clamp(max=layout.seq_len - 1))
+    local = x.index_select(dim, positions.clamp(max=layout.end - 1) - layout.start)
     if layout.num_chunks * layout.chunk_len == layout.seq_len:
         return local
     if pad_value is None:
@@ -32,7 +32,7 @@ def shard(x: Tensor, dim: int, layout: Layout, rank: int, pad_value: float | int
             f"seq_len={layout.seq_len} is padded to {layout.num_chunks * layout.chunk_len} tokens, for equal local "
             "lengths; pass pad_value=..., for instance 0 for token ids and -100 for labels"
         )
-    is_pad = (positions >= layout.seq_len).view([-1] + [1] * (x.ndim - 1 - dim % x.ndim))
+    is_pad = (positions >= layout.end).view([-1] + [1] * (x.ndim - 1 - dim % x.ndim))
     return local.masked_fill(is_pad, pad_value)
 
 
@@ -65,7 +65,7 @@ class _Unshard(torch.autograd.Function):
         parts = _swap([x.contiguous()] * layout.world_size, rank, links)
         whole = x.new_empty([*x.shape[:dim], layout.num_chunks * layout.chunk_len, *x.shape[dim + 1 :]])
         for owner, part in enumerate(parts):
-            whole.index_copy_(dim, torch.from_numpy(layout.positions(owner)).to(x.device), part)
+            whole.index_copy_(dim, torch.from_numpy(layout.positions(owner) - layout.start).to(x.device), part)
         return whole.narrow(dim, 0, layout.seq_len).contiguous()
 
     @staticmethod

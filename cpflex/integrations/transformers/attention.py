@@ -155,6 +155,11 @@ def _with_global_temperature(module: Any, query: Tensor, plan: Plan) -> Tensor:
     """
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
+    if plan.start:
+        raise NotImplementedError(
+            f"this model scales queries by their index in the call, and the plan is of a chunk that starts at "
+            f"{plan.start}; this is not supported - use a plan of the whole sequence"
+        )
 
     def temperature(positions: Tensor) -> Tensor:
         steps = torch.floor((positions.float() + 1.0) / module.floor_scale)
