@@ -160,7 +160,7 @@ def test_balanced_deals_a_chunk_out_by_the_work_over_all_keys_so_far():
     early = cpflex.causal() & (lambda b, h, q, k: (k >= 2048) | (q < 2304))  # a quarter of the queries see the cache
     options: dict[str, Any] = {"rank": 0, "world_size": 4}
     plans = _plans(early, (0, 2048, 3072), **options)
-    assert plans[-1].stats["imbalance"] < 1.1
+    assert plans[-1].stats["imbalance"] < 1.3
     within = cpflex.make_plan(early, 1024, start=2048, **options).layout
     as_within = cpflex.make_plan(
         cpflex.cached(early, plans[:1]), 1024, layout=lambda *_: replace(within, start=0), **options

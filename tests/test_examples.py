@@ -33,6 +33,7 @@ NEEDS = {"accelerate": HF, "huggingface": HF, "lightning": [*HF, "lightning"], "
 
 SAYS = {
     "accelerate_plain": r"(?s)(2|4) rows: loss.*rows: loss",
+    "chunked_prefill": r"tokens 1047 to 1110: 2 earlier chunks",
     "custom_mods": r"all-gather would bring",
     "draft_model": r"(?s)causal: gradients.*bidirectional: gradients",
     "encoder_decoder": r"(?s)step 0: .* keys.*step 5: .*gradients",

@@ -34,10 +34,21 @@ class _Sum(NamedTuple):
 
 
 def row_bounds(
-    mod: Mod, q_len: int, kv_len: int, batch_size: int = 1, num_heads: int = 1
+    mod: Mod,
+    q_len: int,
+    kv_len: int,
+    batch_size: int = 1,
+    num_heads: int = 1,
+    *,
+    queries: Tensor | None = None,  # int64 [q_len]
+    first_key: int = 0,
 ) -> tuple[Tensor, Tensor] | None:
     """(first, end), int64 [B, H, q_len]: query i sees the keys ``first[i] <= kv_idx < end[i]`` and no others; both are
     0 where it sees none. B and H are 1 where the mask is the same for all.
+
+    Args:
+        queries: their positions; 0, 1, 2 ... if None.
+        first_key: keys are at this position and up, before ``kv_len``.
 
     None if some query sees keys that are not one interval, or if the graph does not show that they are.
 
@@ -45,14 +56,16 @@ def row_bounds(
     (tensor([[[0, 0, 0, 1, 2]]]), tensor([[[1, 2, 3, 4, 5]]]))
     """
     sizes = (batch_size if mod.uses("b") else 1), (num_heads if mod.uses("h") else 1)
+    queries, keys = torch.arange(q_len) if queries is None else queries, torch.arange(first_key, kv_len)
     rows = []
     for b in range(sizes[0]):
         for h in range(sizes[1]):
-            span = _Reader(mod, b, h, q_len, kv_len).span
+            span = _Reader(mod, b, h, queries, keys).span
             if span is None:
                 return None
             sees_none = span.first >= span.end
-            rows.append(torch.stack([bound.masked_fill(sees_none, 0).broadcast_to(q_len) for bound in span]))
+            bounds = ((bound + first_key).masked_fill(sees_none, 0).broadcast_to(q_len) for bound in span)
+            rows.append(torch.stack(list(bounds)))
     bounds = torch.stack(rows, dim=1).view(2, *sizes, q_len)
     return bounds[0], bounds[1]
 
@@ -62,11 +75,11 @@ class _Reader:
     sums, where they are of that form.
     """
 
-    def __init__(self, mod: Mod, b: int, h: int, q_len: int, kv_len: int) -> None:
+    def __init__(self, mod: Mod, b: int, h: int, queries: Tensor, keys: Tensor) -> None:
         nodes = mod.graph.nodes
-        self._nodes, self._kv_len = nodes, kv_len
+        self._nodes, self._kv_len = nodes, len(keys)
         self._needs = _positions_of(nodes)
-        given = {"q_idx": torch.arange(q_len), "kv_idx": torch.arange(kv_len)}
+        given = {"q_idx": queries, "kv_idx": keys}
         given |= {"b": torch.tensor(b), "h": torch.tensor(h)}
         self._alone: dict[int, Tensor] = {}
         for axis in ("q_idx", "kv_idx"):

@@ -15,6 +15,7 @@ from cpflex.links.grid import GridLinks, lanes_of
 from cpflex.links.processes import Group, links_of
 from cpflex.links.protocol import Links
 from cpflex.mods.graph import Graph, Mod, Node, Ref
+from cpflex.mods.row_bounds import row_bounds
 from cpflex.mods.trace import UnsupportedMod
 from cpflex.planning import plan_bytes
 from cpflex.planning.check import check_degrees, check_kind, check_layout
@@ -132,6 +133,21 @@ class Plan:
     def kv_positions(self) -> Tensor:
         """Global position of each local key of the one mask kind, int64 [kv_local_len]."""
         return torch.from_numpy(self.keys.positions(self.rank % self.keys.world_size))
+
+    @cached_property
+    @torch.inference_mode(False)
+    def row_bounds(self) -> tuple[Tensor, Tensor] | None:
+        """(first, end), int32 [1 or B, 1 or Hq, S] for the S tokens of the outer shard, which is this rank's where no
+        heads are exchanged: a query sees the held keys at ``first <= position < end`` and no others; both are 0 where
+        it sees none. None if the keys of some query are not one interval, or are not known to be.
+
+        Found when it is first asked for, from the mask of the one mask kind: once per query and key, never per pair.
+        """
+        kind, keys = self._kind, self._kind.keys or self.outer
+        queries = torch.from_numpy(self.outer.positions(self.outer_rank))
+        sizes = (size or 1 for size in kind.sizes)
+        found = row_bounds(kind.mask, len(queries), keys.end, *sizes, queries=queries, first_key=keys.start)
+        return None if found is None else (found[0].int(), found[1].int())
 
     @property
     def fragments(self) -> tuple[tuple[tuple[int, int], ...], ...]:
