@@ -1,8 +1,9 @@
-"""attend and attend_backward on the visiting keys of one step, by the backend of the call.
+"""attend and attend_backward on the visiting keys of one step, attend_pages and combine on a pool of pages, by the
+backend of the call.
 
-Two backends, the same functions: plain torch (`reference`), the default for CPU tensors, and fused Triton kernels
-(`forward`, `backward`), the default for CUDA tensors, imported when first needed. What the kernels cannot do they
-refuse; nothing falls back to the other backend.
+Two backends, the same functions: plain torch (`reference`, `pages`), the default for CPU tensors, and fused Triton
+kernels (`forward`, `backward`, `decode`, `combining`), the default for CUDA tensors, imported when first needed. What
+the kernels cannot do they refuse; nothing falls back to the other backend.
 
 The code that a mod becomes inside the kernels can be read:
 
@@ -24,24 +25,33 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from cpflex.kernels import reference
+from cpflex.kernels import pages, reference
 from cpflex.kernels.call import BACKENDS, OTHERWISE, Call, with_whole_rows
+from cpflex.kernels.pages import PageWork, Partials, empty_partials, partials_of, tokens_at_once
 from cpflex.kernels.state import State, empty, finish
 from cpflex.tile_mask import TileMask
 
 __all__ = [
     "BACKENDS",
     "Call",
+    "PageWork",
+    "Partials",
     "State",
     "attend",
     "attend_and_finish",
     "attend_backward",
+    "attend_pages",
     "begin_backward",
+    "combine",
     "empty",
+    "empty_partials",
     "finish",
     "gradient_dtype",
+    "partials_of",
     "prepare",
+    "prepare_pages",
     "require_support",
+    "tokens_at_once",
     "with_whole_rows",
 ]
 
@@ -57,7 +67,7 @@ def attend(
     state: State,
 ) -> None:
     """Continue ``state`` with the visiting keys, in place."""
-    if _is_fused(q, call):
+    if _is_fused(q, call.backend):
         from cpflex.kernels import forward
 
         forward.attend(q, k, v, tile_mask, call, state)
@@ -79,7 +89,7 @@ def attend_and_finish(
         out [B, Hq, S, Dv] in q's dtype, lse [B, Hq, S] fp32, natural log, and the largest score of each query, [B, Hq,
         S] fp32 if the call wants it, else [0]; 0, -inf and -inf for a query that saw no key.
     """
-    if _is_fused(q, call):
+    if _is_fused(q, call.backend):
         from cpflex.kernels import forward
 
         return forward.attend_and_finish(q, k, v, tile_mask, call, state)
@@ -98,7 +108,7 @@ def begin_backward(
     """(lse, delta) as `attend_backward` of the same call takes them: delta = rowsum(out * grad_out) - grad_lse, fp32;
     what lse is, is the backend's affair.
     """
-    if _is_fused(out, call):
+    if _is_fused(out, call.backend):
         from cpflex.kernels import delta
 
         return delta.begin_backward(out, grad_out, grad_lse, lse)
@@ -118,7 +128,7 @@ def attend_backward(
     d_captured: list[Tensor],  # fp32, like call.captured at call.wanted, added to in place
 ) -> tuple[Tensor, Tensor]:
     """dk [B, H, K, D] and dv [B, H, K, Dv] of the visiting keys, in the dtype of dq."""
-    if _is_fused(q, call):
+    if _is_fused(q, call.backend):
         from cpflex.kernels import backward as backend
     else:
         backend = reference
@@ -129,7 +139,7 @@ def gradient_dtype(q: Tensor, call: Call, *, alone: bool) -> torch.dtype:
     """Of dq, dk and dv of a step: fp32, in which the parts of all steps are added up; that of q where a fused kernel
     writes the only one, ``alone``.
     """
-    return q.dtype if alone and _is_fused(q, call) else torch.float32
+    return q.dtype if alone and _is_fused(q, call.backend) else torch.float32
 
 
 def require_support(q: Tensor, v_dim: int, call: Call) -> None:
@@ -143,7 +153,7 @@ def require_support(q: Tensor, v_dim: int, call: Call) -> None:
     kind = ("supported", q.device, q.shape[3], v_dim)
     if kind in call.decided:
         return
-    if _is_fused(q, call):
+    if _is_fused(q, call.backend):
         from cpflex.kernels import tuning
         from cpflex.mods import triton_source
 
@@ -173,14 +183,69 @@ def prepare(
     Raises:
         NotImplementedError: the kernels need more shared memory than the GPU has, whatever their row.
     """
-    if q.is_cuda and _is_fused(q, call):
+    if q.is_cuda and _is_fused(q, call.backend):
         from cpflex.kernels import ahead
 
         ahead.compile_call(q, k, v, tile_mask, call, passes, gradients)
 
 
-def _is_fused(q: Tensor, call: Call) -> bool:
-    backend = call.backend or ("triton" if q.is_cuda else "reference")
+def attend_pages(
+    q: Tensor,  # [1, Hq, N, D], new tokens of all sequences
+    k: Tensor,  # [1, H, R, D], the rows of a pool
+    v: Tensor,  # [1, H, R, Dv]
+    work: PageWork,
+    call: Call,
+    into: Partials | None = None,
+) -> Partials:
+    """A partial softmax for each token of each item of ``work``, over the filled rows of the item's runs; in ``into``,
+    if it is given. Rows that are not filled are not read.
+    """
+    if into is None:
+        into = empty_partials(work.num_partials, q.shape[1], v.shape[3], q.device)
+    if _is_fused(q, call.backend):
+        from cpflex.kernels import decode
+
+        return decode.attend_pages(q, k, v, work, call, into)
+    return pages.attend_pages(q, k, v, work, call, into)
+
+
+def combine(
+    partials: Partials,
+    parts: Tensor,  # int32 [N, 3]: the partials of a token are first, first + stride, ..., count of them
+    dtype: torch.dtype = torch.float32,
+    into: Partials | None = None,
+    backend: str | None = None,
+) -> Partials:
+    """One partial for each token, of those that it has, be they of splits or of ranks; summed in their order, so that
+    the same partials give the same bits. Its out is in ``dtype``, unless ``into`` has another; 0 and -inf for a token
+    that has none, or that saw no key in any.
+    """
+    if into is None:
+        _, heads, v_dim = partials.out.shape
+        into = empty_partials(len(parts), heads, v_dim, partials.out.device)
+        if dtype != torch.float32:
+            into = Partials(torch.empty_like(into.out, dtype=dtype), into.lse)
+    if _is_fused(partials.out, backend):
+        from cpflex.kernels import combining
+
+        return combining.combine(partials, parts, into)
+    return pages.combine(partials, parts, into)
+
+
+def prepare_pages(q: Tensor, k: Tensor, v: Tensor, work: PageWork, call: Call) -> None:
+    """`prepare`, for `attend_pages` and `combine`.
+
+    Raises:
+        NotImplementedError: the kernel needs more shared memory than the GPU has, whatever its row.
+    """
+    if q.is_cuda and _is_fused(q, call.backend):
+        from cpflex.kernels import ahead
+
+        ahead.compile_pages(q, k, v, work, call)
+
+
+def _is_fused(q: Tensor, backend: str | None) -> bool:
+    backend = backend or ("triton" if q.is_cuda else "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}; got {backend!r}")
     if backend == "reference":
