@@ -12,8 +12,11 @@ from torch import Tensor
 from cpflex.kernels import fitting
 from cpflex.kernels.backward import attend_backward
 from cpflex.kernels.call import Call
+from cpflex.kernels.combining import combine
+from cpflex.kernels.decode import attend_pages
 from cpflex.kernels.forward import attend, attend_and_finish
 from cpflex.kernels.launch import generated, on_device_of
+from cpflex.kernels.pages import PageWork, empty_partials
 from cpflex.kernels.state import State
 from cpflex.tile_mask import TileMask
 
@@ -53,4 +56,29 @@ def compile_call(
     functions = (mod.function for mod in generated(call, backward=gradients is not None))
     with on_device_of(q):
         fitting.fit((*kind, q.device, call.wanted, call.wants_max, *functions), compile_all)
+    call.decided[kind] = True
+
+
+def compile_pages(
+    q: Tensor,  # [1, Hq, N, D]
+    k: Tensor,  # [1, H, R, D]
+    v: Tensor,  # [1, H, R, Dv]
+    work: PageWork,
+    call: Call,
+) -> None:
+    """`kernels.prepare_pages`."""
+    rows = q.shape[1] // k.shape[1] * work.max_tokens
+    kind = ("prepared pages", rows, q.shape[3], v.shape[3], q.dtype)
+    if kind in call.decided:
+        return
+
+    def compile_all() -> None:
+        call.decided.clear()  # a row may have been found not to fit
+        partials = empty_partials(work.num_partials, q.shape[1], v.shape[3], q.device)
+        attend_pages(q, k, v, work, call, partials)
+        combine(partials, torch.zeros(1, 3, dtype=torch.int32, device=q.device), partials)
+
+    functions = (mod.function for mod in generated(call, backward=False))
+    with on_device_of(q):
+        fitting.fit((*kind, q.device, *functions), compile_all)
     call.decided[kind] = True

@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     """What decides how much shared memory a kernel needs, besides its row."""
 
     which: str
-    """One of tuning.PASSES."""
+    """One of tuning.PASSES or PAGE_PASSES."""
     device: torch.device
     head_dim: int
     v_dim: int

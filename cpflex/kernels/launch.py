@@ -159,11 +159,11 @@ def decide(which: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Decided:
     """The row of `tuning` and the arguments that are not tensors of the step.
 
     Args:
-        which: one of tuning.PASSES.
+        which: one of tuning.PASSES or PAGE_PASSES.
     """
     shapes = (which, q.shape, k.shape, v.shape[3], q.dtype)
     if (known := call.decided.get(shapes)) is None:
-        mods = Mods.of(call, q.device, backward=which != "forward")
+        mods = Mods.of(call, q.device, backward=which not in ("forward", *tuning.PAGE_PASSES))
         kind = fitting.Kind(which, q.device, q.shape[3], v.shape[3], q.dtype, mods.functions)
         config = fitting.row(kind, tuning.lookup(which, q, v))
         heads = Heads.of(q, k, v, walk="queries" if which == "dkdv" else "keys")

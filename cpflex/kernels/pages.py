@@ -19,8 +19,8 @@ from cpflex.mods.evaluate import evaluate
 # N new tokens of all sequences, B sequences, Hq query heads, H heads of keys and values, G = Hq / H, R rows of a pool,
 # D and Dv head dims, I items, M runs, P partials; T tokens of an item, K keys of its runs
 
-ROWS_AT_ONCE = 64
-"""The most rows of a block: tokens times the query heads that share a head of keys."""
+ROWS_AT_ONCE = 32
+"""Of a block that any GPU holds: tokens times the query heads that share a head of keys."""
 
 
 class PageWork(NamedTuple):

@@ -44,6 +44,8 @@ class KernelConfig:
 
 
 PASSES = ("forward", "dq", "dkdv", "captured", "captured_by_pair")
+PAGE_PASSES = ("decode",)
+"""Their work is no tile mask's. A block has ``block_q`` rows at most; one of 16 rows has 4 warps."""
 WIDTHS = (64, 128, 256)
 """Head dims with rows of their own; others use the next one up, the larger of those of q and v deciding."""
 
@@ -65,6 +67,9 @@ SM80: Rows = {  # A100: 163 KiB of shared memory, mma from registers
     ("captured_by_pair", 64): KernelConfig(64, 32, 4, 2),  # 64 keys spill: each pair has a place
     ("captured_by_pair", 128): KernelConfig(64, 32, 4, 2),
     ("captured_by_pair", 256): KernelConfig(64, 32, 8, 2),
+    ("decode", 64): KernelConfig(64, 64, 8, 4),
+    ("decode", 128): KernelConfig(32, 64, 8, 3),  # 64 rows would spill, here and on sm_90
+    ("decode", 256): KernelConfig(32, 32, 8, 3),
 }
 SM86: Rows = SM80 | {  # RTX 30, 40 and 50, L4, L40: 99 KiB of shared memory
     ("forward", 256): KernelConfig(64, 32, 8, 2),
@@ -89,6 +94,9 @@ SM90: Rows = {  # H100, H200: 227 KiB, wgmma; two warpgroups of 64 rows each
     ("captured_by_pair", 64): KernelConfig(64, 32, 8, 2),
     ("captured_by_pair", 128): KernelConfig(64, 32, 8, 2),
     ("captured_by_pair", 256): KernelConfig(64, 32, 8, 2),
+    ("decode", 64): KernelConfig(64, 64, 8, 4),
+    ("decode", 128): KernelConfig(32, 64, 8, 3),
+    ("decode", 256): KernelConfig(32, 32, 8, 3),
 }
 SM90 = {row: replace(config, pieces=True) for row, config in SM90.items()}
 SM90_OF_OTHER_RELEASES: Rows = SM90 | {  # than Triton 3.7: with 64 queries those of 3.6 and 3.9 spill
@@ -110,6 +118,9 @@ SM100: Rows = {  # B200: 227 KiB, accumulators in tensor memory
     ("captured_by_pair", 64): KernelConfig(64, 64, 8, 2),
     ("captured_by_pair", 128): KernelConfig(64, 32, 8, 2),
     ("captured_by_pair", 256): KernelConfig(64, 32, 8, 2),
+    ("decode", 64): KernelConfig(64, 64, 8, 4),
+    ("decode", 128): KernelConfig(64, 64, 8, 3),
+    ("decode", 256): KernelConfig(32, 32, 8, 3),
 }
 FP32: Rows = {  # any GPU: no tensor cores (tf32 is not fp32), so each thread holds its operands
     ("forward", 64): KernelConfig(32, 32, 4, 1),
@@ -127,6 +138,9 @@ FP32: Rows = {  # any GPU: no tensor cores (tf32 is not fp32), so each thread ho
     ("captured_by_pair", 64): KernelConfig(32, 32, 4, 1),
     ("captured_by_pair", 128): KernelConfig(32, 32, 8, 1),
     ("captured_by_pair", 256): KernelConfig(16, 16, 8, 1),
+    ("decode", 64): KernelConfig(32, 32, 8, 1),
+    ("decode", 128): KernelConfig(32, 16, 8, 1),
+    ("decode", 256): KernelConfig(16, 16, 8, 1),
 }
 INTERPRETED = KernelConfig(64, 64, 4, 1, pieces=True)
 """On the CPU: two blocks to a tile, on both axes, so that tests see them."""
@@ -146,7 +160,7 @@ def rows_for(capability: int, dtype: torch.dtype) -> Rows:
 
 
 def lookup(which: str, q: Tensor, v: Tensor) -> KernelConfig:
-    """The row of one of PASSES for queries [B, Hq, S, D] and values [B, H, K, Dv]."""
+    """The row of one of PASSES or PAGE_PASSES for queries [B, Hq, S, D] and values [B, H, K, Dv]."""
     head_dim = max(q.shape[3], v.shape[3])
     require_support(q.device, head_dim)
     if (capability := capability_of(q.device)) == 0:

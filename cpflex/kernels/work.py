@@ -96,6 +96,8 @@ def foreseen_blocks(device: torch.device) -> list[Blocks]:
     """What the kernels of 16-bit tensors may ask for on a device."""
     found = []
     for (which, *_), config in tuning.rows_for(tuning.capability_of(device), torch.bfloat16).items():
+        if which in tuning.PAGE_PASSES:
+            continue
         by_query = Blocks("query", config.block_q, config.block_kv)
         by_key = Blocks("key", config.block_kv, config.block_q)
         found += {"dkdv": [by_key], "captured": [by_query, by_key]}.get(which, [by_query])

@@ -62,7 +62,7 @@ def test_what_no_row_can_hold_is_refused_and_tried_again_by_the_next_call():
     assert not fitting.is_looking()
 
 
-@pytest.mark.parametrize("which", tuning.PASSES)
+@pytest.mark.parametrize("which", [*tuning.PASSES, *tuning.PAGE_PASSES])
 @pytest.mark.parametrize("rows", [tuning.SM80, tuning.SM90, tuning.SM100, tuning.FP32], ids=["80", "90", "100", "fp32"])
 def test_other_rows_are_smaller_and_their_blocks_divide_a_tile(which: str, rows: Any):
     for width in tuning.WIDTHS:

@@ -19,8 +19,8 @@ PROBLEMS = [
     Paged("late", "key_bias", pages_per_split=1),
     Paged("nothing", world_size=3),
     Paged("tree", lens=(70, 35, 35), new=(1, 5, 5)),
-    Paged("sinks", "nan_where_hidden", heads="wide", new=(1, 5, 33, 2, 1)),
-    Paged("future", scale=-0.3, dims=(24, 16), page_size=64, lens=(300, 65, 64), new=(70, 8, 1), world_size=4),
+    Paged("sinks", "nan_where_hidden", heads="wide", lens=(70, 35), new=(1, 3)),
+    Paged("future", scale=-0.3, dims=(24, 16), page_size=64, lens=(200, 65, 64), new=(12, 8, 1), world_size=3),
 ]
 
 
