@@ -225,6 +225,12 @@ PACKED_TREES = [
     Mutant("packed trees: a token that completions share counts for one of them", "trees/packed.py", "term_idx = np.flatnonzero(by[term_tokens] >= 0)", "term_idx = np.flatnonzero(by[term_tokens] >= 0)[: len(np.unique(term_tokens))]", "trees/test_separate_forwards.py -k completions_one_by_one"),
     Mutant("packed trees: a branch is predicted by the end of the one before it", "trees/packed.py", "(starts + lengths - 1)[parents])", "starts - 1)", "trees/test_separate_forwards.py -k completions_one_by_one"),
 ]  # fmt: skip
+PAGES = [
+    Mutant("pages: parts are not weighed by their lse", "kernels/pages.py", "weight = (partials.lse[part] - base).exp()", "weight = (base - base).exp()", "kernels/test_pages.py"),
+    Mutant("pages: the length of a sequence is ignored", "kernels/pages.py", "min(end - first, kv_len - position)", "end - first", "kernels/test_pages.py"),
+    Mutant("pages: a fused combine does not rescale", "kernels/combining.py", "total = total * decay + tl.sum(", "total = total + tl.sum(", "kernels/test_decode_kernels.py -k edges"),
+    Mutant("pages: a fused walk ignores the length", "kernels/decode.py", "tl.minimum(tl.load(runs_ptr + 3 * run + 1), kv_len - shift)", "tl.load(runs_ptr + 3 * run + 1)", "kernels/test_decode_kernels.py -k edges"),
+]  # fmt: skip
 MUTANTS = [
     *MASKS,
     *MODS,
@@ -235,6 +241,7 @@ MUTANTS = [
     *READERS,
     *REFERENCE,
     *FUSED,
+    *PAGES,
     *RECURRENT,
     *MODELS,
     *PACKED_TREES,
