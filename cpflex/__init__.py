@@ -5,6 +5,11 @@ from cpflex import trees as trees
 from cpflex.attention import flex_attention, score_mod
 from cpflex.masks import MaskMod, causal, document, full, prefix_lm, sliding_window
 from cpflex.mods.trace import UnsupportedMod
+from cpflex.paging.decode_plan import DecodePlan, make_decode_plan
+from cpflex.paging.mask import mask_mod
+from cpflex.paging.pages import OutOfPages, Pages
+from cpflex.paging.pool import PagePool
+from cpflex.paging.rows import by_head, by_sequence, everyone
 from cpflex.planning.choose import auto
 from cpflex.planning.cross import cached, cross
 from cpflex.planning.make import make_plan
@@ -22,17 +27,23 @@ from cpflex.trees.tree import tree
 from cpflex.version import __version__ as __version__
 
 __all__ = [
+    "DecodePlan",
     "Device",
     "Heads",
     "Layout",
     "MaskMod",
+    "OutOfPages",
     "Packed",
+    "PagePool",
+    "Pages",
     "Plan",
     "RankMismatch",
     "Topology",
     "UnsupportedMod",
     "auto",
     "balanced",
+    "by_head",
+    "by_sequence",
     "cached",
     "causal",
     "contiguous",
@@ -40,10 +51,13 @@ __all__ = [
     "direct",
     "document",
     "even",
+    "everyone",
     "flex_attention",
     "full",
     "gather",
+    "make_decode_plan",
     "make_plan",
+    "mask_mod",
     "pack",
     "prefix_lm",
     "relay",

@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
-from cpflex.kernels.call import BACKENDS
+from cpflex.kernels.call import BACKENDS, Call
 from cpflex.mods.graph import Mod, table_sizes
 from cpflex.mods.trace import trace_score_mod
+from cpflex.paging.checks import check_attention, check_tables
+from cpflex.paging.decode import decode
+from cpflex.paging.decode_plan import DecodePlan
 from cpflex.planning.block_masks import plan_of
 from cpflex.planning.plan import Plan
 from cpflex.ring.heads import why_not_divided
@@ -64,7 +67,7 @@ def flex_attention(
     key: Tensor,  # [B, Hkv, S_local, D] or [T_local, Hkv, D]
     value: Tensor,  # [B, Hkv, S_local, Dv] or [T_local, Hkv, Dv]
     score_mod: ScoreMod | ScoreFn | None = None,
-    block_mask: Plan | BlockMask | None = None,
+    block_mask: Plan | DecodePlan | BlockMask | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
@@ -81,6 +84,8 @@ def flex_attention(
         score_mod: ``(score, b, h, q_idx, kv_idx) -> score`` at global positions; scores are fp32.
         block_mask: a plan of one mask kind (``plan["sliding"]`` of a plan of several), bound to its group. In a job of
             one process also a torch BlockMask, of the queries' length: it is planned once and the plan kept with it.
+            With a plan of `make_decode_plan`, query is [1, Hq, N, D], the new tokens, and key and value are a pool's:
+            ``flex_attention(q, pool.k, pool.v, block_mask=plan)``, forward only.
         scale: of the scores; 1 / sqrt(D) if None.
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: also return lse; ``return_aux=AuxRequest(lse=True)`` is torch's newer spelling.
@@ -100,6 +105,9 @@ def flex_attention(
             every rank.
         RankMismatch: the ranks were given different plans, shapes, dtypes or mods.
     """
+    if isinstance(block_mask, DecodePlan):
+        options = scale, enable_gqa, return_lse, kernel_options, return_aux
+        return _attention_to_pages(query, key, value, score_mod, block_mask, *options)
     is_packed = _all_packed(query, key, value)
     if is_packed:
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
@@ -130,6 +138,54 @@ def flex_attention(
         max_scores = max_scores[0].transpose(0, 1) if wants_max else max_scores
     if return_aux is not None:
         return out, AuxOutput(lse if return_aux.lse else None, max_scores if wants_max else None)
+    return (out, lse) if return_lse else out
+
+
+@torch._disable_dynamo
+def _attention_to_pages(
+    query: Tensor,  # [1, Hq, N, D]
+    key: Tensor,  # [1, H, R, D], of a pool
+    value: Tensor,  # [1, H, R, Dv]
+    score_mod: ScoreMod | ScoreFn | None,
+    plan: DecodePlan,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+    kernel_options: dict[str, Any] | None,
+    return_aux: AuxRequest | None,
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
+    try:
+        mod = _traced(score_mod)
+        pool = check_attention(query, key, value, plan, enable_gqa, [] if mod is None else mod.captured)
+        backend = _backend(kernel_options)
+        _check_aux(return_lse, return_aux)
+        if return_aux is not None and return_aux.max_scores:
+            raise NotImplementedError("the largest score is not known of an attention to pages; ask for lse alone")
+        if mod is not None:
+            ranks = plan.pages.world_size if plan.steps.rows.by_head else 1
+            check_tables(mod.mod, plan, query.shape[1] * ranks)
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite number; got {scale}")
+    except Exception as error:  # a score_mod may raise anything
+        plan.refuse(error)
+        raise
+    mask = plan.mask.on(query.device)
+    captured = () if mod is None else tuple(x.to(query.device) for x in mod.captured)
+    call = Call(mask, scale, None if mod is None else mod.mod.graph, captured, backend=backend or None)
+    facts = {
+        "mask kind": plan.one_kind,
+        "query": f"{query.dtype} {tuple(query.shape[:2])} {query.shape[3]}",
+        "key and value": f"{tuple(key.shape)} {tuple(value.shape)}, {'new ones travel' if pool.pending else 'at hand'}",
+        "score_mod": ("", ()) if mod is None else (mod.key, tuple(str((x.dtype, tuple(x.shape))) for x in captured)),
+        "scale": scale,
+        "backend": backend,
+        "device": query.device.type,
+    }
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        out, lse = decode(query, pool, plan, call, facts)
+    if return_aux is not None:
+        return out, AuxOutput(lse if return_aux.lse else None, None)
     return (out, lse) if return_lse else out
 
 

@@ -63,7 +63,7 @@ class TileClassifier:
         kv_lo: np.ndarray,
         kv_hi: np.ndarray,
         *,
-        b: tuple[int, int] = (0, 0),
+        b: tuple[Any, Any] = (0, 0),  # numbers, or int64 like the positions
         h: tuple[int, int] = (0, 0),
     ) -> np.ndarray:
         verdicts = np.zeros(np.broadcast_shapes(*map(np.shape, (q_lo, q_hi, kv_lo, kv_hi))), np.int8)

@@ -118,20 +118,20 @@ def in_words(links: Links) -> Iterator[None]:
             raise Apart(numbers)
         yield
     except Apart as found:
-        raise RankMismatch(_difference(links, found.numbers)) from None
+        raise RankMismatch(difference(links, found.numbers)) from None
     except Astray as error:
         raise RankMismatch(str(error)) from None
     except (RuntimeError, ConnectionError) as error:
         if isinstance(error, RankMismatch) or not (numbers := links.apart()):
             raise
-        raise RankMismatch(_difference(links, numbers)) from error
+        raise RankMismatch(difference(links, numbers)) from error
 
 
 def _log_difference(links: Links, numbers: list[int]) -> None:
-    log.error("group rank %d: the device was stopped: %s", links.rank, _difference(links, numbers))
+    log.error("group rank %d: the device was stopped: %s", links.rank, difference(links, numbers))
 
 
-def _difference(links: Links, numbers: list[int]) -> str:
+def difference(links: Links, numbers: list[int]) -> str:
     """What ranks with these numbers disagree about."""
     known = {number: links.agreed[number] for number in numbers if number in links.agreed}
     for number, words in known.items():

@@ -1,0 +1,49 @@
+"""Who brings which queries to a step, and gets their results. A strategy is a function, passed as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``owners``: the rank of each sequence, if each rank has the tokens of its own; ``by_head``: each rank has some of
+    the heads of all tokens. Neither: every rank has all.
+    """
+
+    name: str
+    owners: tuple[int, ...] | None = None
+    by_head: bool = False
+
+    @property
+    def is_everyone(self) -> bool:
+        return self.owners is None and not self.by_head
+
+
+RowsFn = Callable[[Sequence[int], int], Rows]
+
+
+def everyone(new_tokens: Sequence[int], world_size: int) -> Rows:
+    """Every rank has all new tokens and all heads, and gets all results: one message to each other rank. The model is on
+    every rank.
+    """
+    return Rows("everyone")
+
+
+def by_sequence(new_tokens: Sequence[int], world_size: int) -> Rows:
+    """Each rank has the new tokens of its own sequences, about as many as the others, in the order of the plan, and
+    gets their results: queries travel, and results return.
+    """
+    total, before, owners = sum(new_tokens), 0, []
+    for count in new_tokens:
+        owners.append(min(world_size - 1, (2 * before + count) * world_size // (2 * total)))
+        before += count
+    return Rows("by_sequence", owners=tuple(owners))
+
+
+def by_head(new_tokens: Sequence[int], world_size: int) -> Rows:
+    """Each rank has equally many query heads of all new tokens, in the order of ranks, as in tensor parallelism, and
+    gets their results. Keys and values have all heads on every rank, or are divided alike.
+    """
+    return Rows("by_head", by_head=True)

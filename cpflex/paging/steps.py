@@ -1,0 +1,162 @@
+"""Steps: how far a decode plan has come, and where its new tokens lie."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpflex.paging.arena import Arena
+from cpflex.paging.mask import TracedMask
+from cpflex.paging.pages import Held, Pages
+from cpflex.paging.rows import Rows
+from cpflex.paging.tables import Tables
+
+
+class Steps:
+    """What the mask kinds of a decode plan share: the sequences, the step that is next, and its tables."""
+
+    def __init__(
+        self,
+        pages: Pages,
+        counts: Mapping[Hashable, int],
+        helds: Sequence[Held],
+        limits: Sequence[int],
+        rows: Rows,
+        masks: Mapping[str, TracedMask],
+        tables: Mapping[str, Tables],
+        arena: Arena,
+        facts: dict[str, Any],
+    ) -> None:
+        self.pages, self.rows, self.masks, self.tables, self.arena, self.facts = (
+            pages,
+            rows,
+            masks,
+            tables,
+            arena,
+            facts,
+        )
+        self.sequences, self.new, self.limits = tuple(counts), tuple(counts.values()), tuple(limits)
+        self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        self.number = pages.num_plans
+        self.over = ""
+        self.num_done = 0
+        self.num_steps = min(
+            (limit - one.length) // count for one, limit, count in zip(helds, limits, self.new, strict=True)
+        )
+        self.num_calls = 0
+        """Attentions so far."""
+        self.tokens_hash = 0
+        self.kinds_of_calls: dict[Any, Any] = {}
+        """That were made, as `together` compares them."""
+        self.first_messages: Any = None
+        """Bytes of those that began with a header: sent and received, by rank."""
+        self.made: dict[Any, Any] = {}
+        """What the first attention of a kind made for the next ones."""
+        self._helds = list(helds)
+        self._versions = [(one.version, one.num_evictions) for one in helds]
+        self._epoch = pages.epoch
+        self._new = np.array(self.new, np.int64)
+        self._lengths = np.array([one.length for one in helds], np.int64)
+        self._place = np.repeat(np.arange(len(self.new)), self._new)
+        self._offset = np.arange(self.num_tokens) - np.repeat(np.cumsum(self._new) - self._new, self._new)
+        self._brought: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._limit_tables()
+        self._place_tokens()
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of a step, on all ranks."""
+        return len(self._place)
+
+    @property
+    def first(self) -> int:
+        """Of this rank's tokens, among all."""
+        return sum(self.counts[: self.pages.rank]) if self.rows.owners is not None else 0
+
+    @property
+    def end(self) -> int:
+        return self.first + (self.counts[self.pages.rank] if self.rows.owners is not None else self.num_tokens)
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens that each rank has."""
+        if self.rows.owners is None:
+            return [self.num_tokens] * self.pages.world_size
+        return np.bincount(self.rows.owners, self.new, self.pages.world_size).astype(int).tolist()
+
+    def token_range(self, seq: Hashable) -> tuple[int, int]:
+        """First and end of a sequence's new tokens, among all."""
+        place = self.sequences.index(seq)
+        begin = sum(self.new[:place])
+        return begin, begin + self.new[place]
+
+    def why_over(self) -> str:
+        """Why no step is left; empty if one is."""
+        if self.over:
+            return self.over
+        if self._epoch != self.pages.epoch:
+            for seq, held, version in zip(self.sequences, self._helds, self._versions, strict=True):
+                if seq not in self.pages or self.pages.held(seq) is not held:
+                    self.over = f"sequence {seq!r} was cropped or erased since it was made"
+                elif version[1] != held.num_evictions and held.newest_plan != self.number:
+                    self.over = f"pages of sequence {seq!r} were evicted, of which a newer plan was made"
+                if self.over:
+                    return self.over
+            self._epoch = self.pages.epoch
+        for seq, held, length in zip(self.sequences, self._helds, self._lengths.tolist(), strict=True):
+            if held.length != length:
+                return f"sequence {seq!r} keeps {held.length} tokens, and this step begins at {length}"
+        if self.num_done >= self.num_steps:
+            return f"its {self.num_steps} steps are done"
+        return ""
+
+    def advance(self) -> None:
+        if why := self.why_over():
+            raise RuntimeError(f"this decode plan is over: {why}; make another with cpflex.make_decode_plan")
+        for held, count in zip(self._helds, self.new, strict=True):
+            held.length += count
+        self._lengths += self._new
+        self.num_done += 1
+        self.tokens_hash = 0
+        self.pages.note("advance", self.number)
+        if self.num_done < self.num_steps:
+            self._place_tokens()
+
+    def say_tokens(self, numbers: Sequence[int]) -> None:
+        digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+        self.tokens_hash = int.from_bytes(digest, "big") >> 1 | 1
+
+    def written(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The tokens whose keys this rank keeps, and the rows of its pools, int64."""
+        if device not in self._brought:
+            self._brought[device] = tuple(torch.from_numpy(x).to(device) for x in self._written)  # type: ignore[assignment]
+        return self._brought[device]
+
+    def _limit_tables(self) -> None:
+        """The pages that new tokens come to lie in, [sequences, pages]."""
+        size = self.pages.page_size
+        self._first_page = self._lengths // size
+        width = int((-(-np.array(self.limits) // size) - self._first_page).max())
+        self._owner, self._slot = np.full((2, len(self.new), width), -1, np.int64)
+        for place, held in enumerate(self._helds):
+            begin, end = int(self._first_page[place]), -(-self.limits[place] // size)
+            self._owner[place, : end - begin] = held.owner[begin:end]
+            self._slot[place, : end - begin] = held.slot[begin:end]
+
+    def _place_tokens(self) -> None:
+        """Positions of this step's tokens, lengths with them, and the rows that this rank writes."""
+        self.positions = self._lengths[self._place] + self._offset
+        size = self.pages.page_size
+        page = self.positions // size - self._first_page[self._place]
+        owner, slot = self._owner[self._place, page], self._slot[self._place, page]
+        mine = np.flatnonzero(owner == self.pages.rank)
+        assert (slot >= 0).all(), "pages that are written are reserved"
+        self._written = mine, slot[mine] * size + self.positions[mine] % size
+        self._brought = {}
+        self.arena.put({"q_positions": self.positions[:, None], "kv_len": (self._lengths + self._new)[:, None]})
+        self.arena.renew(moving=self.num_done > 0)
