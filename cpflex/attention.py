@@ -141,7 +141,7 @@ def flex_attention(
     return (out, lse) if return_lse else out
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _attention_to_pages(
     query: Tensor,  # [1, Hq, N, D]
     key: Tensor,  # [1, H, R, D], of a pool

@@ -1,1 +1,1 @@
-"""Keys and values in pages over many ranks: who holds which page, what a step of new tokens reads, and the step itself."""
+"""Keys and values in pages over many ranks: who holds what, what a step of new tokens reads, and the step."""

@@ -26,16 +26,14 @@ def check_assigned(k: Tensor, v: Tensor, pool: PagePool, plan: DecodePlan) -> No
         _check_tensor(name, x, of_pool)
         if x.shape[0] != 1 or x.shape[2:] != (plan.num_tokens, of_pool.shape[3]):
             raise ValueError(
-                f"{name} must be [1, {of_pool.shape[1]}, {plan.num_tokens}, {of_pool.shape[3]}], the new tokens of this "
-                f"rank; got {tuple(x.shape)}"
+                f"{name} must be [1, {of_pool.shape[1]}, {plan.num_tokens}, {of_pool.shape[3]}], this rank's new "
+                f"tokens; got {tuple(x.shape)}"
             )
     heads, pool_heads = {k.shape[1], v.shape[1]}, pool.k.shape[1]
     divided = pool_heads / plan.pages.world_size if plan.steps.rows.by_head else pool_heads
     if heads != {pool_heads} and heads != {divided}:
-        raise ValueError(
-            f"keys must have the {pool_heads} heads of the pool{f', or {divided:g} of them' if divided != pool_heads else ''}; "
-            f"got {k.shape[1]} and {v.shape[1]}"
-        )
+        some = f", or {divided:g} of them" if divided != pool_heads else ""
+        raise ValueError(f"keys must have the {pool_heads} heads of the pool{some}; got {k.shape[1]} and {v.shape[1]}")
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         raise NotImplementedError(WITHOUT_GRADIENT)
 
@@ -45,6 +43,7 @@ def check_attention(
 ) -> PagePool:
     """For `flex_attention`: the pool that key and value are of."""
     _check_plan(plan)
+    plan.one_kind  # noqa: B018 - raises of several
     pool = plan.pages.pool_of(key, value)
     if pool is None:
         raise ValueError(
@@ -53,8 +52,8 @@ def check_attention(
     _check_tensor("query", query, pool.k)
     if query.ndim != 4 or query.shape[0] != 1 or query.shape[2:] != (plan.num_tokens, pool.k.shape[3]):
         raise ValueError(
-            f"query must be [1, Hq, {plan.num_tokens}, {pool.k.shape[3]}], this rank's new tokens of all sequences packed; "
-            f"got {tuple(query.shape)}"
+            f"query must be [1, Hq, {plan.num_tokens}, {pool.k.shape[3]}], this rank's new tokens, packed; got "
+            f"{tuple(query.shape)}"
         )
     world_size, by_head = plan.pages.world_size, plan.steps.rows.by_head
     num_heads, pool_heads = query.shape[1] * (world_size if by_head else 1), pool.k.shape[1]
@@ -84,13 +83,11 @@ def check_tables(mod: Mod, plan: DecodePlan, num_heads: int) -> None:
         for table_len in table_sizes(mod, [name]):
             if table_len < size:
                 raise ValueError(
-                    f"the score_mod indexes a captured tensor of {table_len} elements with {name}, which reaches {size} "
-                    "while the plan lasts"
+                    f"the score_mod indexes a captured tensor of {table_len} elements with {name}; the plan has {size}"
                 )
 
 
 def _check_plan(plan: DecodePlan) -> None:
-    plan.one_kind  # noqa: B018 - raises of several
     if why := plan.why_over:
         raise RuntimeError(f"this decode plan is over: {why}; make another with cpflex.make_decode_plan")
     if plan.pages.links is None and plan.pages.world_size > 1:

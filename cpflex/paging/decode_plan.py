@@ -143,7 +143,7 @@ class DecodePlan:
 
     def all_at_hand(self, num_heads: int, pool_heads: int) -> bool:
         """Whether keys of so many heads are those of all tokens."""
-        return self.steps.rows.owners is None and num_heads == pool_heads or self.steps.pages.world_size == 1
+        return (self.steps.rows.owners is None and num_heads == pool_heads) or self.steps.pages.world_size == 1
 
     def written(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The new tokens whose keys this rank keeps, of all packed, and their rows of the pool, int64 both."""
@@ -188,8 +188,8 @@ def make_decode_plan(
     """Decide what the next steps read and write. Pure: never communicates.
 
     Args:
-        mask: a mask_mod, or one for each kind of layer. ``b`` is the place of a sequence in ``new``, positions count its
-            own tokens. `mask_mod` traces it once for many plans.
+        mask: a mask_mod, or one for each kind of layer. ``b`` is the place of a sequence in ``new``, positions count
+            its own tokens. `mask_mod` traces it once for many plans.
         new: of each sequence, in the order in which they are packed, how many new tokens a step has, or the tokens
             themselves: one for decoding, some for a speculation, many for a chunk of a prompt, all in one call.
         horizon: tokens of each sequence that the plan lasts for, if so many are reserved; a step at least.
@@ -202,8 +202,8 @@ def make_decode_plan(
     >>> plan = cpflex.make_decode_plan(mask, pages, {"chat 7": 1, "chat 9": 1})
 
     Raises:
-        ValueError: a sequence that holds no pages, more tokens than are reserved, a table of a mask that is too short, an
-            evicted page that the mask may see.
+        ValueError: a sequence that holds no pages, more tokens than are reserved, a table of a mask that is too short,
+            an evicted page that the mask may see.
         UnsupportedMod: the mask is not a pointwise bool function.
     """
     masks = traced_masks(mask, num_heads)

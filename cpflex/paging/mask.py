@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cpflex.masks import MaskFn, MaskMod, is_count
 from cpflex.mods.graph import Mod, table_sizes
@@ -108,5 +107,6 @@ def _require_tables(mask: TracedMask, name: str, size: int, what: str) -> None:
     for table_len in table_sizes(mask.mod, [name]):
         if table_len < size:
             raise ValueError(
-                f"mask {mask.__name__!r} indexes a captured tensor of {table_len} elements with {name}; {what} is {size}"
+                f"mask {mask.__name__!r} indexes a captured tensor of {table_len} elements with {name}; {what} is "
+                f"{size}"
             )

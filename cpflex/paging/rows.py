@@ -25,8 +25,8 @@ RowsFn = Callable[[Sequence[int], int], Rows]
 
 
 def everyone(new_tokens: Sequence[int], world_size: int) -> Rows:
-    """Every rank has all new tokens and all heads, and gets all results: one message to each other rank. The model is on
-    every rank.
+    """Every rank has all new tokens and all heads, and gets all results: one message to each other rank. Each has the
+    whole model.
     """
     return Rows("everyone")
 

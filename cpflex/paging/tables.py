@@ -96,8 +96,8 @@ def _require_hidden(
         if not hidden.all():
             position = int(pages[~hidden][0]) * page_size
             raise ValueError(
-                f"mask {mask.__name__!r} may see the keys from position {position} on of sequence {names[place]!r}, whose "
-                "page was evicted; evict with all masks that are used, and crop to no position before it"
+                f"mask {mask.__name__!r} may see the keys from position {position} on of sequence {names[place]!r}, "
+                "whose page was evicted; evict with all masks that are used, and crop to no position before it"
             )
 
 

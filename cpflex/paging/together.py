@@ -30,7 +30,7 @@ class Meeting:
 
     def __init__(self, steps: Steps, facts: dict[str, Any], device: torch.device) -> None:
         links = steps.pages.links
-        assert links is not None and links.world_size > 1
+        assert links is not None, "one rank meets nobody"
         kind = tuple(facts.items())
         is_new = kind not in steps.kinds_of_calls
         if is_new:
@@ -87,7 +87,9 @@ class Meeting:
             header = self.header.to(sent[0].device).view(torch.uint8)
             peers = (x for peer, x in enumerate(received) if peer != self.links.rank and x.numel())
             same = [(x.view(-1).view(torch.uint8)[: len(header)] == header).all() for x in peers]
-            torch._assert_async(torch.stack(same).all(), "the ranks of a decode step do different things")
+            torch._assert_async(  # type: ignore[attr-defined]
+                torch.stack(same).all(), "the ranks of a decode step do different things"
+            )
 
     def room(self, row_bytes: int) -> int:
         """Rows of so many bytes that a first message begins with."""
