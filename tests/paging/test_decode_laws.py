@@ -1,0 +1,231 @@
+"""Laws of decoding: it equals the dense attention whatever the chunks, pages, ranks, rows and splits."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cpflex
+from cpflex.testing import run_ranks
+from serving import ALL_HEADS, MASKS, SCORES, Service
+
+ROWS = [cpflex.everyone, cpflex.by_sequence, cpflex.by_head]
+
+
+def serve(group: Any, mask: str, score: str, rows: Any, splits: int | None = None, dtype: torch.dtype = torch.float32):
+    """A prompt in chunks beside single tokens and speculations, a fork, and single tokens to the end."""
+    traced = cpflex.mask_mod(MASKS[mask], num_heads=ALL_HEADS)
+    service = Service(group, dtype=dtype, seed=5)
+    for seq in "abc":
+        service.reserve(seq, 60)
+    plan = None
+    for new in ({"a": 23, "b": 1, "c": 3}, {"a": 6, "b": 1, "c": 3}, *[{"b": 2, "a": 1}] * 3):
+        if plan is None or not plan.fits(new):
+            plan = cpflex.make_decode_plan(traced, service.pages, new, 4, rows, plan, splits=splits)
+        service.step(plan, MASKS[mask], SCORES[score])
+    service.fork("a", "d")
+    service.reserve("d", 9)
+    plan = cpflex.make_decode_plan(traced, service.pages, dict.fromkeys("dcab", 1), 9, rows, splits=splits)
+    outs = [service.step(plan, MASKS[mask], SCORES[score])[0] for _ in range(9)]
+    assert plan.why_over == "its 9 steps are done"
+    return outs
+
+
+@pytest.mark.by_day(6)
+@pytest.mark.parametrize(("mask", "rows"), list(itertools.product(MASKS, ROWS)), ids=lambda x: getattr(x, "__name__", x))
+def test_many_sequences_in_one_call_equal_dense_attention(mask: str, rows: Any):
+    place = list(MASKS).index(mask)
+    score = list(SCORES)[(place + ROWS.index(rows)) % len(SCORES)]
+    for world_size in (1, (2, 4)[place % 2] if rows is cpflex.by_head else 3):
+        run_ranks(lambda group: serve(group, mask, score, rows, splits=1 + place % 3), world_size)
+
+
+def test_bf16_equals_dense_attention_within_its_budget():
+    run_ranks(lambda group: serve(group, "sinks and window", "softcap", cpflex.everyone, dtype=torch.bfloat16), 2)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_same_bits_every_run(rows: Any):
+    one, two = (run_ranks(lambda group: serve(group, "window", "alibi", rows, splits=4), 2) for _ in range(2))
+    assert all(torch.equal(x, y) for a, b in zip(one, two, strict=True) for x, y in zip(a, b, strict=True))
+
+
+def test_who_has_the_rows_does_not_change_a_bit():
+    by_rank = [run_ranks(lambda group, rows=rows: serve(group, "causal", "none", rows), 2) for rows in ROWS]
+    for step in range(9):
+        everyone, by_sequence, by_head = ([outs[step] for outs in ranks] for ranks in by_rank)
+        assert torch.equal(everyone[0], everyone[1])
+        assert torch.equal(torch.cat(by_sequence, dim=2), everyone[0])
+        assert torch.equal(torch.cat(by_head, dim=1), everyone[0])
+
+
+CHUNKS = {"token by token": [1] * 40, "whole": [40], "chunks": [7, 16, 1, 9, 7], "pages": [4] * 10}
+
+
+@pytest.mark.parametrize("mask", ["causal", "sinks and window", "dilated", "by head"])
+def test_token_by_token_equals_chunks_and_the_whole_prompt(mask: str):
+    draw = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, heads, 40, dim, generator=draw) for heads, dim in ((4, 8), (2, 8), (2, 12)))
+    traced, found = cpflex.mask_mod(MASKS[mask], num_heads=ALL_HEADS), {}
+    for name, chunks in CHUNKS.items():
+        service, begin, outs = Service(None), 0, []
+        service.reserve("a", 40)
+        for count in chunks:
+            plan = cpflex.make_decode_plan(traced, service.pages, {"a": count})
+            rows = slice(begin, begin := begin + count)
+            outs += service.step(plan, MASKS[mask], None, new=(q[:, :, rows], k[:, :, rows], v[:, :, rows]))
+        found[name] = torch.cat(outs, dim=2)
+    for out in found.values():
+        torch.testing.assert_close(out, found["whole"], atol=2e-6, rtol=1e-5)
+
+
+def test_any_permutation_of_pages_gives_the_same_bits():
+    """By turns of a sequence that is erased in between, pages of another come to lie anywhere."""
+    found = []
+    for order in ([], [5, 2, 9], [1, 12, 4, 3]):
+        service = Service(None, num_pages=40)
+        for number, tokens in enumerate(order):
+            service.reserve(number, 4 * tokens)
+        for number in range(0, len(order), 2):
+            service.erase(number)
+        service.reserve("a", 40)
+        slots = service.pages.held("a").slot
+        assert (np.diff(slots) == 1).all() == (not order)
+        service.random.manual_seed(7)
+        plan = cpflex.make_decode_plan(cpflex.causal(), service.pages, {"a": 10})
+        found.append(torch.cat([service.step(plan, MASKS["causal"])[0] for _ in range(4)], dim=2))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("splits", [1, 3, 50])
+@pytest.mark.parametrize("mask", MASKS)
+def test_each_visible_page_is_walked_once_by_its_owner_and_no_other_is(mask: str, splits: int):
+    new, limits = {"a": 1, "b": 70, "c": 5}, {}
+    read: dict[tuple[int, int], list[int]] = {}
+    for rank in range(3):
+        pages = cpflex.Pages(80, 4, rank=rank, world_size=3)
+        for seq, kept in (("a", 50), ("b", 3), ("c", 17)):
+            pages.reserve(seq, 90)
+            pages.fill(seq, kept)
+        plan = cpflex.make_decode_plan(MASKS[mask], pages, new, 8, num_heads=ALL_HEADS, splits=splits)
+        limits = dict(zip(new, plan.steps.limits, strict=True))
+        for place, first, end, first_run, end_run, _ in plan.tables.items.tolist():
+            held = pages.held(list(new)[place])
+            for begin, stop, position in plan.tables.runs[first_run:end_run].tolist():
+                for row in range(begin, stop, 4):
+                    page = (position + row - begin) // 4
+                    assert held.slot[page] == row // 4 and held.owner[page] == rank
+                    for token in range(first, end):
+                        read.setdefault((token, page), []).append(rank)
+    assert all(len(ranks) == 1 for ranks in read.values()), "a page is walked twice"
+    for place, (seq, count) in enumerate(new.items()):
+        begin, start = sum(list(new.values())[:place]), {"a": 50, "b": 3, "c": 17}[seq]
+        for token in range(count):
+            for done in range(0, (limits[seq] - start) // count * count, count):
+                q, k = torch.tensor(start + done + token), torch.arange(start + done + count)
+                seen = torch.stack([MASKS[mask](torch.tensor(place), torch.tensor(h), q, k) for h in range(ALL_HEADS)]).any(0)
+                missing = {int(page) for page in k[seen] // 4} - {page for t, page in read if t == begin + token}
+                assert not missing, f"{seq}: pages {missing} are not read"
+
+
+def test_pages_that_no_step_of_the_horizon_sees_are_not_read():
+    pages = cpflex.Pages(512, 64)
+    pages.reserve("a", 512 * 64)
+    pages.fill("a", 500 * 64)
+    plan = cpflex.make_decode_plan(cpflex.causal() & cpflex.sliding_window(256), pages, {"a": 1}, horizon=64)
+    assert len(plan.tables.runs) == 1 and plan.tables.runs[0].tolist() == [496 * 64, 501 * 64, 496 * 64]
+
+
+def test_a_rank_without_visible_pages_has_no_items_to_walk():
+    idle = []
+    for rank in range(4):
+        pages = cpflex.Pages(64, 64, rank=rank, world_size=4)
+        pages.reserve("a", 4000)
+        pages.fill("a", 3000)
+        idle.append(cpflex.make_decode_plan(MASKS["window"], pages, {"a": 1}, horizon=8).tables.is_idle)
+    assert idle == [True, True, False, True]
+
+
+def test_a_tree_of_speculated_tokens_is_a_mask_and_a_crop():
+    """Two branches are verified in one call; the accepted one is kept, and equals what token by token gives."""
+    parents, prompt = [-1, 0, 0, 1, 2], 11
+    ancestors = torch.zeros(8, dtype=torch.int64)
+    for place, parent in enumerate(parents):
+        ancestors[place] = (1 << place) | (int(ancestors[parent]) if parent >= 0 else 0)
+    base = torch.tensor(prompt)
+
+    def tree(b, h, q, k):
+        inside = (ancestors[(q - base).clamp(0, 7)] >> (k - base).clamp(0, 7)) & 1
+        return (k < base) | ((k >= base) & (inside == 1))
+
+    def program(group: Any) -> None:
+        service = Service(group, seed=2)
+        service.reserve("a", 40)
+        service.step(cpflex.make_decode_plan(cpflex.causal(), service.pages, {"a": prompt}), MASKS["causal"])
+        plan = cpflex.make_decode_plan(tree, service.pages, {"a": 5}, horizon=1)
+        q, k, v = (service.drawn(heads, 5, dim) for heads, dim in ((4, 8), (2, 8), (2, 12)))
+        (out,) = service.step(plan, tree, new=(q, k, v))
+        service.crop("a", prompt)
+        accepted = [0, 2, 4]
+        service.reserve("a", 3)
+        plan = cpflex.make_decode_plan(cpflex.causal(), service.pages, {"a": 3})
+        (again,) = service.step(plan, MASKS["causal"], new=tuple(x[:, :, accepted] for x in (q, k, v)))
+        torch.testing.assert_close(again, out[:, :, accepted], atol=2e-6, rtol=1e-5)
+
+    run_ranks(program, 3)
+
+
+def test_kinds_of_layers_share_pages_and_have_plans_of_their_own():
+    masks = {"sliding": MASKS["window"], "full": MASKS["causal"]}
+
+    def program(group: Any) -> None:
+        service = Service(group, num_pools=2)
+        for seq in "ab":
+            service.reserve(seq, 40)
+        plan = cpflex.make_decode_plan(masks, service.pages, {"a": 12, "b": 5})
+        assert plan["full"].kind == "full" and plan.kinds == ("sliding", "full")
+        for _ in range(3):
+            service.step(plan, masks)
+        assert service.evict(masks) == 0
+
+    run_ranks(program, 2)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_everyone_sends_one_partial_a_token_to_each_other_rank(world_size: int):
+    def program(group: Any) -> tuple[int, int]:
+        service = Service(group, dims=(8, 12))
+        service.reserve("a", 40)
+        plan = cpflex.make_decode_plan(cpflex.causal(), service.pages, {"a": 3})
+        before = group.bytes_sent, group.num_gathered
+        service.step(plan, MASKS["causal"])
+        return group.bytes_sent - before[0], group.num_gathered - before[1]
+
+    partials, header = 3 * ALL_HEADS * (12 + 1) * 4, 4 * 8
+    assert set(run_ranks(program, world_size)) == {((world_size - 1) * (partials + header), 0)}
+
+
+def test_a_token_outside_the_window_changes_nothing_bit_by_bit():
+    outs = []
+    for changed in (False, True):
+        service = Service(None)
+        service.reserve("a", 60)
+        service.reserve("b", 60)
+        service.step(cpflex.make_decode_plan(MASKS["window"], service.pages, {"a": 30, "b": 9}), MASKS["window"])
+        if changed:
+            held = service.pages.held("a")
+            rows = [int(held.slot[p // 4]) * 4 + p % 4 for p in (0, 5, 19, 21)]
+            for x in (service.pools[0].k, service.pools[0].v):
+                x[:, :, rows[:3]] = float("nan")
+                x[:, :, rows[3]] = 1e4  # in a page of which other tokens are seen
+        service.random.manual_seed(9)
+        plan = cpflex.make_decode_plan(MASKS["window"], service.pages, {"b": 2, "a": 1}, horizon=2)
+        q, k, v = (service.drawn(heads, 3, dim) for heads, dim in ((4, 8), (2, 8), (2, 12)))
+        service.pools[0].assign(k, v, plan)
+        pool = service.pools[0]
+        outs.append(cpflex.flex_attention(q, pool.k, pool.v, None, plan, enable_gqa=True))
+    assert torch.equal(*outs)
