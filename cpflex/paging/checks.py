@@ -15,10 +15,13 @@ from cpflex.paging.pool import PagePool
 WITHOUT_GRADIENT = "there is no gradient through pages; call it under torch.no_grad(), or detach"
 
 
-def check_assigned(k: Tensor, v: Tensor, pool: PagePool, plan: DecodePlan) -> None:
-    """For `PagePool.assign`."""
+def require_plan(plan: object) -> None:
     if not isinstance(plan, DecodePlan):
         raise TypeError(f"plan must be one of cpflex.make_decode_plan; got {type(plan).__name__}")
+
+
+def check_assigned(k: Tensor, v: Tensor, pool: PagePool, plan: DecodePlan) -> None:
+    """For `PagePool.assign`."""
     _check_plan(plan)
     if plan.pages is not pool.pages:
         raise ValueError("the plan and the pool are of different pages; make both of one cpflex.Pages")

@@ -72,8 +72,9 @@ class PagePool:
             ValueError, NotImplementedError, RuntimeError: shapes, dtypes or devices that do not fit, gradients, a plan
                 that is over or of other pages; the attention of the other ranks raises, too.
         """
-        from cpflex.paging.checks import check_assigned
+        from cpflex.paging.checks import check_assigned, require_plan
 
+        require_plan(plan)
         try:
             check_assigned(k, v, self, plan)
         except Exception as error:

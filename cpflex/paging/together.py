@@ -154,8 +154,8 @@ def _number(header: list[int]) -> int:
 def _difference(links: Links, steps: Steps, headers: Tensor, words: Words) -> str:
     """What ranks with these headers disagree about."""
     _, calls, done, tokens = headers[links.rank].tolist()
-    told = {**words, "new tokens of this step": f"{tokens:x}", "steps before this one": str(done)}
-    told["attentions before this one"] = str(calls)
+    told = {**words, "steps before this one": str(done), "attentions before this one": str(calls)}
+    told["new tokens of this step"] = f"{tokens:x}"
     numbers = [_number(header) for header in headers.tolist()]
     links.say(numbers[links.rank], told)
     return difference(links, numbers)
