@@ -8,12 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpflex.mods.intervals import EMPTY
+from cpflex.mods.intervals import EMPTY, FULL
 from cpflex.paging.mask import TracedMask
 from cpflex.paging.pages import Held
 
 BLOCK = 64
 """The most tokens of a block: what they see of the pages is found for all of them at once."""
+
+GROUP = 64
+"""Pages that are looked at together first."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +66,42 @@ def kept_pages(
         ValueError: one of them was evicted, and nothing proves that this mask hides it.
     """
     counts = -(-blocks.limit // page_size)
-    block = np.repeat(np.arange(len(counts)), counts)
-    page = np.arange(len(block)) - np.repeat(np.cumsum(counts) - counts, counts)
-    first = page * page_size
-    one = slice(None) if len(counts) == 1 else block  # of one block, numbers broadcast
-    place, q_lo, q_hi, limit = (x[one] for x in (blocks.place, blocks.q_lo, blocks.q_hi, blocks.limit))
-    verdicts = mask.classify(q_lo, q_hi, first, np.minimum(first + page_size, limit) - 1, b=(place, place))
-    held = [helds[one] for one in blocks.place.tolist()]
-    owner = np.concatenate([x.owner[:n] for x, n in zip(held, counts.tolist(), strict=True)])
-    slot = np.concatenate([x.slot[:n] for x, n in zip(held, counts.tolist(), strict=True)])
-    kept = np.flatnonzero(verdicts != EMPTY)
-    block, page, owner, slot = (x[kept] for x in (block, page, owner, slot))
+    block, page = _seen(mask, blocks, counts, page_size)
+    if len(counts) == 1:
+        held = helds[int(blocks.place[0])]
+        owner, slot = held.owner[page], held.slot[page]
+    else:
+        tables = [(helds[one], count) for one, count in zip(blocks.place.tolist(), counts.tolist(), strict=True)]
+        at = (np.cumsum(counts) - counts)[block] + page
+        owner = np.concatenate([held.owner[:count] for held, count in tables])[at]
+        slot = np.concatenate([held.slot[:count] for held, count in tables])[at]
     if (gone := slot < 0).any():
         _require_hidden(mask, blocks, helds, block[gone], page[gone], page_size, names)
         block, page, owner, slot = (x[~gone] for x in (block, page, owner, slot))
     return Kept(block, page, owner, slot)
+
+
+def _seen(mask: TracedMask, blocks: Blocks, counts: np.ndarray, page_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Block and page of what is not EMPTY, in that order; pages are looked at where a group of them is PARTIAL."""
+
+    def verdicts(block: np.ndarray, first: np.ndarray, length: int) -> np.ndarray:
+        one = slice(None) if len(counts) == 1 else block  # of one block, numbers broadcast
+        place, q_lo, q_hi, limit = (x[one] for x in (blocks.place, blocks.q_lo, blocks.q_hi, blocks.limit))
+        last = np.minimum(first + length, limit) - 1
+        return mask.classify(q_lo, q_hi, first, last, b=(place, place))
+
+    groups = -(-counts // GROUP)
+    block = np.repeat(np.arange(len(counts)), groups)
+    group = np.arange(len(block)) - np.repeat(np.cumsum(groups) - groups, groups)
+    found = verdicts(block, group * (GROUP * page_size), GROUP * page_size)
+    seen = np.flatnonzero(found != EMPTY)
+    block, group, found = block[seen], group[seen], found[seen]
+    page = group[:, None] * GROUP + np.arange(GROUP)
+    kept = page < counts[block][:, None]
+    mixed = kept & (found != FULL)[:, None]
+    each = np.repeat(block, mixed.sum(axis=1))
+    kept[mixed] = verdicts(each, page[mixed] * page_size, page_size) != EMPTY
+    return np.repeat(block, kept.sum(axis=1)), page[kept]
 
 
 def _require_hidden(

@@ -23,7 +23,11 @@ from patience import patience
 
 TIMEOUT = 5.0
 MOMENTS = ["before it meets the others", "between its two messages", "after a step"]
-FAULTS = [(die, MOMENTS[0], 4, cpflex.everyone), (die, MOMENTS[1], 2, cpflex.by_sequence), (stall, MOMENTS[0], 2, cpflex.everyone)]
+FAULTS = [
+    (die, MOMENTS[0], 4, cpflex.everyone),
+    (die, MOMENTS[1], 2, cpflex.by_sequence),
+    (stall, MOMENTS[0], 2, cpflex.everyone),
+]
 MORE = [
     (action, moment, 4, rows)
     for action in (die, leave, stall)
@@ -37,7 +41,11 @@ def decode_until(rank: int, world_size: int, folder: str, fault: Any, connection
     action, moment, rows, culprit, timeout = fault
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
     )
     pages = cpflex.Pages(32, 4, dist.group.WORLD)
     pool = pages.pool(2, 8)
@@ -72,7 +80,9 @@ def arm(links: Any, moment: str, action: Callable[[], None], connection: Connect
     links.exchange = armed
 
 
-def endings(action: Callable[[], None], moment: str, world_size: int, rows: Any, timeout: float) -> list[tuple[str, float]]:
+def endings(
+    action: Callable[[], None], moment: str, world_size: int, rows: Any, timeout: float
+) -> list[tuple[str, float]]:
     """(error, seconds since the fault) of every rank; empty of the culprit."""
     culprit = world_size // 2
     context = multiprocessing.get_context("forkserver")
@@ -114,7 +124,9 @@ def endings(action: Callable[[], None], moment: str, world_size: int, rows: Any,
 def test_every_other_rank_ends_with_an_error_that_says_where(action, moment: str, world_size: int, rows: Any):
     timeout, culprit = patience(TIMEOUT), world_size // 2
     found = endings(action, moment, world_size, rows, timeout)
-    where = re.compile(r"ConnectionError: group rank \d, attention \d of a decode plan, in its step \d: the message (to|from) group rank \d")
+    where = re.compile(
+        r"ConnectionError: group rank \d, attention \d of a decode plan, in its step \d: the message (to|from) group rank \d"
+    )
     for rank, (said, seconds) in enumerate(found):
         if rank != culprit:
             assert where.match(said), f"rank {rank}: {said or 'no error'}"

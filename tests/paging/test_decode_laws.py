@@ -36,7 +36,9 @@ def serve(group: Any, mask: str, score: str, rows: Any, splits: int | None = Non
 
 
 @pytest.mark.by_day(6)
-@pytest.mark.parametrize(("mask", "rows"), list(itertools.product(MASKS, ROWS)), ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("mask", "rows"), list(itertools.product(MASKS, ROWS)), ids=lambda x: getattr(x, "__name__", x)
+)
 def test_many_sequences_in_one_call_equal_dense_attention(mask: str, rows: Any):
     place = list(MASKS).index(mask)
     score = list(SCORES)[(place + ROWS.index(rows)) % len(SCORES)]
@@ -127,7 +129,9 @@ def test_each_visible_page_is_walked_once_by_its_owner_and_no_other_is(mask: str
         for token in range(count):
             for done in range(0, (limits[seq] - start) // count * count, count):
                 q, k = torch.tensor(start + done + token), torch.arange(start + done + count)
-                seen = torch.stack([MASKS[mask](torch.tensor(place), torch.tensor(h), q, k) for h in range(ALL_HEADS)]).any(0)
+                seen = torch.stack(
+                    [MASKS[mask](torch.tensor(place), torch.tensor(h), q, k) for h in range(ALL_HEADS)]
+                ).any(0)
                 missing = {int(page) for page in k[seen] // 4} - {page for t, page in read if t == begin + token}
                 assert not missing, f"{seq}: pages {missing} are not read"
 

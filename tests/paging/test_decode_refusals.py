@@ -39,7 +39,18 @@ def arguments(group: Any = None, rows: Any = cpflex.everyone) -> Made:
     plan = cpflex.make_decode_plan(mask, pages, new, rows=rows)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 3, dim, generator=draw) for heads, dim in ((4, 8), (2, 8), (2, 12)))
-    return {"q": q, "k": k, "v": v, "pool": pool, "plan": plan, "pages": pages, "mask": mask, "new": new, "group": group, "options": {}}
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "pool": pool,
+        "plan": plan,
+        "pages": pages,
+        "mask": mask,
+        "new": new,
+        "group": group,
+        "options": {},
+    }
 
 
 def step(made: Made) -> Any:
@@ -75,7 +86,9 @@ def wants_gradients(name: str) -> Callable[[Made], None]:
 
 def replan(new: dict | None = None, mask: Any = None, **how: Any) -> Callable[[Made], None]:
     def change(made: Made) -> None:
-        made["plan"] = cpflex.make_decode_plan(made["mask"] if mask is None else mask, made["pages"], new or made["new"], **how)
+        made["plan"] = cpflex.make_decode_plan(
+            made["mask"] if mask is None else mask, made["pages"], new or made["new"], **how
+        )
 
     return change
 
@@ -283,7 +296,9 @@ def assert_all_raise(outcomes: list[Outcome], culprit: int, name: str) -> None:
 
 @pytest.mark.by_day(4)
 @pytest.mark.parametrize("processes", [2, 4], indirect=True)
-@pytest.mark.parametrize("name", [*MISMATCHES, "queries that want gradients", "keys of another step", "a step after the horizon"])
+@pytest.mark.parametrize(
+    "name", [*MISMATCHES, "queries that want gradients", "keys of another step", "a step after the horizon"]
+)
 def test_a_mistake_of_one_process_is_raised_on_all(name: str, processes: RankProcesses):
     culprit = processes.world_size - 1
     assert_all_raise(processes.outcomes(step_with_a_mistake, name, culprit, timeout=20), culprit, name)
@@ -299,7 +314,10 @@ def served(group: dist.ProcessGroup, rows: Any) -> list[torch.Tensor]:
     service = serving.Service(group, seed=1)
     for seq in "abc":
         service.reserve(seq, 30)
-    service.step(cpflex.make_decode_plan(serving.MASKS["window"], service.pages, {"a": 9, "c": 5}, rows=rows), serving.MASKS["window"])
+    service.step(
+        cpflex.make_decode_plan(serving.MASKS["window"], service.pages, {"a": 9, "c": 5}, rows=rows),
+        serving.MASKS["window"],
+    )
     plan = cpflex.make_decode_plan(serving.MASKS["window"], service.pages, {"c": 1, "b": 2, "a": 1}, rows=rows)
     return [service.step(plan, serving.MASKS["window"], softcap)[0] for _ in range(2)]
 

@@ -42,7 +42,9 @@ def test_the_rank_that_is_out_of_pages_is_named_on_every_rank_and_nothing_change
         pages = pages_of(rank)
         pages.reserve("a", 4 * 22)  # 8, 7 and 7 pages
         before = pages.num_free, pages.history
-        with pytest.raises(cpflex.OutOfPages, match="rank 0 is out of pages: 1 tokens of sequence 'c' need 1 of its 8, and 0"):
+        with pytest.raises(
+            cpflex.OutOfPages, match="rank 0 is out of pages: 1 tokens of sequence 'c' need 1 of its 8, and 0"
+        ):
             pages.reserve("c", 1, owners=[0])
         assert (pages.num_free, pages.history) == before and "c" not in pages
 
@@ -123,9 +125,13 @@ def test_a_plan_that_may_see_an_evicted_page_is_refused():
     pages.fill("a", 40)
     pages.evict(SLIDING)
     cpflex.make_decode_plan(SLIDING, pages, {"a": 1})
-    with pytest.raises(ValueError, match=r"may see the keys from position 0 on of sequence 'a', whose page was evicted"):
+    with pytest.raises(
+        ValueError, match=r"may see the keys from position 0 on of sequence 'a', whose page was evicted"
+    ):
         cpflex.make_decode_plan(cpflex.causal(), pages, {"a": 1})
-    with pytest.raises(ValueError, match="sequence 'a' cannot be cropped to 30: the page of its last token was evicted"):
+    with pytest.raises(
+        ValueError, match="sequence 'a' cannot be cropped to 30: the page of its last token was evicted"
+    ):
         pages.crop("a", 30)
     pages.crop("a", 36)
     pages.reserve("a", 1)
