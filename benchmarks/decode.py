@@ -84,8 +84,8 @@ def main() -> None:
                 row = planning(name, shape, world_size, arguments.repeats)
                 rows.append(row)
                 print(
-                    f"{name:18} {shape:9} {world_size:5} {row['runs']:6} {row['plan_ms']:9.3f} {row['plan_us_a_token']:14.2f}"
-                    f" {row['steps_us_a_token']:16.2f}",
+                    f"{name:18} {shape:9} {world_size:5} {row['runs']:6} {row['plan_ms']:9.3f}"
+                    f" {row['plan_us_a_token']:14.2f} {row['steps_us_a_token']:16.2f}",
                     flush=True,
                 )
     if arguments.out:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.extend(str(Path(__file__).parent / folder) for folder in ("mods", "planning", "masks_from"))
+sys.path.extend(str(Path(__file__).parent / folder) for folder in ("mods", "planning", "masks_from", "paging"))
 
 import test_block_mask
+import test_decode_refusals
+import test_pages
 import test_plan
 import test_readers
 import test_trace
@@ -46,6 +48,24 @@ def of_attention() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield name, lambda make=make: test_refusals.attend(test_refusals.arguments() | {"block_mask": make()})
 
 
+def of_pages() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for name, (call, *_) in test_pages.REFUSED.items():
+        yield name, lambda call=call: call(test_pages.refused_pages())
+
+
+def of_steps() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for name, (change, *_) in test_decode_refusals.LOCAL.items():
+
+        def call(change=change) -> Any:
+            made = test_decode_refusals.arguments()
+            change(made)
+            return test_decode_refusals.step(made)
+
+        yield name, call
+    for name, (change, *_) in test_decode_refusals.WITHOUT_A_STEP.items():
+        yield name, lambda change=change: change(test_decode_refusals.arguments())
+
+
 def sections() -> dict[str, list[tuple[str, Callable[[], Any]]]]:
     return {
         "Attention": list(of_attention()),
@@ -56,6 +76,8 @@ def sections() -> dict[str, list[tuple[str, Callable[[], Any]]]]:
             (name, lambda make=make: masks_from.block_mask(make()))
             for name, (make, *_) in test_block_mask.REFUSED.items()
         ],
+        "Pages": list(of_pages()),
+        "Steps of new tokens": list(of_steps()),
         "Mods": [(name, lambda fn=fn: trace_mask_mod(fn)) for name, (fn, _) in test_trace.REFUSED.items()],
     }
 

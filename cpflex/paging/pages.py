@@ -277,13 +277,14 @@ class Pages:
         mods = traced_masks(mask, num_heads)
         if seqs is None and any(mod.mod.uses("b") for mod in mods.values()):
             raise ValueError("this mask depends on b, the place of a sequence in a plan; pass seqs= in that order")
-        freed = 0
+        freed, looked_at = 0, 0
         for place, seq in enumerate(self._held if seqs is None else seqs):
             held = self.held(seq)
             start = held.length if held.planned_from is None else min(held.planned_from, held.length)
             keys = frozenset(mod.key(place) for mod in mods.values())
             if held.evidence.is_known(keys, start):
                 continue
+            looked_at += 1
             full = start // self.page_size  # what is not full is written to
             pages = np.flatnonzero(held.slot[:full] >= 0)
             pages = pages[~held.read[pages]] if len(held.read) else pages
@@ -296,7 +297,8 @@ class Pages:
             freed += len(gone)
         if freed:
             self.epoch += 1
-        self._note("evict", freed)
+        if looked_at:
+            self._note("evict", looked_at, freed)
         return freed
 
     def pool(

@@ -147,16 +147,19 @@ class Steps:
             begin, end = int(self._first_page[place]), -(-self.limits[place] // size)
             self._owner[place, : end - begin] = held.owner[begin:end]
             self._slot[place, : end - begin] = held.slot[begin:end]
+            assert (held.slot[begin:end] >= 0).all(), "pages that are written are reserved"
+        self._first_of_token = self._first_page[self._place]
+        self._q_positions = self.arena.table("q_positions")[: self.num_tokens, 0]
+        self._kv_len = self.arena.table("kv_len")[: len(self.new), 0]
 
     def _place_tokens(self) -> None:
         """Positions of this step's tokens, lengths with them, and the rows that this rank writes."""
         self.positions = self._lengths[self._place] + self._offset
         size = self.pages.page_size
-        page = self.positions // size - self._first_page[self._place]
-        owner, slot = self._owner[self._place, page], self._slot[self._place, page]
+        page, place = self.positions // size - self._first_of_token, self._place
+        owner, slot = self._owner[place, page], self._slot[place, page]
         mine = np.flatnonzero(owner == self.pages.rank)
-        assert (slot >= 0).all(), "pages that are written are reserved"
         self._written = mine, slot[mine] * size + self.positions[mine] % size
         self._brought = {}
-        self.arena.put({"q_positions": self.positions[:, None], "kv_len": (self._lengths + self._new)[:, None]})
+        self._q_positions[:], self._kv_len[:] = self.positions, self._lengths + self._new
         self.arena.renew(moving=self.num_done > 0)

@@ -53,19 +53,20 @@ class Meeting:
             ConnectionError: a rank is gone, or elsewhere; naming it.
         """
         if self._work is not None:
-            self.wait(self._work)
+            try:
+                self._work.wait()
+            except (ConnectionError, TimeoutError) as error:
+                raise self._placed(error) from error
             self._work = None
             if not (self._headers == self.header).all():
                 raise RankMismatch(_difference(self.links, self.steps, self._headers, self.words))
 
-    def wait(self, work: Work) -> None:
-        try:
-            work.wait()
-        except (ConnectionError, TimeoutError) as error:
-            raise type(error)(
-                f"group rank {self.links.rank}, attention {self.steps.num_calls} of a decode plan, in its step "
-                f"{self.steps.num_done}: {error}"
-            ) from error
+    def _placed(self, error: Exception) -> Exception:
+        """With where it happened."""
+        return type(error)(
+            f"group rank {self.links.rank}, attention {self.steps.num_calls} of a decode plan, in its step "
+            f"{self.steps.num_done}: {error}"
+        )
 
     def exchange(self, sent: list[Tensor], received: list[Tensor], *, is_first: bool) -> None:
         """`swap`, after the headers are settled; on a device each first message begins with the header.
@@ -74,19 +75,19 @@ class Meeting:
             sent, received: contiguous, by rank; with ``is_first`` the first bytes, `room` of them, are the header's.
         """
         self.settle()
-        if is_first and self.rides:
+        carries = is_first and self.rides
+        if carries:
             header = self.header.to(sent[0].device).view(torch.uint8)
-            for message in {x.data_ptr(): x for x in sent if x.numel()}.values():
-                message.view(-1).view(torch.uint8)[: len(header)] = header
-            self.steps.first_messages = tuple([x.numel() * x.element_size() for x in each] for each in (sent, received))
+            sent, received = ([x.view(-1).view(torch.uint8) for x in each] for each in (sent, received))
+            for message in {x.data_ptr(): x for x in sent}.values():
+                message[: len(header)] = header
+            self.steps.first_messages = [x.numel() for x in sent], [x.numel() for x in received]
         try:
             swap(sent, received, self.links)
         except (ConnectionError, TimeoutError) as error:
-            self.wait(_Failed(error))
-        if is_first and self.rides:
-            header = self.header.to(sent[0].device).view(torch.uint8)
-            peers = (x for peer, x in enumerate(received) if peer != self.links.rank and x.numel())
-            same = [(x.view(-1).view(torch.uint8)[: len(header)] == header).all() for x in peers]
+            raise self._placed(error) from error
+        if carries:
+            same = [(x[: len(header)] == header).all() for x in received]
             torch._assert_async(  # type: ignore[attr-defined]
                 torch.stack(same).all(), "the ranks of a decode step do different things"
             )
@@ -94,14 +95,6 @@ class Meeting:
     def room(self, row_bytes: int) -> int:
         """Rows of so many bytes that a first message begins with."""
         return -(-HEADER * 8 // row_bytes) if self.rides else 0
-
-
-class _Failed:
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def wait(self) -> None:
-        raise self.error
 
 
 def rides(device: torch.device) -> bool:

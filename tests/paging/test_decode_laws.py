@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from serving import ALL_HEADS, MASKS, SCORES, Service
 
 import cpflex
 from cpflex.testing import run_ranks
-from serving import ALL_HEADS, MASKS, SCORES, Service
 
 ROWS = [cpflex.everyone, cpflex.by_sequence, cpflex.by_head]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from serving import Service
 
 import cpflex
-from serving import Service
 
 SLIDING = cpflex.causal() & cpflex.sliding_window(8)
 
@@ -103,6 +103,14 @@ def test_evict_frees_what_a_window_has_left_and_keeps_sinks():
     assert np.flatnonzero(pages.held("a").slot < 0).tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert pages.evict(sinks) == 0
     assert pages.evict(SLIDING) == 1
+
+
+def test_a_page_that_a_later_query_sees_is_kept():
+    pages = pages_of(world_size=1, num_pages=30)
+    pages.reserve("a", 60)
+    pages.fill("a", 40)
+    assert pages.evict(lambda b, h, q, k: (k <= q) & ((k >= 32) | (q >= 50))) == 0
+    assert pages.evict(lambda b, h, q, k: (k <= q) & ((k >= 32) | (q < 40))) == 8
 
 
 def test_evict_leaves_what_the_newest_plan_reads():
