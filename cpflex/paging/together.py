@@ -76,8 +76,9 @@ class Meeting:
         """
         self.settle()
         carries = is_first and self.rides
+        header = self.header.view(torch.uint8)
         if carries:
-            header = self.header.to(sent[0].device).view(torch.uint8)
+            header = header.to(sent[0].device)
             sent, received = ([x.view(-1).view(torch.uint8) for x in each] for each in (sent, received))
             for message in {x.data_ptr(): x for x in sent}.values():
                 message[: len(header)] = header

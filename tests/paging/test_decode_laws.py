@@ -233,3 +233,36 @@ def test_a_token_outside_the_window_changes_nothing_bit_by_bit():
         pool = service.pools[0]
         outs.append(cpflex.flex_attention(q, pool.k, pool.v, None, plan, enable_gqa=True))
     assert torch.equal(*outs)
+
+
+def test_pools_and_steps_in_inference_mode_and_under_autocast():
+    def program(group: Any) -> None:
+        with torch.inference_mode():
+            service = Service(group)
+            service.reserve("a", 20)
+            plan = cpflex.make_decode_plan(cpflex.causal(), service.pages, {"a": 2})
+            service.step(plan, MASKS["causal"])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            plan_q = service.drawn(ALL_HEADS, 2, 8)
+            k, v = (service.drawn(2, 2, dim) for dim in (8, 12))
+            pool = service.pools[0]
+            pool.assign(k, v, plan)
+            out = cpflex.flex_attention(plan_q, pool.k, pool.v, None, plan, enable_gqa=True)
+        again = cpflex.flex_attention(plan_q, pool.k, pool.v, None, plan, enable_gqa=True)
+        assert out.dtype == torch.float32 and torch.equal(out, again)
+
+    run_ranks(program, 2)
+
+
+def test_compiled_code_around_a_step_calls_it_as_it_is():
+    service = Service(None)
+    service.reserve("a", 20)
+    plan = cpflex.make_decode_plan(cpflex.causal(), service.pages, {"a": 2})
+    q, k, v = (service.drawn(heads, 2, dim) for heads, dim in ((4, 8), (2, 8), (2, 12)))
+    pool = service.pools[0]
+    pool.assign(k, v, plan)
+
+    def layer(q):
+        return cpflex.flex_attention(2 * q, pool.k, pool.v, None, plan, enable_gqa=True) + 1
+
+    assert torch.equal(torch.compile(layer, backend="eager")(q), layer(q))
