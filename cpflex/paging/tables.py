@@ -68,8 +68,8 @@ def kept_pages(
     counts = -(-blocks.limit // page_size)
     block, page = _seen(mask, blocks, counts, page_size)
     if len(counts) == 1:
-        held = helds[int(blocks.place[0])]
-        owner, slot = held.owner[page], held.slot[page]
+        held, at = helds[0], slice(0, len(page)) if len(page) == counts[0] else page
+        owner, slot = held.owner[at], held.slot[at]
     else:
         tables = [(helds[one], count) for one, count in zip(blocks.place.tolist(), counts.tolist(), strict=True)]
         at = (np.cumsum(counts) - counts)[block] + page
@@ -143,10 +143,11 @@ def tables_of(kept: Kept, blocks: Blocks, rank: int, page_size: int, splits: int
     Args:
         splits: items that are wanted at least, if there are as many pages.
     """
-    mine = np.flatnonzero(kept.owner == rank)
+    is_mine = kept.owner == rank
+    mine = slice(None) if is_mine.all() else np.flatnonzero(is_mine)
     block, page, slot = kept.block[mine], kept.page[mine], kept.slot[mine].astype(np.int64)
     counts = np.bincount(block, minlength=len(blocks.place))
-    length = max(-(-len(mine) // splits), -(-BLOCK // page_size), 1)  # a kernel takes 64 rows at once
+    length = max(-(-len(page) // splits), -(-BLOCK // page_size), 1)  # a kernel takes 64 rows at once
     num_splits = np.maximum(1, -(-counts // length))
     item_of_block = np.cumsum(num_splits) - num_splits
     item = item_of_block[block] + (np.arange(len(block)) - (np.cumsum(counts) - counts)[block]) // length
@@ -158,7 +159,7 @@ def tables_of(kept: Kept, blocks: Blocks, rank: int, page_size: int, splits: int
     items, num_partials = _items(blocks, num_splits, item[begins])
     return Tables(
         items, runs if len(runs) else np.zeros((1, 3), np.int64), _parts(blocks, num_splits),
-        num_partials, not len(mine), bool((num_splits == 1).all()),
+        num_partials, not len(page), bool((num_splits == 1).all()),
     )  # fmt: skip
 
 
