@@ -236,9 +236,9 @@ PAGING = [
     Mutant("paging: a horizon one step short", "paging/tables.py", "(limit - start) // count - 1)", "(limit - start) // count - 2)", "paging/test_decode_laws.py -k walked"),
     Mutant("paging: places in the pool taken for positions", "paging/tables.py", "page[begins] * page_size], axis=1)", "slot[begins] * page_size], axis=1)", "paging/test_decode_laws.py -k permutation"),
     Mutant("paging: all splits write one partial", "paging/tables.py", "first_partial = np.cumsum(tokens) - tokens", "first_partial = 0 * tokens", "paging/test_decode_laws.py -k many_sequences"),
-    Mutant("paging: a child writes to its parent's page", "paging/pages.py", "            self._copy_last(made, child)\n", "            self._uses[made.owner[-1], made.slot[-1]] += 1\n", "paging/test_pages.py -k fork"),
-    Mutant("paging: a page evicted that only the next query does not see", "paging/evidence.py", "last_query = np.int64(2**31 - 2)", "last_query = np.int64(start)", "paging/test_pages.py -k later"),
-    Mutant("paging: evicted pages read as if they were hidden", "paging/tables.py", "        _require_hidden(mask, blocks, helds, block[gone], page[gone], page_size, names)\n", "", "paging/test_pages.py -k may_see"),
+    Mutant("paging: a child writes to its parent's page", "paging/pages.py", "            self._copy_last(made, child)\n", "            self._uses[made.owner[-1], made.slot[-1]] += 1\n", "paging/test_sequences_of_pages.py -k fork"),
+    Mutant("paging: a page evicted that only the next query does not see", "paging/evidence.py", "last_query = np.int64(2**31 - 2)", "last_query = np.int64(start)", "paging/test_sequences_of_pages.py -k later"),
+    Mutant("paging: evicted pages read as if they were hidden", "paging/tables.py", "        _require_hidden(mask, blocks, helds, block[gone], page[gone], page_size, names)\n", "", "paging/test_sequences_of_pages.py -k may_see"),
     Mutant("paging: a plan outlives a crop", "paging/steps.py", "if seq not in self.pages or self.pages.held(seq) is not held:", "if seq not in self.pages:", "paging/test_decode_refusals.py -k by_name"),
     Mutant("paging: sampled tokens not compared", "paging/together.py", "steps.num_done, steps.tokens_hash])", "steps.num_done, 0])", "paging/test_decode_refusals.py -k unlike"),
 ]  # fmt: skip

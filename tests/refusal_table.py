@@ -14,9 +14,9 @@ sys.path.extend(str(Path(__file__).parent / folder) for folder in ("mods", "plan
 
 import test_block_mask
 import test_decode_refusals
-import test_pages
 import test_plan
 import test_readers
+import test_sequences_of_pages
 import test_trace
 
 import test_masks
@@ -49,8 +49,8 @@ def of_attention() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def of_pages() -> Iterator[tuple[str, Callable[[], Any]]]:
-    for name, (call, *_) in test_pages.REFUSED.items():
-        yield name, lambda call=call: call(test_pages.refused_pages())
+    for name, (call, *_) in test_sequences_of_pages.REFUSED.items():
+        yield name, lambda call=call: call(test_sequences_of_pages.refused_pages())
 
 
 def of_steps() -> Iterator[tuple[str, Callable[[], Any]]]:
