@@ -159,10 +159,39 @@ def cross_attention(group: ThreadLinks) -> None:
         assert cpflex.flex_attention(q, k, v, block_mask=plan["cross"]).shape == q.shape  # pyright: ignore
 
 
-def kv_cache(group: ThreadLinks) -> None:
-    plan = cpflex.make_plan(cpflex.causal(), S, group)
-    q, k, v = tensors(plan)
-    cpflex.flex_attention(q[:, :, :1], k, v, block_mask=plan)
+def chunks(group: ThreadLinks) -> None:
+    plans, keys = [], []
+    for _ in range(3):
+        plan = cpflex.make_plan(cpflex.cached(cpflex.causal() & cpflex.sliding_window(70), plans), 60, group)
+        q, k, _ = tensors(plan)
+        plans, keys = [*plans, plan], [*keys, k]
+        held = torch.cat(keys, dim=2)
+        assert cpflex.flex_attention(q, held, held, block_mask=plan).shape == q.shape  # pyright: ignore
+
+
+def shared_prefixes(group: ThreadLinks) -> None:
+    tree = cpflex.trees.Tree([-1, 0, 0, 2, 2], [S - 60, 20, 10, 20, 10])
+    window = cpflex.sliding_window(30, positions=tree.depths)
+    attend(cpflex.tree(tree) & window, group, score_mod=lambda s, b, h, q, k: s - (tree.depths[q] - tree.depths[k]))
+
+
+def paged_decode(group: ThreadLinks) -> None:
+    """Token by token, as all tokens at once."""
+    torch.manual_seed(0)
+    mask = cpflex.causal() & cpflex.sliding_window(9)
+    q, k, v = torch.randn(3, 1, HEADS, 48, DIM)
+    pages = cpflex.Pages(8, page_size=4, group=group)
+    pool = pages.pool(HEADS, DIM)
+    pages.reserve("a", 48)
+    found = []
+    for step in range(48):
+        plan = cpflex.make_decode_plan(mask, pages, {"a": 1}, horizon=1)
+        token = slice(step, step + 1)
+        pool.assign(k[:, :, token], v[:, :, token], plan)
+        found.append(cpflex.flex_attention(q[:, :, token], pool.k, pool.v, block_mask=plan))
+        plan.advance()
+    expected = cpflex.flex_attention(q, k, v, block_mask=cpflex.make_plan(mask, 48))
+    torch.testing.assert_close(torch.cat(found, dim=2), expected, rtol=1e-5, atol=2e-6)
 
 
 def dtensor(group: ThreadLinks) -> None:
@@ -213,7 +242,9 @@ TRIALS: dict[str, Callable[[ThreadLinks], None]] = {
     "across nodes: each row crosses to a node once, gradients added before they cross back": across_nodes,
     "dropout": dropout,
     "cross attention: keys of another sequence, with a layout of their own or on every rank": cross_attention,
-    "KV cache": kv_cache,
+    "a sequence in chunks (chunked prefill): keys of earlier chunks stay on their ranks": chunks,
+    "shared prefixes stored once, as a tree; windows and biases by depth": shared_prefixes,
+    "KV cache, paged decode, over many ranks": paged_decode,
     "DTensor inputs": dtensor,
     "a torch `BlockMask`": torch_block_mask,
     "float64": float64,
