@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -32,7 +33,7 @@ def combine(
     unit = math.gcd(4, v_dim, partials.out.stride(0), into.out.stride(0))
     strides[0], strides[2] = strides[0] // unit, strides[2] // unit
     arguments = (*partials, *into, *strides, parts, num_heads)
-    options = {"UNIT": unit, "V_DIM": v_dim, "V_COLS": padded(v_dim), "PARTS": PARTS_AT_ONCE} | FUSED
+    options: dict[str, Any] = {"UNIT": unit, "V_DIM": v_dim, "V_COLS": padded(v_dim), "PARTS": PARTS_AT_ONCE} | FUSED
     with on_device_of(partials.out):
         if fitting.is_looking():
             combine_kernel.warmup(*arguments, grid=(1,), **options)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cpflex.kernels.call import Call, with_whole_rows
 from cpflex.kernels.forward import LOWEST
-from cpflex.kernels.launch import NOT_SPECIALIZED, Decided, decide, on_device_of, start, strides_in_units
+from cpflex.kernels.launch import NOT_SPECIALIZED, Decided, decide, on_device_of, padded, start, strides_in_units
 from cpflex.kernels.pages import PageWork, Partials
 from cpflex.kernels.scores import (
     LN2,
@@ -37,7 +37,7 @@ RUNS_AT_ONCE = tl.constexpr(128)
 """Whose blocks a program counts at once."""
 
 LEAST_ROWS = 16
-"""Of a block: what tensor cores multiply at least."""
+"""Of a block: what tensor cores multiply at least, as `launch.padded` has it."""
 
 
 def attend_pages(
@@ -53,7 +53,7 @@ def attend_pages(
     decided = decide("decode", q, k, v, call)
     rows = q.shape[1] // k.shape[1] * work.max_tokens
     block_rows = rows_of_block(rows, decided)
-    num_blocks, num_items = max(1, triton.cdiv(rows, block_rows)), work.items.shape[0]
+    num_blocks, num_items = max(1, -(-rows // block_rows)), work.items.shape[0]
     arguments = (
         *(q, k, v, *into),
         *strides_in_units(q, k, v),
@@ -69,7 +69,7 @@ def attend_pages(
 
 def rows_of_block(rows: int, decided: Decided) -> int:
     """The least that holds ``rows``, up to those of `tuning`."""
-    return min(max(LEAST_ROWS, triton.next_power_of_2(rows)), decided.config.block_q)
+    return min(padded(rows), decided.config.block_q)
 
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "out_stride", "lse_stride", "num_blocks"])
