@@ -32,7 +32,7 @@ def combine(
     strides = [x.stride(0) for x in (*partials, *into)]
     unit = math.gcd(4, v_dim, partials.out.stride(0), into.out.stride(0))
     strides[0], strides[2] = strides[0] // unit, strides[2] // unit
-    arguments = (*partials, *into, *strides, parts, num_heads)
+    arguments: list[Any] = [*partials, *into, *strides, parts, num_heads]
     options: dict[str, Any] = {"UNIT": unit, "V_DIM": v_dim, "V_COLS": padded(v_dim), "PARTS": PARTS_AT_ONCE} | FUSED
     with on_device_of(partials.out):
         if fitting.is_looking():
