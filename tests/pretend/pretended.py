@@ -201,7 +201,7 @@ class _Session:
         if name == "equal":
             return True
         if func._schema.is_mutable:
-            return args[0]
+            return kwargs.get("out", args[0])
         meta_args, meta_kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
         meta = func(*meta_args, **meta_kwargs | ({} if tensors and "device" not in kwargs else {"device": "meta"}))
         return tree_map(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, Tensor) else x, meta)  # fmt: skip
