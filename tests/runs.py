@@ -57,6 +57,7 @@ def attend(
     dq, dk, dv, *d_captured = torch.autograd.grad((out, lse), inputs, (local["grad_out"], local["grad_lse"]))
     results = dict(zip(TOKEN_TENSORS, (x.detach() for x in (out, lse, dq, dk, dv)), strict=True))
     results |= {"d_captured": d_captured, "positions": plan.positions, "seq_len": plan.seq_len}
+    results |= {"unproven": plan.stats["unproven_tiles"]}
     return results | {"kv_positions": None if keys is None else keys.positions, "kv_seq_len": plan.kv_seq_len}
 
 
