@@ -250,7 +250,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, plan: Plan, enable
     if plan.keys is plan.layout and lengths[0] != lengths[1]:
         raise NotImplementedError(
             f"query, key and value must have one length under this plan (no KV cache); got {lengths} - keys of another "
-            "sequence are a mask kind of their own, cpflex.cross(mask, keys)"
+            "sequence, or of earlier chunks, are a mask kind of their own: cpflex.cross(mask, keys), cpflex.cached"
         )
     if lengths[0] != plan.local_len:
         raise ValueError(
@@ -339,11 +339,11 @@ def _traced(score_mod: ScoreMod | ScoreFn | None) -> ScoreMod | None:
 
 
 def _check_captured(mod: ScoreMod, query: Tensor, plan: Plan) -> None:
-    for name, end in (("q_idx", plan.layout.end), ("kv_idx", plan.keys.end)):
-        table_len = mod.table_lens[name]
+    for name, held in (("q_idx", plan.layout), ("kv_idx", plan.keys)):
+        table_len, end = mod.table_lens[name], held.end
         if table_len is not None and table_len < end:
             whose = "seq_len" if end == plan.layout.end else "kv_seq_len"
-            whose = f"{whose}={end}" if plan.start == 0 else f"positions up to {end - 1}"
+            whose = f"{whose}={end}" if plan.start == held.start == 0 else f"positions up to {end - 1}"
             raise ValueError(
                 f"the score_mod indexes a captured tensor of {table_len} elements with a position; the plan has {whose}"
             )

@@ -218,13 +218,24 @@ def _next(mask: Any, length: int = 100, **options: Any) -> cpflex.Plan:
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a start that is none": (lambda: _next(cpflex.causal(), start=-1), ValueError, "start must be an integer"),
     "an end too far": (lambda: _next(cpflex.causal(), start=2**31 - 100), ValueError, "below 2\\*\\*31"),
-    "another start than earlier chunks tell": (
-        lambda: _next(cpflex.cached(cpflex.causal(), [_earlier()]), start=101),
-        ValueError, "earlier chunks end at 100 and this one starts at 101",
+    "a start before the end of earlier chunks": (
+        lambda: _next(cpflex.cached(cpflex.causal(), [_earlier()]), start=99),
+        ValueError, "earlier chunks end at 100 and this one starts at 99",
     ),
-    "kinds that start elsewhere": (
+    "a start that leaves out keys": (
+        lambda: _next(cpflex.cached(cpflex.causal(), [_earlier()]), start=101),
+        ValueError, "of the queries at 101 to 200 some may see keys at 100 to 100",
+    ),
+    "a kind whose last keys are missing": (
         lambda: _next({"a": cpflex.cached(cpflex.causal(), [_earlier()]), "b": cpflex.cached(cpflex.causal(), [_earlier(90)])}),
-        ValueError, "earlier chunks end at 90 and this one starts at 100",
+        ValueError, "'b': of the queries at 100 to 199 some may see keys at 90 to 99",
+    ),
+    "pads too far": (
+        lambda: _next(cpflex.causal(), 90, start=2**31 - 92), ValueError, "tokens end at 2147483646 and their pads at"
+    ),
+    "pads of earlier chunks too far": (
+        lambda: _next(cpflex.cached(lambda b, h, q, k: q == k, [_earlier(1)]), 64, start=2**31 - 66, layout=cpflex.contiguous),
+        ValueError, "tokens end at 2147483646 and their pads at 2147483677",
     ),
     "a later chunk without earlier ones": (
         lambda: _next(cpflex.cached(cpflex.causal(), []), start=100), ValueError, "no earlier ones are given"
@@ -286,12 +297,44 @@ def test_chunks_that_a_window_has_left_may_be_left_out_with_their_keys():
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_chunk_before_may_be_left_out_too_where_the_new_one_says_where_it_begins(world_size: int):
+    """Sinks, and a window that has left all else behind."""
+    whole = cpflex.causal() & (cpflex.document(torch.arange(500) // 256) | (lambda b, h, q, k: k < 4))
+    q, k, v = torch.randn(3, 1, 2, 500, 8)
+    at = torch.arange(500)
+    score = (q @ k.mT / 8**0.5).masked_fill(~whole(at * 0, at * 0, at[:, None], at), -torch.inf)
+    expected = (score.softmax(dim=-1) @ v)[:, :, 256:376]
+
+    def on_rank(group: ThreadLinks) -> tuple[torch.Tensor, torch.Tensor]:
+        first = cpflex.make_plan(cpflex.cached(whole, []), 50, group)
+        plan = cpflex.make_plan(cpflex.cached(whole, [first]), 120, group, start=256)
+        cpflex.Plan.from_bytes(plan.to_bytes()).check()
+        shards = [
+            one.shard(torch.stack([q, k, v])[:, :, :, one.start : one.layout.end], dim=3, pad_value=torch.nan)
+            for one in (first, plan)
+        ]
+        _, keys, values = torch.cat(shards, dim=3)
+        found = cpflex.flex_attention(shards[1][0], keys, values, block_mask=plan)
+        return plan.unshard(found, dim=2), plan.positions  # pyright: ignore[reportArgumentType]
+
+    results = run_ranks(on_rank, world_size=world_size)
+    assert min(positions.min().item() for _, positions in results) == 256
+    for found, _ in results:
+        torch.testing.assert_close(found, expected)
+
+
 def test_tables_of_scores_reach_the_end_of_the_chunk_and_keys_are_all_that_are_held():
     bias = torch.zeros(250)
     plans = _plans(cpflex.causal(), (0, 100, 260))
     q, k = torch.randn(1, 2, plans[1].local_len, 8), torch.randn(1, 2, plans[1].kv_local_len, 8)
     with pytest.raises(ValueError, match="250 elements with a position; the plan has positions up to 259"):
         cpflex.flex_attention(q, k, k, lambda s, b, h, i, j: s + bias[j], plans[1])
+    later = cpflex.make_plan(cpflex.cross(cpflex.full(), cpflex.make_plan(cpflex.causal(), 60, start=200)), 30)
+    q_of_30 = torch.randn(1, 2, later.local_len, 8)
+    k_of_60 = torch.randn(1, 2, later.kv_local_len, 8)
+    with pytest.raises(ValueError, match="250 elements with a position; the plan has positions up to 259"):
+        cpflex.flex_attention(q_of_30, k_of_60, k_of_60, lambda s, b, h, i, j: s + bias[j], later)
     with pytest.raises(
         ValueError, match=r"they are \[\d+, \d+\] of the chunks whose plans were given to cpflex.cached"
     ):

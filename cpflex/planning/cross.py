@@ -81,7 +81,7 @@ class Cached:
     def require(self, kind: str, start: int, world_size: int) -> None:
         """
         Raises:
-            ValueError: the earlier chunks are of other ranks, or do not end where this one starts.
+            ValueError: the earlier chunks are of other ranks, or do not end before this one starts.
         """
         if any(layout.world_size != world_size for layout in self.earlier):
             found = sorted({layout.world_size for layout in self.earlier})
@@ -89,22 +89,24 @@ class Cached:
                 f"mask kind {kind!r}: the queries are shared by {world_size} ranks and keys of earlier chunks by "
                 f"{found}; make all plans on one group"
             )
-        if self.earlier and self.earlier[-1].end != start:
+        if self.earlier and self.earlier[-1].end > start:
             raise ValueError(
                 f"mask kind {kind!r}: earlier chunks end at {self.earlier[-1].end} and this one starts at {start}; "
-                "give cpflex.cached the plans of the chunks up to this one, or leave out start"
+                "give cpflex.cached the plans of chunks before this one alone"
             )
 
 
 def cached(mask: MaskFn | BlockMask, earlier: Sequence[Plan]) -> Cached:
     """A mask kind for the plan of a chunk of a sequence, whose keys are those of earlier chunks and then the chunk's
-    own: each rank holds its keys of each, one after the other, pads included, as ``torch.cat([cache, k], dim=2)``.
+    own: each rank holds its keys of each, one after the other, pads included, as ``torch.cat([cache, k], dim=2)``. What
+    comes after the chunk is not seen.
 
     Args:
         mask: a mask_mod at positions of the whole sequence; what it captures may be made for more tokens than there are
             so far.
         earlier: the plans of the chunks whose keys are held, in order; none for the first chunk. A chunk that the mask
-            does not reach any more may be left out, with its keys.
+            does not reach any more may be left out, with its keys; if it is the last one, say where this one begins:
+            ``make_plan(start=)``.
 
     >>> plan = cpflex.make_plan(cpflex.cached(cpflex.causal(), plans), chunk_len, group)
 

@@ -74,7 +74,7 @@ def _spans(layout: Keys) -> tuple[tuple[int, int], ...]:
     """Positions where tokens are, (start, stop); pads may be among them."""
     if isinstance(layout, Joined):
         return layout.spans
-    return ((layout.start, layout.start + layout.num_chunks * layout.chunk_len),)
+    return ((layout.start, layout.padded_end),)
 
 
 def _seen_at(mod: Mod, q: np.ndarray, kv: np.ndarray, batch_size: int, num_heads: int) -> np.ndarray:

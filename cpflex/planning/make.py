@@ -76,7 +76,8 @@ def make_plan(
             among the ranks of the dim that is named "heads", or is the first, and keys among those of the other.
         start: if the tokens are a chunk of a longer sequence, the position of the first: queries, and keys that are not
             of another sequence, are at ``start`` and up. Masks may then be made for more tokens than end here. Keys
-            before ``start`` are those of `cached` kinds alone, whose earlier chunks also tell it; others see none.
+            before ``start`` are those of `cached` kinds alone, others see none. If None, it is where the earlier chunks
+            of these end, else 0.
         rank, world_size: instead of a group, to plan for any rank of any job, anywhere; `Plan.bind` adds the group.
         ulysses_size: ranks among which heads are exchanged, so many that are next to each other in the group; they then
             share longer shards. It must divide the query heads, and the heads of keys or be a multiple of them. By mask

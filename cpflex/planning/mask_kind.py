@@ -167,6 +167,7 @@ def plan_kind(
         )
     chunks = work(table.chunk_len, table.num_chunks)[kind]
     keys = work.keys[kind][0] if kind in work.keys else None
+    _require_positions(table, keys)
     needs = Needs(work.classifiers[kind], table, rank, chunks, work.machine, keys)
     if (kind, table.key) in work.known:
         needs.choice = work.known[kind, table.key][1]
@@ -195,6 +196,20 @@ def plan_kind(
     reason, received = chosen.reason, chosen.recv_tokens
     moved = loads, needs.tokens
     return MaskKind(mod, steps, idle, facts, chosen.name, reason, received, *moved, work.machine, keys)
+
+
+def _require_positions(*layouts: Keys | None) -> None:
+    """Of tokens and pads, in int32.
+
+    Raises:
+        ValueError: there are others.
+    """
+    for layout in layouts:
+        if layout is not None and layout.padded_end >= 2**31:
+            raise ValueError(
+                f"tokens end at {layout.end} and their pads at {layout.padded_end}, which must be below 2**31; let the "
+                "sequence end earlier, or use a layout with fewer pads"
+            )
 
 
 def _described(layout: Keys) -> str:

@@ -53,6 +53,12 @@ class Joined:
         return self.parts[-1].end
 
     @property
+    def padded_end(self) -> int:
+        """Position after the last pad."""
+        *earlier, last = self.parts
+        return last.padded_end + sum(part.padded_end - part.end for part in earlier)
+
+    @property
     def world_size(self) -> int:
         return self.parts[0].world_size // self.together
 
@@ -66,7 +72,7 @@ class Joined:
         [pieces]). Shards are cut at the same places; a piece is all tokens, or all pads, but in the last part.
         """
         *earlier, last = self.parts
-        pads = last.start + last.num_chunks * last.chunk_len
+        pads = last.padded_end
         firsts, lengths = [], []
         for part in earlier:
             first, length = _pieces(part, part.end)

@@ -50,6 +50,11 @@ class Layout:
         return self.start + self.seq_len
 
     @property
+    def padded_end(self) -> int:
+        """Position after the last pad, or the last token where there are none."""
+        return self.start + self.num_chunks * self.chunk_len
+
+    @property
     def world_size(self) -> int:
         return len(self.chunks)
 
