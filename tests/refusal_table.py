@@ -19,6 +19,8 @@ import test_readers
 import test_sequences_of_pages
 import test_trace
 
+import test_chunked_sequences
+import test_cross_attention
 import test_masks
 import test_refusals
 from cpflex import masks_from
@@ -70,6 +72,8 @@ def sections() -> dict[str, list[tuple[str, Callable[[], Any]]]]:
     return {
         "Attention": list(of_attention()),
         "Plans": [(name, make) for name, (make, *_) in test_plan.REFUSED.items()],
+        "Plans of two sequences": [(name, make) for name, (make, *_) in test_cross_attention.REFUSED.items()],
+        "Plans of chunks": [(name, make) for name, (make, *_) in test_chunked_sequences.REFUSED.items()],
         "Masks": [(name, make) for name, (make, _) in test_masks.REFUSED.items()],
         "Formats of masks": [(name, make) for name, (make, *_) in test_readers.REFUSED.items()],
         "Block masks": [
