@@ -244,7 +244,22 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, plan: Plan, enable
                 f"{tuple(x.shape)}"
             )
     _check_numbers(query, key, value)
-    lengths = [x.shape[2] for x in named.values()]
+    _check_lengths(query, key, value, plan)
+    if not (query.shape[0] == key.shape[0] == value.shape[0]):
+        raise ValueError(f"batch sizes differ: {[x.shape[0] for x in named.values()]}")
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must have one head dim; got {query.shape[3]} and {key.shape[3]}")
+    _check_heads(query.shape[1], key.shape[1], value.shape[1], enable_gqa)
+    if plan.ulysses_size > 1 and (error := why_not_divided(query.shape[1], key.shape[1], plan.ulysses_size)):
+        raise ValueError(error)
+    if plan.batch_size is not None and plan.batch_size != query.shape[0]:
+        raise ValueError(f"the plan was made for batch_size={plan.batch_size}; query has batch size {query.shape[0]}")
+    if plan.num_heads is not None and plan.num_heads != query.shape[1]:
+        raise ValueError(f"the plan was made for num_heads={plan.num_heads}; query has {query.shape[1]} heads")
+
+
+def _check_lengths(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> None:
+    lengths = [x.shape[2] for x in (query, key, value)]
     if lengths[1] != lengths[2]:
         raise ValueError(f"key and value must have one length; got {lengths[1]} and {lengths[2]}")
     if plan.keys is plan.layout and lengths[0] != lengths[1]:
@@ -268,17 +283,6 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, plan: Plan, enable
             f"key has {lengths[1]} tokens and the plan has kv_local_len={plan.kv_local_len} for {plan.kv_seq_len} keys "
             f"{'on every rank' if plan.keys.world_size == 1 else f'on {plan.world_size} ranks'}; {how}"
         )
-    if not (query.shape[0] == key.shape[0] == value.shape[0]):
-        raise ValueError(f"batch sizes differ: {[x.shape[0] for x in named.values()]}")
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(f"query and key must have one head dim; got {query.shape[3]} and {key.shape[3]}")
-    _check_heads(query.shape[1], key.shape[1], value.shape[1], enable_gqa)
-    if plan.ulysses_size > 1 and (error := why_not_divided(query.shape[1], key.shape[1], plan.ulysses_size)):
-        raise ValueError(error)
-    if plan.batch_size is not None and plan.batch_size != query.shape[0]:
-        raise ValueError(f"the plan was made for batch_size={plan.batch_size}; query has batch size {query.shape[0]}")
-    if plan.num_heads is not None and plan.num_heads != query.shape[1]:
-        raise ValueError(f"the plan was made for num_heads={plan.num_heads}; query has {query.shape[1]} heads")
 
 
 def _check_numbers(query: Tensor, key: Tensor, value: Tensor) -> None:
