@@ -154,15 +154,22 @@ class Comparison:
     worst: float
     """The largest error of the loss and of the gradients, each relative to its norm, but for those in ``derived``."""
     derived: Mapping[str, tuple[float, float]]
-    """Parameters that need more than `TOLERANCE`, and the bar they are within."""
+    """Parameters that need more than the tolerance, and the bar they are within."""
     beyond: Mapping[str, float]
     """Parameters, or ``loss``, that are beyond their bar, and their errors."""
 
 
-def compare(shares: list[LossAndGradients], eager: LossAndGradients, exact: LossAndGradients) -> Comparison:
-    """A gradient may be off by 1e-5 of its norm; or by three times as much as eager attention in fp32 is, be it that
-    gradient or the median one: where a gradient is a small difference of large terms, or nothing but rounding. No bar
-    is above 1e-3 of the norm, or of the median norm: beyond that a comparison says nothing.
+def compare(
+    shares: list[LossAndGradients],
+    eager: LossAndGradients,
+    exact: LossAndGradients,
+    tolerance: float = TOLERANCE,
+    times: float = TIMES,
+) -> Comparison:
+    """A gradient may be off by ``tolerance``, 1e-5, of its norm; or by ``times``, three times, as much as eager
+    attention in fp32 is, be it that gradient or the median one: where a gradient is a small difference of large terms,
+    or nothing but rounding. No bar is above 1e-3 of the norm, or of the median norm: beyond that a comparison says
+    nothing.
     """
     losses, grads = zip(*shares, strict=True)
     off: dict[str, tuple[float, float, float]] = {
@@ -176,8 +183,8 @@ def compare(shares: list[LossAndGradients], eager: LossAndGradients, exact: Loss
     usual, usual_norm = (torch.tensor([row[i] for row in off.values()]).median().item() for i in (1, 2))
     worst, derived, beyond = 0.0, {}, {}
     for name, (error, of_eager, norm) in off.items():
-        bar = min(TIMES * max(of_eager, usual), MOST * max(norm, usual_norm))
-        if error <= TOLERANCE * norm:
+        bar = min(times * max(of_eager, usual), MOST * max(norm, usual_norm))
+        if error <= tolerance * norm:
             worst = max(worst, error / norm if norm else 0.0)
         elif error <= bar:
             vanishes = norm <= VANISHES * usual_norm

@@ -11,6 +11,7 @@ from hf_runs import ROWS, SEQ_LEN, TOKENS
 from torch import Tensor
 
 from cpflex.integrations.transformers import ModelPlan, attention_forward, plan_for, shard_batch
+from cpflex.trees import Tree
 
 
 def attend(plan: ModelPlan, q_len: int | None = None, **arguments: Any) -> Tensor:
@@ -41,6 +42,22 @@ def with_dropout() -> None:
 def swapped() -> Any:
     plan = small_plan("gemma2")
     return {"full_attention": plan["sliding_attention"], "sliding_attention": plan["full_attention"]}
+
+
+TREE = Tree([-1, 0, 0], [40, 30, 13])
+
+
+def tree_plan(name: str = "llama", **arguments: Any) -> ModelPlan:
+    return plan_for(ARCHITECTURES[name].config(), tree=TREE, **arguments)
+
+
+def shard_a_tree(**batch: Any) -> Any:
+    return shard_batch({"input_ids": TOKENS["one document"].batch()["input_ids"][:1]} | batch, tree_plan())
+
+
+def rank_sequences_of_a_tree() -> Any:
+    model = transformers.LlamaForSequenceClassification(ARCHITECTURES["llama"].config())
+    return shard_batch({"input_ids": TOKENS["one document"].batch()["input_ids"][:1]}, tree_plan(), model)
 
 
 REFUSALS = {
@@ -190,6 +207,48 @@ REFUSALS = {
         ValueError,
         "cu_seqlens",
     ),
+    "a tree that is none": (
+        lambda: plan_for(ARCHITECTURES["llama"].config(), tree=[-1, 0]),
+        ValueError,
+        r"must be a cpflex\.trees\.Tree",
+    ),
+    "a tree and documents": (lambda: tree_plan(lengths=[83]), ValueError, "exactly one of"),
+    "functions of pairs on a tree": (
+        lambda: tree_plan(or_mask_function=lambda b, h, q, k: q == k),
+        NotImplementedError,
+        "or_mask_function.*on a tree",
+    ),
+    "images on a tree, in its masks": (
+        lambda: tree_plan(token_type_ids=torch.ones(1, SEQ_LEN, dtype=torch.int64)),
+        NotImplementedError,
+        "images are not supported on a tree",
+    ),
+    "images on a tree": (
+        lambda: shard_a_tree(pixel_values=torch.zeros(1)),
+        NotImplementedError,
+        "images are not supported on a tree",
+    ),
+    "positions of time, height and width on a tree": (
+        lambda: tree_plan(position_ids=torch.zeros(4, 1, SEQ_LEN, dtype=torch.int64)),
+        NotImplementedError,
+        "time, height and width",
+    ),
+    "positions that do not count along a tree": (
+        lambda: tree_plan(position_ids=torch.arange(SEQ_LEN)),
+        ValueError,
+        "counting on along each path",
+    ),
+    "positions of another plan of a tree": (
+        lambda: shard_a_tree(position_ids=TREE.depths[None] + 3),
+        ValueError,
+        "begin elsewhere than the plan's",
+    ),
+    "labels of a tree": (
+        lambda: shard_a_tree(labels=torch.zeros(1, SEQ_LEN, dtype=torch.int64)),
+        NotImplementedError,
+        r"packed\.shard\(plan\.plan\)\.log_probs",
+    ),
+    "a head that pools a tree": (rank_sequences_of_a_tree, NotImplementedError, "ForSequenceClassification.*on a tree"),
     "positions of other documents": (
         lambda: shard_batch(TOKENS["one document"].batch() | {"position_ids": ROWS}, small_plan()),
         ValueError,

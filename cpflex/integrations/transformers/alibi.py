@@ -37,16 +37,19 @@ class Alibi:
 
     slopes: tuple[float, ...]
     positions: Tensor | None = None
-    """In each document, int64 [1 or B, S], where the bias is slope * position, rounded to bf16: distances then differ
-    from document to document. None where it is not rounded: the distance is all that counts.
+    """In each document, or along each path of a tree, int64 [1 or B, S]. None if distances are those in storage."""
+    scale: float | None = None
+    """Of a bias that is slope * position, rounded to bf16: it differs from document to document. None where it is not
+    rounded: the distance is all that counts.
     """
-    scale: float = 1.0
-    """Of the rounded bias."""
 
     def score_mod(self, device: torch.device | str) -> ScoreMod:
         slopes = torch.tensor(self.slopes, dtype=torch.float32, device=device)
         if self.positions is None:
             traced = score_mod(lambda score, b, h, q_idx, kv_idx: score - slopes[h] * (q_idx - kv_idx).float())
+        elif self.scale is None:
+            at = self.positions[0].to(device)
+            traced = score_mod(lambda score, b, h, q_idx, kv_idx: score - slopes[h] * (at[q_idx] - at[kv_idx]).float())
         else:
             rounded, positions, scale = slopes.bfloat16(), self.positions.bfloat16().to(device), self.scale
             row = positions[0] if len(positions) == 1 else None
@@ -64,6 +67,7 @@ def alibi_of(
     config: PretrainedConfig,
     position_ids: Tensor,  # [1 or B, S]
     padding_mask: Tensor | None,  # bool [B, S]
+    is_tree: bool = False,
 ) -> Alibi | None:
     """The bias of a model, if it has ALiBi.
 
@@ -77,10 +81,11 @@ def alibi_of(
             f"{config.model_type} computes attention by itself; pass the config of a model that was prepared: "
             "model = cpflex.integrations.transformers.replace_attention(model), then plan_for(model.config, ...)"
         )
+    depths = position_ids if is_tree else None
     if config.model_type == "bloom":
-        return Alibi(slopes(config.n_head))
+        return Alibi(slopes(config.n_head), depths)
     if config.model_type == "mpt":
-        return Alibi(slopes(config.n_heads, config.attn_config.alibi_bias_max))
+        return Alibi(slopes(config.n_heads, config.attn_config.alibi_bias_max), depths)
     if not config.alibi:
         return None
     positions = position_ids if padding_mask is None else (padding_mask.cumsum(dim=1) - 1) * padding_mask

@@ -36,6 +36,7 @@ class PlanMask(BlockMask):
         window: the sliding window in the mask, if there is one; a layer with another refuses it.
         softcap: of the scores of the layers, if there is one. It is traced here: `torch.compile` takes no other.
         bias: what is added to the scores, if there is something, in the place of a softcap.
+        position_ids: of the whole sequence, int64 [1, S], if a token's is not where it is stored: of a tree.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class PlanMask(BlockMask):
         window: int | None = None,
         softcap: float | None = None,
         bias: Bias | None = None,
+        position_ids: Tensor | None = None,
     ) -> None:
         self.plan = plan
         self.layer_type = layer_type
@@ -52,11 +54,12 @@ class PlanMask(BlockMask):
         self.softcap = softcap
         self.softcap_mod = None if softcap is None else _softcap(softcap)
         self.bias = bias
+        self.position_ids = position_ids
         self.bias_device = torch.device("cpu")
         self.bias_mod = None if bias is None else bias.score_mod(self.bias_device)
 
     def __reduce__(self):
-        return PlanMask, (self.plan, self.layer_type, self.window, self.softcap, self.bias)
+        return PlanMask, (self.plan, self.layer_type, self.window, self.softcap, self.bias, self.position_ids)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -121,7 +124,7 @@ def attention_forward(
             mask.plan.refuse(error)
         raise
     sinks = kwargs.get("s_aux")
-    query, key, value = _autocast(_with_global_temperature(module, query, mask.plan), key, value)
+    query, key, value = _autocast(_with_global_temperature(module, query, mask), key, value)
     out, lse = flex_attention(
         query,
         key,
@@ -149,9 +152,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 # -- what models do to queries and scores
 
 
-def _with_global_temperature(module: Any, query: Tensor, plan: Plan) -> Tensor:
+def _with_global_temperature(module: Any, query: Tensor, mask: PlanMask) -> Tensor:
     """Llama 4 scales queries of layers without RoPE by a function of their index, here the local one: that is undone,
-    and they are scaled by that of their global position.
+    and they are scaled by that of their global position, or of their position on a path.
     """
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
@@ -165,8 +168,9 @@ def _with_global_temperature(module: Any, query: Tensor, plan: Plan) -> Tensor:
         steps = torch.floor((positions.float() + 1.0) / module.floor_scale)
         return torch.log1p(steps) * module.attn_scale + 1.0
 
-    positions = plan.positions.to(query.device)
-    ratio = temperature(positions) / temperature(torch.arange(plan.local_len, device=query.device))
+    plan = mask.plan
+    positions = plan.positions if mask.position_ids is None else plan.shard(mask.position_ids[0], dim=0, pad_value=0)
+    ratio = temperature(positions.to(query.device)) / temperature(torch.arange(plan.local_len, device=query.device))
     return (query.float() * ratio[:, None]).to(query.dtype)
 
 

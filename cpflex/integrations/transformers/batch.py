@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpflex.integrations.transformers import multimodal
+from cpflex.integrations.transformers import multimodal, on_trees
 from cpflex.integrations.transformers.attention import ALL_LOGITS
 from cpflex.integrations.transformers.flash import without_flash_keywords
 from cpflex.integrations.transformers.heads import (
@@ -44,6 +44,8 @@ def shard_batch(batch: Mapping[str, Any], plan: ModelPlan, model: Any = None) ->
     that are gathered in order (`cpflex.integrations.transformers.heads`). Their loss is a share as well, and their
     logits are those of one process, on every rank.
 
+    A tree (``plan_for(tree=...)``) is a batch without labels: `cpflex.trees` knows what its tokens predict.
+
     Args:
         batch: ``input_ids`` [B, S] or ``inputs_embeds`` [B, S, E]; optionally ``labels`` [B, S] not shifted, or
             ``shift_labels``; ``position_ids``, also [3 or 4, B, S]; ``num_items_in_batch``; ``attention_mask``, that of
@@ -71,6 +73,8 @@ def shard_batch(batch: Mapping[str, Any], plan: ModelPlan, model: Any = None) ->
 def _sharded(batch: Mapping[str, Any], plan: ModelPlan, model: Any) -> dict[str, Any]:
     batch = without_flash_keywords(batch)
     head = "ForCausalLM" if model is None else head_of(model)
+    if plan.tree is not None:
+        on_trees.refuse_to_shard(batch, head)
     known = {"input_ids", "inputs_embeds", "position_ids", "num_items_in_batch", *LABELS.get(head, ())}
     multimodal.check_batch(batch, plan.token_types, plan.takes_images, model)
     known |= multimodal.inputs_of(batch, plan.token_types, model)
@@ -151,6 +155,12 @@ def shifted(
 def _checked_positions(position_ids: Tensor | None, plan: ModelPlan) -> Tensor:
     """The positions that the model shall see, [1 or B, S], or [3 or 4, 1 or B, S]."""
     if position_ids is None:
+        return plan.position_ids
+    if plan.tree is not None:
+        if not torch.equal(on_trees.positions_on(plan.tree, position_ids), plan.position_ids):
+            raise ValueError(
+                "position_ids begin elsewhere than the plan's; make it with plan_for(tree=, position_ids=)"
+            )
         return plan.position_ids
     if position_ids.ndim == 3 and position_ids.shape[-1] == plan.plan.seq_len:
         if len(position_ids) != 3:

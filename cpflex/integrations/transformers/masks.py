@@ -131,10 +131,12 @@ def positions_and_padding(described: Mapping[str, Any]) -> tuple[Tensor, Tensor 
     """position_ids int64 [1 or B, S] and padding mask bool [B, S]."""
     if len(described) != 1:
         raise ValueError(
-            "the tokens are described by exactly one of seq_len, lengths, cu_seqlens, doc_ids, position_ids and "
-            f"attention_mask; got {sorted(described)}"
+            "the tokens are described by exactly one of seq_len, lengths, cu_seqlens, doc_ids, position_ids, "
+            f"attention_mask and tree; got {sorted(described)}"
         )
     ((name, value),) = described.items()
+    if name == "tree":
+        return value.depths[None], None
     if name == "seq_len":
         return torch.arange(value)[None], None
     if name in ("lengths", "cu_seqlens"):

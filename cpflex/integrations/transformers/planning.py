@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from cpflex import Layout, Plan, balanced, make_plan
-from cpflex.integrations.transformers import multimodal
+from cpflex.integrations.transformers import multimodal, on_trees
 from cpflex.integrations.transformers.alibi import Alibi, alibi_of
 from cpflex.integrations.transformers.attention import PlanMask
 from cpflex.integrations.transformers.classes import VERIFIED, has_recurrent_layers, refuse_padding, ruled_out
@@ -28,6 +28,7 @@ from cpflex.integrations.transformers.masks import (
 from cpflex.integrations.transformers.recurrent import HYBRIDS, RecurrentMask, hands_out_masks, summary_numbers
 from cpflex.links.processes import Group
 from cpflex.masks import MaskFn
+from cpflex.trees import Tree
 
 # B batch, S tokens of the whole sequence
 
@@ -38,7 +39,7 @@ class ModelPlan:
 
     plan: Plan
     position_ids: Tensor
-    """Of the whole sequence, int64 [1 or B, S], from 0 in each document."""
+    """Of the whole sequence, int64 [1 or B, S], from 0 in each document, or along each path of a tree."""
     padding_mask: Tensor | None
     """False at padding, bool [B, S]."""
     windows: Mapping[str, int | None]
@@ -59,9 +60,13 @@ class ModelPlan:
     """Whether a model of this config may be another than a language model."""
     alibi: Alibi | None = None
     """Added to the scores of all layers."""
+    tree: Tree | None = None
+    """What the tokens are, if not documents one after the other."""
 
     def __getitem__(self, layer_type: str) -> PlanMask:
-        return PlanMask(self.plan[layer_type], layer_type, self.windows[layer_type], self.softcap, self.alibi)
+        positions = None if self.tree is None else self.position_ids
+        window = self.windows[layer_type]
+        return PlanMask(self.plan[layer_type], layer_type, window, self.softcap, self.alibi, positions)
 
     @property
     def attention_mask(self) -> PlanMask | dict[str, PlanMask | RecurrentMask]:
@@ -99,6 +104,7 @@ def plan_for(
     doc_ids: Tensor | None = None,  # integers [S] or [B, S]
     position_ids: Tensor | None = None,  # integers [S], [B, S] or [4, B, S]
     attention_mask: Tensor | None = None,  # [B, S] of 0 and 1
+    tree: Tree | None = None,
     and_mask_function: MaskFn | None = None,
     or_mask_function: MaskFn | None = None,
     token_type_ids: Tensor | None = None,  # integers [B, S]
@@ -108,7 +114,7 @@ def plan_for(
 ) -> ModelPlan:
     """Plan a batch for all kinds of layers of a model, weighted by how many there are. Pure: never communicates.
 
-    Exactly one of ``seq_len`` ... ``attention_mask`` describes the tokens, whole, on every rank.
+    Exactly one of ``seq_len`` ... ``tree`` describes the tokens, whole, on every rank.
 
     Args:
         config: of the model.
@@ -121,6 +127,8 @@ def plan_for(
         position_ids: packed documents, each where positions begin anew, as ``DataCollatorWithFlattening`` makes them.
             With rows for time, height and width, those of the text come first.
         attention_mask: 1 at tokens and 0 at padding, left or right.
+        tree: sequences that share prefixes, as `cpflex.trees.pack` stores them; with ``position_ids`` if those of its
+            paths do not begin at 0. Labels are those of the packed tree, and no argument of the model.
         and_mask_function, or_mask_function: ``(batch_idx, head_idx, q_idx, kv_idx) -> bool Tensor``, joined to the
             model's masks as transformers' ``create_causal_mask`` joins them; pointwise.
         token_type_ids: ``token_type_ids`` or ``mm_token_type_ids`` of the processor, for models that see the tokens of
@@ -143,18 +151,23 @@ def plan_for(
         "position_ids": position_ids,
         "attention_mask": attention_mask,
     }
+    functions = {"and_mask_function": and_mask_function, "or_mask_function": or_mask_function}
+    if tree is not None:
+        on_trees.refuse_to_plan(tree, config, functions, token_type_ids)
+        described |= {"tree": tree, "position_ids": None}
     positions, padding_mask = positions_and_padding({name: x for name, x in described.items() if x is not None})
     refuse_padding(text_config, padding_mask)
-    functions = {"and_mask_function": and_mask_function, "or_mask_function": or_mask_function}
     has_functions = any(function is not None for function in functions.values())
     if has_functions and len(positions) not in (1, batch_size):
         raise ValueError(f"batch_size must be the {len(positions)} rows of the batch; got {batch_size}")
     if has_functions:
         positions = positions.expand(batch_size, -1)
-    alibi = alibi_of(text_config, positions, padding_mask)
+    alibi = alibi_of(text_config, positions, padding_mask, is_tree=tree is not None)
     kinds = Counter(attention_types(text_config))
     token_types = multimodal.token_types_for_masks(config, token_type_ids, positions.shape[1])
-    if token_types is not None and token_type_ids is not None:
+    if tree is not None:
+        masks = on_trees.masks_on(tree, text_config, sorted(kinds))
+    elif token_types is not None and token_type_ids is not None:
         positions = multimodal.rows_for_masks(positions, token_types, has_functions)
         masks = multimodal.span_masks(config, token_types, positions, padding_mask, sorted(kinds))
     else:
@@ -166,7 +179,7 @@ def plan_for(
     plan = make_plan(masks, positions.shape[1], group, weights=kinds, batch_size=len(positions), **options)
     return ModelPlan(
         plan,
-        positions,
+        positions if tree is None else on_trees.positions_on(tree, position_ids),
         padding_mask,
         windows={kind: text_config.sliding_window if kind == "sliding_attention" else None for kind in masks},
         per_layer_type=getattr(text_config, "layer_types", None) is not None,
@@ -177,6 +190,7 @@ def plan_for(
         takes_images=not verified_only or config.model_type in multimodal.VERIFIED,
         may_have_other_head=text_config is config or multimodal.has_other_heads(config),
         alibi=alibi,
+        tree=tree,
     )
 
 
