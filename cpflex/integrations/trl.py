@@ -30,7 +30,7 @@ from cpflex import Plan
 from cpflex.integrations.trainer import OnRanks
 from cpflex.integrations.transformers import ModelPlan, shard_batch
 from cpflex.integrations.transformers.attention import plan_mask_in
-from cpflex.integrations.transformers.heads import WHOLE, head_of
+from cpflex.integrations.transformers.heads import WHOLE, head_of, unwrapped
 from cpflex.loss import shift_labels
 
 try:
@@ -38,6 +38,8 @@ try:
     from trl.trainer.reward_trainer import RewardTrainer as StockRewardTrainer
     from trl.trainer.sft_trainer import SFTTrainer as StockSFTTrainer
     from trl.trainer.utils import FusedCausalLMOutput
+
+    from cpflex.integrations.trl_trees import TreeCall, tree_call
 except ImportError as error:
     raise ImportError(
         f"trl {trl.__version__} has no fused LM head, on which this module builds; install 1.16"
@@ -56,6 +58,9 @@ class WholeOutputs(OnRanks):
         NotImplementedError: what `refused` says.
         ImportError: a transformers whose Trainer works in another way.
     """
+
+    share_prefixes = False
+    """Whether rows that begin alike are stored once, as a tree, where that changes no number but by rounding."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,8 +85,15 @@ class WholeOutputs(OnRanks):
         models: list[Any] = [self.model, getattr(self, "ref_model", None)]
         for model in models:
             if model is not None and not getattr(model, "_has_whole_outputs", False):
-                share_calls(model, self.plan)
+                share_calls(model, self.plan, self.tree_call)
                 model._has_whole_outputs = True
+
+    def tree_call(self, call: dict[str, Any]) -> TreeCall | None:
+        """A call of a model as one with a tree, if there is something to share; not beside a plan of one's own."""
+        if not self.share_prefixes or type(self).plan is not OnRanks.plan:
+            return None
+        config: Any = self.accelerator.unwrap_model(self.model).config
+        return tree_call(call, config, self.shares.cp, self.plan_options)
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return nullcontext, inputs
@@ -90,20 +102,36 @@ class WholeOutputs(OnRanks):
 # -- a model that is called with whole batches, and returns what it computes for the whole batch
 
 
-def share_calls(model: nn.Module, plan_of: Callable[[dict[str, Any]], ModelPlan]) -> None:
+def share_calls(
+    model: nn.Module,
+    plan_of: Callable[[dict[str, Any]], ModelPlan],
+    tree_call_of: Callable[[dict[str, Any]], TreeCall | None],
+) -> None:
     """Shard what ``model`` is called with, and gather what comes out for each token."""
+    on_tree: TreeCall | None = None  # the call that is under way, if it is with a tree
 
     def shard(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        nonlocal on_tree
+        on_tree = None
         if module.config._attn_implementation != "cpflex":  # while completions are generated
             return None
+        if (on_tree := tree_call_of(kwargs)) is not None:
+            return (), on_tree.arguments(module)
         return (), sharded(module, kwargs, plan_of)
 
+    def predict(body: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        if on_tree is not None:
+            outputs.last_hidden_state = on_tree.predicting(outputs.last_hidden_state)
+
     def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        nonlocal on_tree
+        call, on_tree = on_tree, None
         mask = plan_mask_in(kwargs)
         if mask is None or head_of(module) in WHOLE:  # these gather scores by themselves
             return None
-        return gathered(outputs, mask.plan)
+        return gathered(outputs, mask.plan) if call is None else call.gathered(outputs, OF_TOKENS)
 
+    unwrapped(model).base_model.register_forward_hook(predict)
     model.register_forward_pre_hook(shard, with_kwargs=True)
     model.register_forward_hook(gather, with_kwargs=True)
 

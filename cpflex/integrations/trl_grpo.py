@@ -54,7 +54,13 @@ class GRPOConfig(StockGRPOConfig, _WithoutMesh):
 
 
 class GRPOTrainer(WholeOutputs, StockGRPOTrainer):
-    """`trl.GRPOTrainer` for a model with ``attn_implementation="cpflex"``; all arguments are the same."""
+    """`trl.GRPOTrainer` for a model with ``attn_implementation="cpflex"``; all arguments are the same.
+
+    Completions of one prompt are computed as a tree, in which it is stored once, by policy and reference alike. With
+    ``trainer.share_prefixes = False`` every row is a sequence of its own.
+    """
+
+    share_prefixes = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

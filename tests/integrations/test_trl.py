@@ -74,10 +74,22 @@ GRPO = {
     "accumulated": Run("GRPO", prompts, GENERATED | {"gradient_accumulation_steps": 2, "loss_type": "grpo"}),
     "sequences": Run("GRPO", prompts, GENERATED | {"importance_sampling_level": "sequence", "loss_type": "bnpo"}),
 }
+ASIDE = {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.1}
+"""Log-probabilities of the policy before its updates, and of a reference."""
+TREES = {
+    "grpo": Run("GRPO", prompts, GENERATED | ASIDE | {"loss_type": "grpo"}, lora=True, trees=True),
+    "bnpo, sequences": Run(
+        "GRPO",
+        prompts,
+        GENERATED | ASIDE | {"loss_type": "bnpo", "importance_sampling_level": "sequence"},
+        lora=True,
+        trees=True,
+    ),
+}
 QUICK = ("SFT packed", "DPO adapters")
 RUNS = {
     f"{kind} {name}": run
-    for kind, runs in (("SFT", SFT), ("DPO", DPO), ("Reward", REWARD), ("GRPO", GRPO))
+    for kind, runs in (("SFT", SFT), ("DPO", DPO), ("Reward", REWARD), ("GRPO", GRPO), ("tree", TREES))
     for name, run in runs.items()
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,9 @@ class Run:
     """With DDP rather than FSDP2."""
     metrics: bool = False
     """Whether logits are evaluated, all of them."""
+    trees: bool | None = None
+    """Whether the ranks compute calls as trees; None where it does not matter."""
+    architecture: str = "mistral"
 
     def history(self, attention: str, folder: str, sizes: tuple[int, int] | None) -> list[dict[str, float]]:
         """What is logged, and evaluated at the end. ``sizes`` are (dp, cp); None is one process."""
@@ -84,8 +87,11 @@ class Run:
             peft_config=adapters(self.trainer) if self.lora else None,
             **special,
         )
-        trainer.train()
-        trainer.evaluate()
+        with counted_trees() if attention == "cpflex" else nullcontext([]) as calls:
+            trainer.train()
+            trainer.evaluate()
+        if attention == "cpflex" and self.trees is not None:
+            assert (None not in calls and len(calls) > 2) if self.trees else not any(calls)
         lines = [{name: float(x) for name, x in line.items()} for line in trainer.state.log_history]
         return [{k: x for k, x in line.items() if not any(part in k for part in NOT_COMPARED)} for line in lines]
 
@@ -117,6 +123,24 @@ class Run:
         if self.trainer == "GRPO":
             del options["max_length"]
         return options | dict(self.options)
+
+
+@contextmanager
+def counted_trees() -> Iterator[list[Any]]:
+    """What becomes of each call that may be one with a tree."""
+    from cpflex.integrations import trl as ours
+
+    calls: list[Any] = []
+
+    def tree_call(*args: Any) -> Any:
+        calls.append(made(*args))
+        return calls[-1]
+
+    made, ours.tree_call = ours.tree_call, tree_call
+    try:
+        yield calls
+    finally:
+        ours.tree_call = made
 
 
 def adapters(trainer: str) -> Any:
