@@ -225,7 +225,13 @@ class RewardTrainer(WholeOutputs, StockRewardTrainer):
 
 
 class DPOTrainer(WholeOutputs, StockDPOTrainer):
-    """`trl.DPOTrainer` for models with ``attn_implementation="cpflex"``; all arguments are the same."""
+    """`trl.DPOTrainer` for models with ``attn_implementation="cpflex"``; all arguments are the same.
+
+    The prompt of a chosen and a rejected completion is stored once, as a tree. With ``trainer.share_prefixes = False``
+    every row is a sequence of its own.
+    """
+
+    share_prefixes = True
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         self.share_models()

@@ -52,7 +52,6 @@ class Run:
     """Whether logits are evaluated, all of them."""
     trees: bool | None = None
     """Whether the ranks compute calls as trees; None where it does not matter."""
-    architecture: str = "mistral"
 
     def history(self, attention: str, folder: str, sizes: tuple[int, int] | None) -> list[dict[str, float]]:
         """What is logged, and evaluated at the end. ``sizes`` are (dp, cp); None is one process."""
