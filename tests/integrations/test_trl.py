@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,20 +77,31 @@ GRPO = {
 }
 ASIDE = {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.1}
 """Log-probabilities of the policy before its updates, and of a reference."""
+SEQUENCES = {"importance_sampling_level": "sequence"}
+TREE_OPTIONS: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo"},
+    "bnpo, by sequences": {"loss_type": "bnpo"} | SEQUENCES,
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "mask_truncated_completions": True},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "top_entropy_quantile": 0.4},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "sapo": {"loss_type": "sapo", "pad_to_multiple_of": 8},
+    "vespo": {"loss_type": "vespo", "use_bias_correction_kl": True},
+    "luspo, by sequences": {"loss_type": "luspo", "off_policy_mask_threshold": 0.5} | SEQUENCES,
+    "one prompt": {"num_generations": 4, "delta": 1.5},
+}
 TREES = {
-    "grpo": Run("GRPO", prompts, GENERATED | ASIDE | {"loss_type": "grpo"}, lora=True, trees=True),
-    "bnpo, sequences": Run(
-        "GRPO",
-        prompts,
-        GENERATED | ASIDE | {"loss_type": "bnpo", "importance_sampling_level": "sequence"},
-        lora=True,
-        trees=True,
-    ),
+    name: Run("GRPO", prompts, GENERATED | ASIDE | options, lora=True, trees=True)
+    for name, options in TREE_OPTIONS.items()
+}
+TREES |= {
+    "of preferences": Run("DPO", preferences, reference=True, trees=True),
+    "of preferences, adapters": Run("DPO", preferences, lora=True, trees=True),
+    "turned off": Run("GRPO", prompts, GENERATED, trees=False),
 }
 QUICK = ("SFT packed", "DPO adapters")
 RUNS = {
     f"{kind} {name}": run
-    for kind, runs in (("SFT", SFT), ("DPO", DPO), ("Reward", REWARD), ("GRPO", GRPO), ("tree", TREES))
+    for kind, runs in (("SFT", SFT), ("DPO", DPO), ("Reward", REWARD), ("GRPO", GRPO))
     for name, run in runs.items()
 }
 
@@ -119,6 +131,14 @@ def compare(processes: RankProcesses, run: Run, folder: Path) -> None:
 )
 def test_ranks_log_what_one_process_logs(name: str, two_processes: RankProcesses, tmp_path: Path):
     compare(two_processes, RUNS[name], tmp_path)
+
+
+@pytest.mark.by_day(len(TREES))
+@pytest.mark.parametrize("name", TREES)
+def test_with_prompts_stored_once_ranks_log_what_one_process_logs(
+    name: str, two_processes: RankProcesses, tmp_path: Path
+):
+    compare(two_processes, TREES[name], tmp_path)
 
 
 @pytest.mark.slow

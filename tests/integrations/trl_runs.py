@@ -51,7 +51,7 @@ class Run:
     metrics: bool = False
     """Whether logits are evaluated, all of them."""
     trees: bool | None = None
-    """Whether the ranks compute calls as trees; None where it does not matter."""
+    """Whether the ranks compute calls as trees; False turns it off, None is what a trainer does by itself."""
 
     def history(self, attention: str, folder: str, sizes: tuple[int, int] | None) -> list[dict[str, float]]:
         """What is logged, and evaluated at the end. ``sizes`` are (dp, cp); None is one process."""
@@ -86,6 +86,8 @@ class Run:
             peft_config=adapters(self.trainer) if self.lora else None,
             **special,
         )
+        if attention == "cpflex" and self.trees is False:
+            trainer.share_prefixes = False
         with counted_trees() if attention == "cpflex" else nullcontext([]) as calls:
             trainer.train()
             trainer.evaluate()
