@@ -87,7 +87,7 @@ TREE_OPTIONS: dict[str, dict[str, Any]] = {
     "sapo": {"loss_type": "sapo", "pad_to_multiple_of": 8},
     "vespo": {"loss_type": "vespo", "use_bias_correction_kl": True},
     "luspo, by sequences": {"loss_type": "luspo", "off_policy_mask_threshold": 0.5} | SEQUENCES,
-    "one prompt": {"num_generations": 4, "delta": 1.5},
+    "one prompt": {"num_generations": 4, "num_generations_eval": 2, "delta": 1.5},
 }
 TREES = {
     name: Run("GRPO", prompts, GENERATED | ASIDE | options, lora=True, trees=True)
