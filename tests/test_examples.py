@@ -38,6 +38,7 @@ SAYS = {
     "draft_model": r"(?s)causal: gradients.*bidirectional: gradients",
     "encoder_decoder": r"(?s)step 0: .* keys.*step 5: .*gradients",
     "fsdp2": r"step 4: loss",
+    "grpo_tree": r"(?s)tokens: loss.*tokens: loss.*weights after 3 updates",
     "huggingface_trainer": r"first step: loss",
     "image_keys": r"(?s)images on every rank: gradients.*images shared: gradients",
     "inspect_plan": r"layout +work.*\ncontiguous.*\nzigzag.*\nstriped.*\nbalanced",
