@@ -1,4 +1,4 @@
-"""One step on a plan: loss and gradients of a packed sequence, each rank computing the share of its own tokens."""
+"""One step on a plan: loss and gradients of a sequence, each rank computing the share of its own tokens."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ def loss_and_gradients(
         trainee: equal on all ranks.
         plan: of its planner, on ``group``; None is one rank.
     """
-    share = trainee.share_of_loss(sample, plan, device)
-    trainee.model.zero_grad()
+    return gradients_of(trainee.share_of_loss(sample, plan, device), trainee.model, group)
+
+
+def gradients_of(share: Tensor, model: nn.Module, group: dist.ProcessGroup | None) -> Tensor:
+    """Set ``.grad`` of every parameter, and return the loss, from this rank's ``share`` of it; equal on all ranks."""
+    model.zero_grad()
     share.backward()
-    sum_gradients(trainee.model.parameters(), group)
+    sum_gradients(model.parameters(), group)
     return sum_over_ranks(share.detach(), group)
 
 

@@ -2,6 +2,7 @@
 
     python launch/train.py                                       starts its ranks: one per GPU, or 2 on the CPU
     torchrun --standalone --nproc-per-node 2 launch/train.py     the same, started by torchrun
+    python launch/train.py --job grpo                            reinforcement learning instead: see grpo.py
 
 Before the first step it proves itself: loss and gradients on all ranks against one rank. Then every rank reads the same
 sequences, keeps the tokens that the plan gives it, and attends to all ranks' tokens through cpflex.flex_attention.
@@ -13,34 +14,37 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from sysconfig import get_path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 import checkpoint
+import grpo
 import ranks
 from data import VOCAB_SIZE, Corpus, text_files
 from model import Shape, Transformer
 from planning import LAYOUTS, PlannedSamples
+from progress import learning_rate, resume, say, update
 from proof import describe, prove
-from report import LOG_FILE, Report, step_record
+from report import Report, step_record
 from step import loss_and_gradients
+from tasks import TASKS
 from trainee import BuiltIn, Trainee
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MAX_GRAD_NORM = 1.0
 
 MODEL_HELP = """a causal language model of transformers: hf:CONFIG.json with random weights, hf:DIRECTORY or the name of
 a model on this machine with its own; if None, a small transformer with the sizes below"""
 
 SIZES = ("layers", "dim", "heads", "kv_heads", "window")
 """Options of the built-in model, which the config of another one has instead."""
+
+OF_TEXT = ("model", "seq_len")
+"""Options of training on text, which reinforcement learning has not."""
 
 DECIDES_THE_CURVE = ("seq_len", *SIZES, "dtype", "lr", "seed")
 """Options that a resumed run must have in common with the one it continues."""
@@ -50,7 +54,10 @@ def main() -> None:
     options = parse_options(sys.argv[1:])
     if ranks.started():
         with ranks.joined() as (group, device):
-            train(options, group, device)
+            if options.job == "grpo":
+                grpo.train(options, group, device, DTYPES[options.dtype])
+            else:
+                train(options, group, device)
     else:
         ranks.start(__file__, sys.argv[1:])
 
@@ -99,52 +106,6 @@ def train(options: argparse.Namespace, group: dist.ProcessGroup, device: torch.d
     report.finish()
 
 
-def resume(
-    options: argparse.Namespace,
-    model: nn.Module,
-    optimizer: AdamW,
-    run: Mapping[str, object],
-    group: dist.ProcessGroup,
-) -> int:
-    """The number of steps done: those of the latest checkpoint, which is loaded, or 0.
-
-    Without --resume, what an earlier run left in the same places is renamed, not lost.
-    """
-    latest = checkpoint.latest(options.checkpoint_dir)
-    dist.barrier(group)  # all have looked before one renames
-    if not options.resume:
-        if group.rank() == 0:
-            for path in (options.checkpoint_dir, options.run_dir / LOG_FILE):
-                if aside := checkpoint.set_aside(path):
-                    say(f"{path} of an earlier run is now {aside}")
-        return 0
-    if latest is None:
-        say(f"no checkpoint in {options.checkpoint_dir}: starting at step 1")
-        return 0
-    num_done, path = latest
-    checkpoint.load(path, model, optimizer, run, group)
-    say(f"resuming after step {num_done}, from {path}")
-    return num_done
-
-
-def update(model: nn.Module, optimizer: AdamW, lr: float) -> float:
-    """One step of the optimizer, alike on all ranks as the gradients are. Returns their norm before clipping."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = lr
-    optimizer.step()
-    return grad_norm.item()
-
-
-def learning_rate(step: int, num_steps: int, peak: float) -> float:
-    """Up to ``peak`` over the first tenth of the steps, then a cosine down to a tenth of it. Steps count from 1."""
-    num_warmup = max(1, num_steps // 10)
-    if step <= num_warmup:
-        return peak * step / num_warmup
-    progress = (step - num_warmup) / (num_steps - num_warmup)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
-
-
 def trainee_of(options: argparse.Namespace, device: torch.device) -> Trainee:
     dtype = DTYPES[options.dtype]
     if options.model:
@@ -155,17 +116,12 @@ def trainee_of(options: argparse.Namespace, device: torch.device) -> Trainee:
     return BuiltIn(Transformer(shape).to(device), options.window)
 
 
-def say(text: str) -> None:
-    """Print, on the first rank only."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """Options that fit each other; exits with a message otherwise."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=_HelpFormatter)
     add = parser.add_argument
+    add("--job", choices=("text", "grpo"), default="text", help="train on text, or by reinforcement on a toy task")
     add("--model", type=_hf_name, metavar="hf:NAME", help=MODEL_HELP)
     add("--seq-len", type=_count, default=8192, help="tokens of a sequence, over all ranks")
     add("--steps", type=_count, default=60, help="steps of the whole run, one sequence each")
@@ -178,12 +134,20 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="fp32", help="of matmuls and attention; parameters are fp32")
     add("--lr", type=float, default=8e-3, help="highest learning rate")
     add("--seed", type=int, default=0, help="of parameters and of the order of documents")
-    add("--data", type=Path, default=Path(get_path("stdlib")), help="directory of text files, one document each")
-    add("--run-dir", type=Path, default=Path("runs/train"), help="for the log and the loss plot")
+    add("--data", type=Path, default=Path(get_path("stdlib")), help="directory of text files: documents, or words")
+    add("--run-dir", type=Path, default=Path("runs/train"), help="for the log and the plot")
     add("--checkpoint-dir", type=Path, help="on a disk that all ranks share; if None, RUN_DIR/checkpoints")
     add("--save-every", type=_count, default=20, help="steps between checkpoints; the last step is always saved")
     add("--resume", action="store_true", help="continue from the latest checkpoint, if there is one")
+    add("--task", choices=TASKS, default=grpo.OPTIONS["task"], help="grpo: what is asked")
+    add("--prompts", type=_count, default=grpo.OPTIONS["prompts"], help="grpo: questions of a step")
+    add("--completions", type=_count, default=grpo.OPTIONS["completions"], help="grpo: samples of each question")
+    add("--supervised", type=int, default=grpo.OPTIONS["supervised"], help="grpo: steps before, on right answers")
     options = parser.parse_args(arguments)
+    if options.job == "grpo":
+        parser.set_defaults(**grpo.DEFAULTS)
+        options = parser.parse_args(arguments)
+    _check_job(parser, options)
     if options.model:
         _check_model(parser, options)
     options.checkpoint_dir = options.checkpoint_dir or options.run_dir / "checkpoints"
@@ -196,6 +160,16 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     if not options.data.is_dir():
         parser.error(f"--data must be a directory of text files; got {options.data}")
     return options
+
+
+def _check_job(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Options of the other job would do nothing."""
+    others, other = (OF_TEXT, "text") if options.job == "grpo" else (grpo.OPTIONS, "grpo")
+    if given := [name for name in others if getattr(options, name) != parser.get_default(name)]:
+        parser.error(f"--{given[0].replace('_', '-')} is of --job {other}; this is --job {options.job}")
+    for name, least in (("completions", 2), ("supervised", 0)):  # one completion has nothing to be compared with
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}; got {getattr(options, name)}")
 
 
 def _check_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

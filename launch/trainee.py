@@ -106,7 +106,7 @@ class BuiltIn:
 
     def dense_results(self, sample: Sample, *, in_fp64: bool) -> Results:
         """Attention sums in the dtype of the parameters."""
-        model = _in_fp64(self.model) if in_fp64 else self.model
+        model = copy_in_fp64(self.model) if in_fp64 else self.model
         sums = model.head.weight
         masks = layer_masks(sample.cu_seqlens.to(sums.device), self.window)
         positions = torch.arange(len(sample.tokens), device=sums.device)
@@ -137,7 +137,8 @@ def results_of(model: nn.Module, loss: Tensor) -> Results:
     return {"loss": loss.detach(), **gradients}
 
 
-def _in_fp64(model: Transformer) -> Transformer:
+def copy_in_fp64(model: Transformer) -> Transformer:
+    """The same weights; matmuls and attention in fp64 as well."""
     exact = Transformer(replace(model.shape, dtype=torch.float64)).double()
     exact.load_state_dict(model.state_dict())
     return exact.to(model.head.weight.device)
