@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("kernels", "planner", "balance", "cpu_peers", "links", "pack")
+NAMES = ("kernels", "decode_kernel", "planner", "balance", "cpu_peers", "links", "pack")
 
 
 def main() -> None:

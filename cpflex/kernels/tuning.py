@@ -118,8 +118,8 @@ SM100: Rows = {  # B200: 227 KiB, accumulators in tensor memory
     ("captured_by_pair", 64): KernelConfig(64, 64, 8, 2),
     ("captured_by_pair", 128): KernelConfig(64, 32, 8, 2),
     ("captured_by_pair", 256): KernelConfig(64, 32, 8, 2),
-    ("decode", 64): KernelConfig(64, 64, 8, 4),
-    ("decode", 128): KernelConfig(64, 64, 8, 3),
+    ("decode", 64): KernelConfig(32, 64, 8, 4),  # 64 rows leave one buffer to V, here and with 128 dims
+    ("decode", 128): KernelConfig(32, 64, 8, 3),
     ("decode", 256): KernelConfig(32, 32, 8, 3),
 }
 FP32: Rows = {  # any GPU: no tensor cores (tf32 is not fp32), so each thread holds its operands
