@@ -1,4 +1,4 @@
-"""The fused kernels of pages on one GPU beside a copy of the device, FlexAttention with torch's PagedAttention, FlashInfer.
+"""The fused kernels of pages on one GPU beside FlexAttention with torch's PagedAttention, FlashInfer, and a copy.
 
     python launch/bench.py decode_kernel                       # all rows, some minutes
     python launch/bench.py decode_kernel --rows "causal p64"   # rows whose name contains this

@@ -242,6 +242,39 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
+DECODE_ROWS = [
+    *[("causal", 64, 16), ("causal", 64, 64), ("causal", 64, 1), ("window", 64, 16), ("alibi", 64, 16)],
+    *[("causal", 16, 16), ("causal", 128, 16), ("sinks", 64, 64), ("softcap", 64, 16), ("causal", 64, 4)],
+]
+"""Mask or score, page size and sequences; the most telling first. The tests of `correctness` prove these kernels."""
+
+
+def decode(day: Day) -> None:
+    """New tokens against keys in pages, beside a copy, PagedAttention and FlashInfer, by `benchmarks/decode_kernel.py`."""
+    import torch
+
+    bench, timed = module("decode_kernel", "benchmarks"), module("kernels", "benchmarks").interleaved
+    if day.pretend:
+        bench.PEERS = {name: bench.PEERS[name] for name in ("kernel", "call")}
+        bench.TOKENS = 1 << 12
+    speed = bench.copy_gb_per_s(timed, 1 << 20 if day.pretend else 1 << 30)
+    day.record(copy_gb_per_s=speed)
+    for row in day.each([bench.Row(*row) for row in DECODE_ROWS]):
+        with day.surviving(row.name):
+            day.record(**bench.measure(row, timed, speed))
+        torch.cuda.empty_cache()
+
+
+def of_decode(found: Records) -> list[str]:
+    rows = [x for x in found if "row" in x]
+    lines = [f"copy: {_number(x['copy_gb_per_s'])} GB/s" for x in found if "copy_gb_per_s" in x]
+    for x in rows:
+        cells = "  ".join(f"{name} {_number(value)}" for name, value in x["gb_per_s"].items())
+        part = x["of_a_copy"].get("kernel")
+        lines.append(f"{x['row']:26} GB/s: {cells}" + ("" if part is None else f"; {part:.0%} of a copy"))
+    return lines + [f"{x['row']}: {name} failed: {why}" for x in rows for name, why in x["failed"].items()]
+
+
 def host(day: Day) -> None:
     """Microseconds of the host per call, which it need not wait for, at a size that costs the GPU nothing."""
     import torch
@@ -425,7 +458,8 @@ PARTS = {
     "environment": Part(environment, of_environment, 2),
     "smoke": Part(smoke, of_smoke, 6),
     "correctness": Part(correctness, of_correctness, 26, workers=4, pretends_itself=True),
-    "times": Part(times, of_times, 34),
+    "times": Part(times, of_times, 30),
+    "decode": Part(decode, of_decode, 8),
     "host": Part(host, of_host, 3),
     "bandwidth": Part(bandwidth, of_bandwidth, 2),
     "sanitizer": Part(sanitizer, of_sanitizer, 9),

@@ -76,7 +76,9 @@ def compile_pages(
         call.decided.clear()  # a row may have been found not to fit
         partials = empty_partials(work.num_partials, q.shape[1], v.shape[3], q.device)
         attend_pages(q, k, v, work, call, partials)
-        combine(partials, torch.zeros(1, 3, dtype=torch.int32, device=q.device), partials)
+        parts = torch.zeros(1, 3, dtype=torch.int32, device=q.device)
+        for dtype in {torch.float32, q.dtype}:  # for a message, and at the end
+            combine(partials, parts, partials._replace(out=torch.empty_like(partials.out, dtype=dtype)))
 
     functions = (mod.function for mod in generated(call, backward=False))
     with on_device_of(q):

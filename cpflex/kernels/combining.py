@@ -42,7 +42,10 @@ def combine(
     return into
 
 
-@triton.jit(do_not_specialize=["out_stride", "lse_stride", "into_out_stride", "into_lse_stride", "num_heads"])
+@triton.jit(
+    do_not_specialize=["out_stride", "lse_stride", "into_out_stride", "into_lse_stride", "num_heads"],
+    do_not_specialize_on_alignment=["into_out_ptr", "into_lse_ptr"],  # rows of a message begin anywhere
+)
 def combine_kernel(
     out_ptr,  # [P, Hq, Dv] fp32
     lse_ptr,  # [P, Hq] fp32

@@ -72,7 +72,10 @@ def rows_of_block(rows: int, decided: Decided) -> int:
     return min(padded(rows), decided.config.block_q)
 
 
-@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "out_stride", "lse_stride", "num_blocks"])
+@triton.jit(
+    do_not_specialize=[*NOT_SPECIALIZED, "out_stride", "lse_stride", "num_blocks"],
+    do_not_specialize_on_alignment=["out_ptr", "lse_ptr"],  # rows of a message begin anywhere
+)
 def decode_kernel(
     q_ptr,  # [1, Hq, N, D]
     k_ptr,  # [1, H, R, D]

@@ -68,8 +68,8 @@ def attend_pages(
     into: Partials,
 ) -> Partials:
     """A partial for each token of each item, in ``into``."""
-    runs, kv_len = work.runs.tolist(), work.kv_len.tolist()
-    for place, first, end, first_run, end_run, first_partial in work.items.tolist():
+    runs, kv_len = work.runs.cpu().tolist(), work.kv_len.cpu().tolist()
+    for place, first, end, first_run, end_run, first_partial in work.items.cpu().tolist():
         rows, positions = _filled(runs[first_run:end_run], kv_len[place] if end > first else 0, q.device)
         out, lse = _softmax(
             q[0, :, first:end], k[0, :, rows], v[0, :, rows], place, work.q_positions[first:end], positions, call
@@ -126,7 +126,7 @@ def combine(
     into: Partials,
 ) -> Partials:
     """One partial of those of each token, in ``into``, whose out may have another dtype. Summed in their order."""
-    for row, (first, stride, count) in enumerate(parts.tolist()):
+    for row, (first, stride, count) in enumerate(parts.cpu().tolist()):
         at = [first + stride * i for i in range(count)]
         base = partials.lse[at].amax(dim=0) if at else torch.zeros_like(partials.lse[0])
         base = torch.where(base == -torch.inf, 0.0, base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Small, on the CPU, where FlexAttention is not compiled."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import decode_kernel
@@ -24,7 +23,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(decode_kernel, name, value)
     flex = decode_kernel.flex
     monkeypatch.setitem(decode_kernel.PEERS, "flex", lambda row, problem: flex(row, problem, compiled=False))
-    yield decode_kernel
+    return decode_kernel
 
 
 def timed(attends: dict[str, Any]) -> dict[str, float]:

@@ -33,6 +33,8 @@ pytestmark = [
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the oracle multiplies in torch's deterministic mode
 ROOT = Path(__file__).parents[2]
+KERNELS = {"attend_kernel", "dq_kernel", "dkdv_kernel"}
+"""Each test launches them."""
 FUSED, PLAIN = {"backend": "triton"}, {"backend": "reference"}
 
 

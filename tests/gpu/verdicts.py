@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from cases_gpu import Case
 from dense_head import dense_head
@@ -57,3 +59,27 @@ def assert_other_bits(x: Tensor, y: Tensor) -> None:
 def assert_near(x: Tensor, expected: Tensor, part: float) -> None:
     """``part`` of a number, and of the largest."""
     torch.testing.assert_close(x, expected, rtol=part, atol=part * expected.abs().max().item())
+
+
+def assert_pages_within_budget(found: dict[str, Tensor], true: dict[str, Tensor], close: dict[str, Tensor]) -> None:
+    """The same budget, for out and lse of new tokens; ``true`` in float64, ``close`` in the same precision."""
+    assert found.keys() == true.keys() == close.keys()
+    for name, value in found.items():
+        assert value.dtype == close[name].dtype, f"{name} is {value.dtype}"
+        finite = true[name].isfinite()
+        assert torch.equal(value.isfinite(), finite), f"{name}: finite where it should not be, or the reverse"
+        error, allowed = ((x.double() - true[name])[finite].abs().max().item() for x in (value, close[name]))
+        rounding = torch.finfo(value.dtype).eps * max(1.0, true[name][finite].abs().max().item())
+        assert error <= 2 * allowed + 2 * rounding, f"{name}: {error:.3e}; 2 x ({allowed:.3e} + {rounding:.3e})"
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """``run`` as one CUDA graph; what its result is written to is written again at each replay."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay

@@ -108,6 +108,14 @@ def test_rows_that_are_timed_cover_what_was_promised():
     assert len(set(gpu_parts.ROWS)) == len(gpu_parts.ROWS)
 
 
+def test_a_step_of_decoding_is_told_beside_a_copy():
+    row = {"row": "causal p64", "gb_per_s": {"kernel": 4000.0, "flex": None}, "of_a_copy": {"kernel": 0.83}}
+    lines = gpu_parts.of_decode([{"copy_gb_per_s": 4800.0}, row | {"failed": {"flashinfer": "no"}}])
+    assert lines[0] == "copy: 4800 GB/s"
+    assert lines[1].endswith("GB/s: kernel 4000  flex -; 83% of a copy")
+    assert lines[2] == "causal p64: flashinfer failed: no"
+
+
 def dry_run(folder: Path, *options: str, seconds: float) -> dict[str, dict]:
     command = [sys.executable, "launch/gpu_day.py", "--pretend", "90", "--brief", "--folder", str(folder), *options]
     command += ["--seconds", str(patience(seconds))]
@@ -123,14 +131,17 @@ def dry_run(folder: Path, *options: str, seconds: float) -> dict[str, dict]:
 
 @needs_compilers
 def test_parts_run_on_a_pretended_gpu_up_to_each_launch(tmp_path: Path):
-    ran = dry_run(tmp_path, "--parts", "environment", "host", "bandwidth", "ranks", "tuning", seconds=120)
-    assert [part["outcome"] for part in ran.values()] == ["done"] * 5
+    ran = dry_run(tmp_path, "--parts", "environment", "host", "bandwidth", "ranks", "tuning", "decode", seconds=140)
+    assert [part["outcome"] for part in ran.values()] == ["done"] * 6
     (told,) = [x for x in gpu_day.records(tmp_path / "environment.jsonl") if "gpu" in x]
     assert told["gpu"] == "pretended sm_90"
     (host,) = gpu_day.records(tmp_path / "host.jsonl")
     assert host["score"] == "none" and host["forward_us"] is None
     (row,) = gpu_day.records(tmp_path / "tuning.jsonl")
     assert row["which"] == "forward" and row["ms"] == [None, None]
+    copied, step = gpu_day.records(tmp_path / "decode.jsonl")
+    assert copied == {"copy_gb_per_s": None}
+    assert step["row"].startswith("causal p64 B16") and step["failed"] == {} and step["us"].keys() == {"kernel", "call"}
 
 
 @needs_compilers

@@ -344,3 +344,96 @@ def check_refusal_before_sending() -> None:
         else:
             raise AssertionError("kernels that cannot be launched were not refused")
         assert not links.said["exchange"]
+
+
+# -- pages
+
+
+def decode_step(
+    group: Any, heads: int = 4, kv_heads: int = 2, head_dim: int = 64, prepare: bool = False
+) -> list[Tensor]:
+    """Two steps of one token of two sequences; or only what is done before the first."""
+    from cpflex.kernels import Call, prepare_pages
+    from cpflex.mods.trace import trace_mask_mod
+
+    pages = cpflex.Pages(16, 64) if group is None else cpflex.Pages(16, 64, group)
+    pool = pages.pool(kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
+    for seq in range(2):
+        pages.reserve(seq, 300)
+        pages.fill(seq, 200)
+    mask = cpflex.causal() & cpflex.sliding_window(100)
+    plan = cpflex.make_decode_plan(cpflex.mask_mod(mask), pages, {0: 1, 1: 1})
+    q, k, v = (torch.zeros(1, h, 2, head_dim, dtype=torch.bfloat16, device="cuda") for h in (heads, kv_heads, kv_heads))
+    if prepare:
+        call = Call(trace_mask_mod(mask), head_dim**-0.5)
+        prepare_pages(q, pool.k, pool.v, plan.work(q.device), call)
+        return []
+    for _ in range(2):
+        pool.assign(k, v, plan)
+        out = cpflex.flex_attention(q, pool.k, pool.v, None, plan, enable_gqa=True)
+        assert isinstance(out, Cuda) and out.shape == q.shape and out.dtype == q.dtype
+        plan.advance()
+    return []
+
+
+def check_pages_are_prepared() -> None:
+    """All that two ranks launch was compiled before, whatever the heads: no message waits for a compiler."""
+    from cpflex.testing import run_ranks
+
+    for heads, kv_heads in ((4, 2), (3, 1)):  # rows of a message are multiples of 16 bytes, or not
+        with pretending(90, compiles=False) as events:
+            decode_step(None, heads, kv_heads, prepare=True)
+            assert not events.launches
+            prepared = dict(events.variants)
+            run_ranks(lambda group, sizes=(heads, kv_heads): decode_step(group, *sizes), 2)
+            assert {launch.name for launch in events.launches} == {"decode_kernel", "combine_kernel"}
+            assert events.variants == prepared, f"{heads} heads: {prepared}, then {events.variants}"
+
+
+def check_a_step_copies_nothing_but_its_tables() -> None:
+    """One rank: positions and lengths go to the device once a step; nothing comes back, nobody waits."""
+    with pretending(90, compiles=False) as events:
+        decode_step(None)
+        assert {launch.name for launch in events.launches} == {"decode_kernel", "combine_kernel"}
+        assert len(events.launches) <= 2 * 3, "decode, and combine for splits and for ranks, in each step"
+        assert not {"d2h", "d2h_async", "sync"} & events.counts().keys(), events.counts()
+
+
+def decode_failure(capability: int, head_dim: int) -> str:
+    """Why a step does not launch on a chip; "" if it does."""
+    from triton.runtime.errors import OutOfResources
+
+    with pretending(capability) as events:
+        try:
+            decode_step(None, head_dim=head_dim)
+        except OutOfResources as error:
+            return f"{len(events.launches)} launches, then: {error}"
+        assert {launch.name for launch in events.launches} == {"decode_kernel", "combine_kernel"}
+        return ""
+
+
+def check_a_smaller_row_of_pages() -> None:
+    from cpflex.kernels import tuning
+
+    rows = tuning.SM86 | {("decode", 128): tuning.KernelConfig(32, 128, 8, 4)}
+    with mock.patch.object(tuning, "rows_for", return_value=rows), pretending(86) as events:
+        decode_step(None, head_dim=128)
+        assert {launch.name for launch in events.launches} == {"decode_kernel", "combine_kernel"}
+        assert all(launch.shared_bytes <= 99 << 10 for launch in events.launches)
+
+
+def check_refusal_of_pages_before_sending() -> None:
+    from cpflex.kernels import fitting
+    from cpflex.testing import run_ranks
+
+    def step(group: Any) -> str:
+        try:
+            decode_step(group)
+        except NotImplementedError as error:
+            return str(error)
+        return ""
+
+    with pretending(90, compiles=False) as events, mock.patch.object(fitting, "shared_memory", return_value=-1):
+        for said in run_ranks(step, 2):
+            assert "the kernel decode of head dims 64 and 64" in said and "reference" in said
+        assert not events.launches

@@ -305,6 +305,9 @@ def _forget() -> None:
                     value.cache_clear()
                 if hasattr(value, "device_caches"):
                     value.device_caches.clear()
+        if name == "cpflex.kernels.fitting":
+            module._fitted.clear()
+            module._rows.clear()
 
 
 def _in_place_of_torch(capability: int, session: _Session) -> Iterator[tuple[Any, str, Any]]:

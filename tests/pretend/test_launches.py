@@ -45,3 +45,29 @@ def test_a_row_that_is_too_large_for_its_chip_gives_way_to_a_smaller_one(run: Ru
 
 def test_what_no_row_can_hold_is_refused_before_anything_is_sent(run: Run):
     run(checks.check_refusal_before_sending)
+
+
+CHIPS = list(itertools.product(checks.CAPABILITIES, checks.HEAD_DIMS))
+
+
+@pytest.mark.by_day(len(CHIPS))
+@pytest.mark.parametrize(("capability", "head_dim"), CHIPS)
+def test_a_step_of_decoding_launches_on_its_chip(run: Run, capability: int, head_dim: int):
+    failure = run(checks.decode_failure, capability, head_dim)
+    assert not failure, failure
+
+
+def test_kernels_of_pages_are_compiled_before_the_first_message(run: Run):
+    run(checks.check_pages_are_prepared)
+
+
+def test_a_step_of_decoding_waits_for_nothing(run: Run):
+    run(checks.check_a_step_copies_nothing_but_its_tables)
+
+
+def test_a_row_of_decode_that_is_too_large_gives_way_to_a_smaller_one(run: Run):
+    run(checks.check_a_smaller_row_of_pages)
+
+
+def test_pages_that_no_row_can_hold_are_refused_before_anything_is_launched(run: Run):
+    run(checks.check_refusal_of_pages_before_sending)
