@@ -250,7 +250,7 @@ DECODE_ROWS = [
 
 
 def decode(day: Day) -> None:
-    """New tokens against keys in pages, beside a copy, PagedAttention and FlashInfer, by `benchmarks/decode_kernel.py`."""
+    """New tokens and keys in pages, beside PagedAttention and FlashInfer, by `benchmarks/decode_kernel.py`."""
     import torch
 
     bench, timed = module("decode_kernel", "benchmarks"), module("kernels", "benchmarks").interleaved
@@ -344,9 +344,11 @@ def tuning(day: Day) -> None:
     tune = module("tune", "launch")
     major, minor = torch.cuda.get_device_capability(0)
     rows = table.rows_for(10 * major + minor, torch.bfloat16)
-    for which, dim in day.each([(which, dim) for dim in (128, 64, 256) for which in ("forward", "dkdv", "dq")]):
+    of_pages = [("decode", 128), ("decode", 64)]
+    passes = [(which, dim) for dim in (128, 64, 256) for which in ("forward", "dkdv", "dq")]
+    for which, dim in day.each([*passes[:3], *of_pages, *passes[3:]]):
         with day.surviving((which, dim)):
-            made = tune.problems(dim, torch.bfloat16)
+            made = (tune.page_problems if which == "decode" else tune.problems)(dim, torch.bfloat16)
             for config in day.each([rows[which, dim], *neighbours(rows[which, dim])]):
                 day.record(which=which, head_dim=dim, config=str(config), ms=tune.tried(which, config, made))
         torch.cuda.empty_cache()

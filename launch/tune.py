@@ -3,9 +3,11 @@
     python launch/tune.py --pass forward --head-dim 128              # some minutes: each candidate is compiled twice
     python launch/tune.py --pass dkdv --head-dim 64 --dtype float16
     python launch/tune.py --pass dq --head-dim 128 --tma             # whole blocks by tensor descriptors
+    python launch/tune.py --pass decode --head-dim 128               # new tokens against keys in pages
 
-A candidate is timed on causal attention and on packed documents with ALiBi, 16k tokens each; the product of the two
-times decides. Candidates that the GPU cannot run are passed over.
+A candidate is timed on causal attention and on packed documents with ALiBi, 16k tokens each; one of decode on a token
+and on a chunk of 64 tokens of each of 16 sequences of 32k. The product of the two times decides. Candidates that the
+GPU cannot run are passed over.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 import cpflex
-from cpflex.kernels import Call, tuning
+from cpflex.kernels import Call, PageWork, empty_partials, tuning
 from cpflex.kernels.tuning import KernelConfig
 from cpflex.ring.handles import resolve
 from cpflex.tile_mask import TileMask
@@ -32,8 +34,11 @@ from cpflex.tile_mask import TileMask
 SEQ_LEN, TOKENS, HIDDEN = 16384, 32768, 2048
 ROUNDS = 7
 BLOCKS = (32, 64, 128)
+PAGE_ROWS = (16, 32, 64)
 WARPS = (4, 8)
 STAGES = (2, 3, 4)
+SEQUENCES, LENGTH, CHUNK, PAGE_SIZE = 16, 32768, 64, 64
+"""Of decode."""
 
 
 class Problem(NamedTuple):
@@ -63,6 +68,32 @@ def problems(head_dim: int, dtype: torch.dtype) -> list[Problem]:
     return made
 
 
+class Pages(NamedTuple):
+    """Everything that a launch of decode takes."""
+
+    tensors: tuple[Tensor, Tensor, Tensor]  # q [1, Hq, N, D], k and v [1, H, R, D]
+    work: PageWork
+    call: Call
+
+
+def page_problems(head_dim: int, dtype: torch.dtype) -> list[Pages]:
+    """One new token of each sequence, and a chunk of them; a head of keys for four of queries."""
+    pages, heads = cpflex.Pages(SEQUENCES * LENGTH // PAGE_SIZE, PAGE_SIZE), HIDDEN // head_dim
+    pool = pages.pool(max(1, heads // 4), head_dim, dtype=dtype, device="cuda")
+    for x in (pool.k, pool.v):
+        x.normal_()
+    for seq in range(SEQUENCES):
+        pages.reserve(seq, LENGTH)
+        pages.fill(seq, LENGTH - CHUNK)
+    made, mask = [], cpflex.mask_mod(cpflex.causal())
+    for count in (1, CHUNK):
+        plan = cpflex.make_decode_plan(mask, pages, dict.fromkeys(range(SEQUENCES), count))
+        q = torch.randn(1, heads, SEQUENCES * count, head_dim, device="cuda").to(dtype)
+        call = Call(mask.on(q.device), 1 / math.sqrt(head_dim), backend="triton")
+        made.append(Pages((q, pool.k, pool.v), plan.work(q.device), call))
+    return made
+
+
 @contextmanager
 def only(which: str, config: KernelConfig) -> Iterator[None]:
     """Kernels of other passes launch nothing."""
@@ -82,9 +113,13 @@ def only(which: str, config: KernelConfig) -> Iterator[None]:
         yield
 
 
-def launch(which: str, problem: Problem) -> Callable[[], Any]:
-    from cpflex.kernels import backward, forward
+def launch(which: str, problem: Problem | Pages) -> Callable[[], Any]:
+    from cpflex.kernels import backward, decode, forward
 
+    if isinstance(problem, Pages):
+        (q, k, v), work, call = problem.tensors, problem.work, replace(problem.call)
+        into = empty_partials(work.num_partials, q.shape[1], v.shape[3], q.device)
+        return lambda: decode.attend_pages(q, k, v, work, call, into)
     (q, k, v, grad_out), tile_mask, call = problem
     call = replace(call)  # which decided nothing yet
     if which == "forward":
@@ -108,7 +143,7 @@ def milliseconds(fn: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def tried(which: str, config: KernelConfig, made: list[Problem]) -> list[float] | None:
+def tried(which: str, config: KernelConfig, made: Sequence[Problem | Pages]) -> list[float] | None:
     """Milliseconds on each problem; None if the GPU cannot run it."""
     from triton.errors import TritonError
 
@@ -120,8 +155,9 @@ def tried(which: str, config: KernelConfig, made: list[Problem]) -> list[float] 
             return None
 
 
-def candidates(tma: bool) -> list[KernelConfig]:
-    return [KernelConfig(*numbers, tma) for numbers in itertools.product(BLOCKS, BLOCKS, WARPS, STAGES)]
+def candidates(tma: bool, which: str = "forward") -> list[KernelConfig]:
+    rows = PAGE_ROWS if which in tuning.PAGE_PASSES else BLOCKS
+    return [KernelConfig(*numbers, tma) for numbers in itertools.product(rows, BLOCKS, WARPS, STAGES)]
 
 
 def row(which: str, head_dim: int, config: KernelConfig, why: str) -> str:
@@ -133,7 +169,7 @@ def row(which: str, head_dim: int, config: KernelConfig, why: str) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Search a row of cpflex/kernels/tuning.py on this GPU.")
-    parser.add_argument("--pass", dest="which", choices=tuning.PASSES, default="forward")
+    parser.add_argument("--pass", dest="which", choices=(*tuning.PASSES, *tuning.PAGE_PASSES), default="forward")
     parser.add_argument("--head-dim", type=int, choices=tuning.WIDTHS, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--tma", action="store_true", help="whole blocks by tensor descriptors: sm_90 or later")
@@ -144,11 +180,12 @@ def main() -> None:
     options = parse()
     if not torch.cuda.is_available():
         raise SystemExit("configurations are timed on a CUDA GPU, and there is none here")
-    made = problems(options.head_dim, getattr(torch, options.dtype))
+    make = page_problems if options.which in tuning.PAGE_PASSES else problems
+    made = make(options.head_dim, getattr(torch, options.dtype))
     if options.which == "captured":
         made = made[1:]
     found: dict[KernelConfig, list[float]] = {}
-    for config in candidates(options.tma):
+    for config in candidates(options.tma, options.which):
         times = tried(options.which, config, made)
         if times is not None:
             found[config] = times

@@ -126,6 +126,7 @@ def test_a_row_of_the_tuning_table_is_printed_as_the_table_has_it(tune: ModuleTy
     configs = tune.candidates(tma=True)
     assert len(set(configs)) == len(configs) == 54
     assert all(128 % block == 0 for config in configs for block in (config.block_q, config.block_kv))
+    assert {config.block_q for config in tune.candidates(tma=False, which="decode")} == {16, 32, 64}
     text = tune.row("dq", 64, configs[0], "why")
     assert text == '("dq", 64): KernelConfig(32, 32, 4, 2, tma=True),  # why'
     assert eval(f"{{{text}\n}}", {"KernelConfig": tune.KernelConfig}) == {("dq", 64): configs[0]}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cases_gpu import DTYPES
 from torch import Tensor
 
 import cpflex
-from cases_gpu import DTYPES
 
 # N new tokens of all sequences, n of one, L tokens of it, Hq query heads, H heads of keys, D and Dv head dims
 
