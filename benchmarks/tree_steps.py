@@ -42,7 +42,9 @@ from cpu_peers import machine
 from model import Shape, Transformer
 
 NUM_RANKS = 2
-ROWS = [(length, size, shared) for length, size in ((4096, 4), (2048, 16), (2048, 64)) for shared in (0.3, 0.6, 0.9, 0.97)]
+ROWS = [
+    (length, size, shared) for length, size in ((4096, 4), (2048, 16), (2048, 64)) for shared in (0.3, 0.6, 0.9, 0.97)
+]
 """(tokens of a prompt and a completion, completions, part of those tokens that is the prompt)"""
 
 HEADS, HEAD_DIM, LAYERS, VOCAB = 2, 32, 2, 256
@@ -143,9 +145,7 @@ def measure(length: int, size: int, shared: float, repeats: int) -> dict[str, An
     return {**setting, **counts, **{f"{name}_s": value for name, value in seconds.items()}, "losses": losses}
 
 
-def _turns(
-    batches: dict[str, Batch], model: Transformer, repeats: int
-) -> Iterator[tuple[str, Callable[[], object]]]:
+def _turns(batches: dict[str, Batch], model: Transformer, repeats: int) -> Iterator[tuple[str, Callable[[], object]]]:
     for _ in range(repeats):
         for name, batch in batches.items():
             yield f"{name}_attention", lambda batch=batch: attention_step(batch)

@@ -47,7 +47,15 @@ from trainee import Results, copy_in_fp64, results_of
 OPTIONS = {"task": "reverse", "prompts": 8, "completions": 16, "supervised": 60}
 """Options of this job alone."""
 
-DEFAULTS = {"steps": 240, "layers": 2, "dim": 64, "window": 8, "lr": 4e-3, "run_dir": Path("runs/grpo"), "save_every": 40}
+DEFAULTS = {
+    "steps": 240,
+    "layers": 2,
+    "dim": 64,
+    "window": 8,
+    "lr": 4e-3,
+    "run_dir": Path("runs/grpo"),
+    "save_every": 40,
+}
 """Of options that it shares with the other job."""
 
 DECIDES_THE_CURVE = (*OPTIONS, "layers", "dim", "heads", "kv_heads", "window", "dtype", "lr", "seed")

@@ -79,7 +79,9 @@ def test_questions_are_of_words_and_have_one_right_answer(folder: Path):
             assert question.prompt.endswith(b"\n")
             assert question.answer in answers
             assert len(question.answer) <= LONGEST
-    with pytest.raises(ValueError, match="there must be words of 3 to 5 lowercase letters in --data; 0 files have none"):
+    with pytest.raises(
+        ValueError, match="there must be words of 3 to 5 lowercase letters in --data; 0 files have none"
+    ):
         words_of([])
 
 
