@@ -5,8 +5,8 @@
 
 Trees fork evenly, as rollouts of agents do that are continued from their turns: a prompt, then levels of segments of
 log-normal length, the last of which end the completions; all tokens together are the sequence. "star" is a prompt and
-its completions, no more. Windows are by depth. Every row runs in a process of its own on one thread and reports the
-least of three times.
+its completions, no more. Windows are along the paths: those of `tree`, and beside them those by positions. Every row runs in a process of
+its own on one thread and reports the least of three times.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def drawn_tree(num_tokens: int, forks: Sequence[int], prompt: int, seed: int = 0
 
 
 def mask_of(tree: Tree, kind: str) -> MaskMod:
-    whole = cpflex.tree(tree)
-    return whole & cpflex.sliding_window(WINDOW, positions=tree.depths) if kind == "window by depth" else whole
+    if kind == "window by positions":
+        return cpflex.tree(tree) & cpflex.sliding_window(WINDOW, positions=tree.depths)
+    return cpflex.tree(tree, window=WINDOW if kind == "window by depth" else None)
 
 
 def least_ms(function: Callable[[], Any]) -> float:
@@ -118,7 +119,12 @@ def _in_own_process(function: Callable, *args: Any) -> dict[str, Any]:
 def measure_all_planning(max_len: int, out: Path) -> None:
     rows = []
     for num_tokens, world_size, levels, prompt in SIZES:
-        shapes = {"tree": [4] * levels, "window by depth": [4] * levels, "star": [4**levels]}
+        shapes = {
+            "tree": [4] * levels,
+            "window by depth": [4] * levels,
+            "window by positions": [4] * levels,
+            "star": [4**levels],
+        }
         for kind, forks in shapes.items() if num_tokens <= max_len else ():
             rows.append(_in_own_process(measure_planning, kind, num_tokens, world_size, forks, prompt))
             print(show(rows[-1]), flush=True)

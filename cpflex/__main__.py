@@ -236,8 +236,8 @@ def _masks(specs: Sequence[str], seq_len: int) -> dict[str, MaskFn]:
         if name in masks:
             raise ValueError(f"mask kinds must have different names; got {name!r} twice")
         trees = [_tree(Path(path), seq_len) for path in re.findall(r"(?<![^,\s])tree:([^,]+)", terms)]
-        depths = trees[0].depths if trees else None
-        masks[name] = reduce(and_, [_mask(term, seq_len, depths) for term in terms.split(",")])
+        depths, window = (trees[0].depths, _window(terms)) if trees else (None, None)
+        masks[name] = reduce(and_, [_mask(term, seq_len, depths, window) for term in terms.split(",")])
     return masks
 
 
@@ -249,8 +249,15 @@ def _weights(spec: str) -> dict[str, float] | None:
     return {match[1]: float(match[2]) for match in found if match} or None
 
 
-def _mask(term: str, seq_len: int, depths: Tensor | None) -> MaskMod:
-    """The mask of one term; windows count by ``depths``."""
+def _window(terms: str) -> int | None:
+    """The narrowest one-sided window of several terms, if any."""
+    return min(
+        (_size(window) for window in re.findall(r"(?<![^,\s])window:([^,:\s]+)\s*(?![^,])", terms)), default=None
+    )
+
+
+def _mask(term: str, seq_len: int, depths: Tensor | None, window: int | None) -> MaskMod:
+    """The mask of one term; windows count by ``depths``, and trees are told the ``window``."""
     name, *values = term.strip().split(":")
     match name, values:
         case "causal", []:
@@ -262,7 +269,7 @@ def _mask(term: str, seq_len: int, depths: Tensor | None) -> MaskMod:
         case "doc", [path]:
             return cpflex.document(cu_seqlens=_cu_seqlens(Path(path), seq_len))
         case "tree", [path]:
-            return cpflex.tree(_tree(Path(path), seq_len))
+            return cpflex.tree(_tree(Path(path), seq_len), window=window)
         case "docs", [] | [_]:
             return cpflex.document(cu_seqlens=_drawn(values, seq_len))
         case "prefix", [length]:

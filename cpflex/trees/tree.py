@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpflex.masks import MaskMod, is_integral
+from cpflex.masks import MaskFn, MaskMod, is_count, is_integral
+from cpflex.trees.reach import first_seen, last_to_see
 
 Integers = Tensor | np.ndarray | Sequence[int]
 
@@ -99,6 +100,20 @@ class Tree:
         """
         return self._of_segments(self._walk[1])
 
+    @torch.inference_mode(False)
+    def reach(self, window: int) -> tuple[Tensor, Tensor]:
+        """int64 [S] each: where the first of the ``window`` latest tokens of each token's path is stored; and `leave`
+        as far as windows reach: when the walk has seen the last token that has this one among its latest.
+
+        Token k is among the ``window`` latest of the path of q where ``first[q] <= k`` and ``enter[k] <= enter[q] <
+        leave[k]``: those of a path are stored in its order.
+        """
+        window = min(window, self.num_tokens)
+        starts, depths, enter = (x.numpy() for x in (self.starts, self.depths, self.enter))
+        first = first_seen(self.parents, self.lengths, starts, depths, window)
+        last = last_to_see(self.parents, self.lengths, enter, window)
+        return torch.from_numpy(first), torch.from_numpy(last) + 1
+
     @property
     def is_depth_first(self) -> bool:
         """Whether segments are stored in the order of the walk."""
@@ -150,7 +165,7 @@ class Tree:
 
 
 @torch.inference_mode(False)
-def tree(parents: Tree | Integers, lengths: Integers | None = None) -> MaskMod:
+def tree(parents: Tree | Integers, lengths: Integers | None = None, *, window: int | None = None) -> MaskMod:
     """Causal along the paths of a tree: a query sees itself and what comes before it on the way from its root.
 
     ``tree([-1, 0, 0], [3, 2, 1])`` is a prompt of 3 tokens with completions of 2 and 1, and draws
@@ -165,21 +180,34 @@ def tree(parents: Tree | Integers, lengths: Integers | None = None) -> MaskMod:
     Args:
         parents: a `Tree`; or, of each segment, the row of the earlier one that it continues, or -1 for a root.
         lengths: with rows of parents, tokens of each segment; one each if None.
+        window: how many tokens of its path a query sees, itself included; all if None. It sees what it sees with
+            ``sliding_window(window, positions=depths)``, and the planner is told where windows end.
 
     Raises:
-        ValueError: what `Tree` refuses; a `Tree` with ``lengths``, which it has.
+        ValueError: what `Tree` refuses; a `Tree` with ``lengths``, which it has; a window below 1.
     """
     if isinstance(parents, Tree) and lengths is not None:
         raise ValueError("a Tree has its lengths; pass it alone, or rows of parents and lengths")
+    if window is not None and not is_count(window, 1):
+        raise ValueError(f"window must be an integer of at least 1; got {window!r}")
     found = parents if isinstance(parents, Tree) else Tree(parents, lengths)
-    leave = found.leave
+    path = _path(found, found.leave) if window is None else _latest(found, *found.reach(window))
+    return MaskMod(path, "tree" if window is None else f"tree(window={window})", [found.num_tokens])
+
+
+def _path(found: Tree, leave: Tensor) -> MaskFn:
+    """Token k comes before q on its path, or is q; q is among those up to ``leave``."""
     if found.is_depth_first:
-        return MaskMod(lambda b, h, q, k: (k <= q) & (q < leave[k]), "tree", [found.num_tokens])
+        return lambda b, h, q, k: (k <= q) & (q < leave[k])
     enter = found.enter
     # an ancestor is stored earlier: said again, for the planner, to which it empties half the tiles
-    return MaskMod(
-        lambda b, h, q, k: (k <= q) & (enter[k] <= enter[q]) & (enter[q] < leave[k]), "tree", [found.num_tokens]
-    )
+    return lambda b, h, q, k: (k <= q) & (enter[k] <= enter[q]) & (enter[q] < leave[k])
+
+
+def _latest(found: Tree, first: Tensor, leave: Tensor) -> MaskFn:
+    """Either bound would do; of tiles where one branch ends and another begins, the planner needs both."""
+    path = _path(found, leave)
+    return lambda b, h, q, k: path(b, h, q, k) & (first[q] <= k)
 
 
 def _integers(given: Integers, name: str) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ def test_a_window_counts_along_the_path(seed: int):
     for window in (1, 2, 5, 100):
         one_sided = cpflex.tree(tree) & cpflex.sliding_window(window, positions=tree.depths)
         two_sided = cpflex.tree(tree) & cpflex.sliding_window(window - 1, 0, positions=tree.depths)
-        for mask in (one_sided, two_sided):
+        for mask in (one_sided, two_sided, cpflex.tree(tree, window=window)):
             assert torch.equal(matrix(mask, tree.num_tokens), (steps >= 0) & (steps < window))
 
 
@@ -109,6 +109,7 @@ def test_a_chain_of_many_levels_is_one_causal_sequence(length: int):
     comb = Tree([-1, *(max(0, row - 2 + row % 2) for row in range(1, 2001))])  # a tooth at every level
     assert int(comb.depths.max()) == 1000
     assert torch.equal(matrix(cpflex.tree(comb), 2001).sum(dim=1) - 1, comb.depths)
+    assert torch.equal(matrix(cpflex.tree(comb, window=30), 2001).sum(dim=1), (comb.depths + 1).clamp(max=30))
 
 
 def test_one_segment_and_one_token_are_trees():
@@ -132,7 +133,7 @@ def test_trees_of_inference_mode_serve_training():
     with torch.inference_mode():
         tree = Tree([-1, 0, 0], [3, 2, 1])
         mask = cpflex.tree(tree) & cpflex.sliding_window(2, positions=tree.depths)
-        tensors = [tree.starts, tree.roots, tree.enter, tree.leave, tree.segment_ids, *tree.paths()]
+        tensors = [*tree.reach(2), tree.starts, tree.roots, tree.enter, tree.leave, tree.segment_ids, *tree.paths()]
     assert not any(x.is_inference() for x in [*tensors, *trace_mask_mod(mask).captured])
 
 
@@ -158,6 +159,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "a float tensor": (lambda: Tree(torch.tensor([-1.0]), [1]), r"parents must be integers \[N\]; got torch.float32"),
     "a tensor of bools": (lambda: Tree([-1], torch.tensor([True])), r"lengths must be integers \[N\]; got torch.bool"),
     "a batch of parents": (lambda: Tree(torch.tensor([[-1]]), [1]), r"parents must be integers \[N\]; .* \(1, 1\)"),
+    "a window of nothing": (lambda: cpflex.tree([-1], [3], window=0), "window must be an integer of at least 1; got 0"),
+    "a window of True": (
+        lambda: cpflex.tree([-1], [3], window=True),
+        "window must be an integer of at least 1; got True",
+    ),
     "lengths given twice": (lambda: cpflex.tree(Tree([-1], [2]), [2]), "a Tree has its lengths; pass it alone"),
 }
 
@@ -191,17 +197,35 @@ def test_intervals_settle_every_tile_of_a_tree_stored_depth_first(seed: int):
     assert np.array_equal(is_open, is_mixed)
 
 
-@pytest.mark.parametrize("window", [16, 200])
-def test_a_window_by_depth_leaves_open_only_tiles_where_branches_meet(window: int):
+@pytest.mark.parametrize("window", [16, 200, 1000])
+def test_intervals_settle_every_tile_of_a_window_along_its_paths(window: int):
+    for seed in range(6):
+        tree = depth_first(random_tree(seed, most_segments=30, longest=400))
+        is_open, is_mixed = left_open(cpflex.tree(tree, window=window), tree.num_tokens)
+        assert np.array_equal(is_open, is_mixed)
+
+
+def test_a_window_by_depth_leaves_open_tiles_where_branches_meet():
     """Segments of a few tiles. Branches of different depths share a tile where one ends: its bounds are those of both."""
     needless = mixed = 0
     for seed in range(6):
         tree = depth_first(random_tree(seed, most_segments=30, longest=400))
-        mask = cpflex.tree(tree) & cpflex.sliding_window(window, positions=tree.depths)
+        mask = cpflex.tree(tree) & cpflex.sliding_window(16, positions=tree.depths)
         is_open, is_mixed = left_open(mask, tree.num_tokens)
         assert not (is_mixed & ~is_open).any()
         needless, mixed = needless + int((is_open & ~is_mixed).sum()), mixed + int(is_mixed.sum())
-    assert needless <= 0.4 * mixed
+    assert 0 < needless <= 0.4 * mixed
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bounds_of_a_window_are_those_that_walks_find(seed: int):
+    tree = random_tree(seed)
+    steps = steps_up(tree)
+    for window in (1, 3, 6, 2**40):
+        first, leave = tree.reach(window)
+        sees = (steps >= 0) & (steps < window)
+        assert torch.equal(first, sees.int().argmax(dim=1))
+        assert torch.equal(leave, torch.where(sees, tree.enter[:, None], -1).amax(dim=0) + 1)
 
 
 # -- trees of drafted tokens

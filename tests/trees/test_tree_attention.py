@@ -55,10 +55,7 @@ class OnTree(Problem):
 
     @property
     def mask_mod(self):
-        whole = cpflex.tree(self.tree)
-        if self.window is None:
-            return whole
-        return whole & cpflex.sliding_window(self.window, positions=self.tree.depths)
+        return cpflex.tree(self.tree, window=self.window)
 
     def captured(self) -> list[Tensor]:
         _, shape = SCORES[self.bias]
