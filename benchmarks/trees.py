@@ -5,8 +5,9 @@
 
 Trees fork evenly, as rollouts of agents do that are continued from their turns: a prompt, then levels of segments of
 log-normal length, the last of which end the completions; all tokens together are the sequence. "star" is a prompt and
-its completions, no more. Windows are along the paths: those of `tree`, and beside them those by positions. Every row runs in a process of
-its own on one thread and reports the least of three times.
+its completions, no more. Windows are along the paths: those of `tree`,
+and beside them those by positions. Every row runs in a process of its own on one thread and reports the least of three
+times.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def test_many_chunks_are_one_dense_attention(problem: ChunkProblem):
     assert_right(problem, on_threads(problem))
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("problem", [SAMPLE[0], SAMPLE[8], SAMPLE[4], SAMPLE[9]], ids=str)
 def test_processes_compute_chunks(problem: ChunkProblem, request: pytest.FixtureRequest):
     processes: RankProcesses = request.getfixturevalue({2: "two_processes", 4: "four_processes"}[problem.world_size])

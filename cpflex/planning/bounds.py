@@ -73,7 +73,7 @@ def _ring_kernels_s(traffic: Traffic, machine: Machine, hops: tuple[int, int], b
     steps[: hops[1]] += touched[back]
     moved = np.minimum(steps, traffic.local_len).sum(axis=0) * _state_bytes(machine)
     if backward:
-        moved = moved + 2.0 * sum(hops) * traffic.local_len * 3.0 * machine.heads.grad_row_bytes
+        moved = moved + 2.0 * sum(hops) * traffic.shard_len * 3.0 * machine.heads.grad_row_bytes
     done = _products_s(traffic, machine, backward) + moved / (machine.device.memory_gb_per_s * 1e9)
     return float(done.max())
 
@@ -87,7 +87,7 @@ def _ring_links_s(traffic: Traffic, machine: Machine, hops: int, backward: bool)
     topology = machine.topology
     one_node = topology.num_nodes(traffic.world_size) == 1
     rate = topology.intra_gb_per_s if one_node else topology.nic_gb_per_s
-    return hops * traffic.local_len * _row_bytes(machine, backward) / (rate * 1e9)
+    return hops * traffic.shard_len * _row_bytes(machine, backward) / (rate * 1e9)
 
 
 def _straight_links_s(traffic: Traffic, machine: Machine, backward: bool) -> float:

@@ -53,8 +53,7 @@ def auto(layout: Layout, rank: int, needs: schedules.Needs) -> Schedule:
     """
     if hops_needed(needs.tokens) == 0:
         return replace(ring(layout, rank, needs), reason="no rank needs another's keys")
-    # of keys that are another sequence nothing is predicted yet
-    if needs.machine is None or not isinstance(needs, Needs) or needs.keys is not needs.layout:
+    if needs.machine is None or not isinstance(needs, Needs):
         return _by_rows(layout, rank, needs)
     choice = choice_of(needs)
     schedule = named_schedule(choice.best.name)
@@ -152,7 +151,7 @@ def _name(level: str, parts: tuple[int, ...]) -> str:
 
 def _rings(traffic: Traffic) -> list[str]:
     """Names of the rings that are considered, the one first that is better most often."""
-    moved = hops_needed(traffic.rows) * traffic.local_len * traffic.world_size
+    moved = hops_needed(traffic.rows) * traffic.shard_len * traffic.world_size
     return ["ring:both", "ring"] if traffic.rows.sum() * RING_EXCESS > moved else []
 
 

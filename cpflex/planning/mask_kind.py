@@ -13,10 +13,10 @@ from cpflex.mods.graph import Mod
 from cpflex.planning.choose import Choice, choose
 from cpflex.planning.earlier import Earlier, refuse_missing
 from cpflex.planning.idle import find_idle
-from cpflex.planning.needs import Needs, blocks_of, chunk_needs, classifier, tiles_of, whole_mask
+from cpflex.planning.needs import Needs, chunk_needs, classifier, tiles_of, traffic_by_block, whole_mask
 from cpflex.planning.squares import Squares
 from cpflex.planning.tables import make_tile_masks
-from cpflex.planning.traffic import Traffic, traffic_of
+from cpflex.planning.traffic import Traffic
 from cpflex.ring.schedule import Exchange, ScheduleFn, Step
 from cpflex.sharding.joined import Joined, Keys
 from cpflex.sharding.layout import ChunkNeeds, Layout, work_per_rank
@@ -100,8 +100,7 @@ class KindWork:
         """What ranks need under a layout, and the schedule that suits it; found once."""
         if (kind, table.key) not in self.known:
             assert self.machine is not None, "predictions are made of a machine"
-            tiles = blocks_of(table.chunk_len, table.num_chunks, table.start)
-            traffic = traffic_of(self.classifiers[kind], table, tiles)
+            traffic = traffic_by_block(self.classifiers[kind], table)
             self.known[kind, table.key] = traffic, choose(traffic, self.machine)
         return self.known[kind, table.key]
 

@@ -66,6 +66,15 @@ def tiles_of(layout: Keys) -> Axis:
     return Tiles(layout.chunk_len, layout.num_chunks, start=layout.start)
 
 
+def traffic_by_block(classify: Classify, layout: Layout, keys: Keys | None = None) -> Traffic:
+    """What all ranks compute and need; ``keys``: theirs, if they are not the queries' tokens."""
+    blocks = blocks_of(layout.chunk_len, layout.num_chunks, layout.start)
+    if keys is None:
+        return traffic_of(classify, layout, blocks)
+    key_tiles = tiles_of(keys)
+    return traffic_of(classify, layout, blocks, keys, key_tiles.in_blocks(block_len_of(key_tiles))[0])
+
+
 def whole_mask(classify: Classify, tiles: Tiles, keys: Axis | None = None) -> Squares:
     """The tiles of the whole mask that are not EMPTY; coarser squares where its boundary is too long for tiles."""
     return classify_squares(classify, tiles, most=MAX_SQUARES, keys=keys)
@@ -208,11 +217,7 @@ class Needs:
     @cached_property
     def traffic(self) -> Traffic:
         """What all ranks compute and need, by block."""
-        return traffic_of(self._classify, self.layout, self._blocks)
-
-    @property
-    def _blocks(self) -> Tiles:
-        return blocks_of(self.layout.chunk_len, self.layout.num_chunks, self.layout.start)
+        return traffic_by_block(self._classify, self.layout, None if self.keys is self.layout else self.keys)
 
     @cached_property
     def squares(self) -> Squares:

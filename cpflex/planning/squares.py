@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpflex.mods.intervals import FULL, PARTIAL
-from cpflex.tile_mask import Axis, Tiles
+from cpflex.tile_mask import Axis
 
 Classify = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(q_lo, q_hi, kv_lo, kv_hi), positions, inclusive -> verdicts EMPTY / PARTIAL / FULL."""
@@ -32,11 +32,14 @@ class Squares:
         sides = np.append(sides, np.ones_like(partial_rows))
         return np.append(rows, partial_rows), np.append(cols, partial_cols), sides
 
-    def rows(self, tiles: Tiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(row, first column, end column) of each row of each square, PARTIAL and FULL; squares overhang the last
-        tile.
-        """
-        return _lines(*self.all, tiles)
+    def rows(self, tiles: Axis, keys: Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row, first column, end column) of each row of each square, PARTIAL and FULL, cut off at the last tiles."""
+        rows, cols, sides = self.all
+        square, nth = repeat(sides)
+        row = rows[square] + nth
+        exists = row < tiles.num_tiles
+        row, square = row[exists], square[exists]
+        return row, cols[square], np.minimum(cols[square] + sides[square], keys.num_tiles)
 
 
 def classify_squares(
@@ -90,17 +93,6 @@ def _pyramid(values: np.ndarray, reduce: np.ufunc, side: int) -> dict[int, np.nd
         values = reduce.reduceat(values, np.arange(0, len(values), 2))
         levels[1 << level] = values
     return levels
-
-
-def _lines(
-    rows: np.ndarray, cols: np.ndarray, sides: np.ndarray, tiles: Tiles
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, first column, end column) of each row of each square, cut off at the last tile."""
-    square, nth = repeat(sides)
-    row = rows[square] + nth
-    exists = row < tiles.num_tiles
-    row, square = row[exists], square[exists]
-    return row, cols[square], np.minimum(cols[square] + sides[square], tiles.num_tiles)
 
 
 def repeat(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -135,7 +135,7 @@ def ring_both(traffic: Traffic) -> list[Stage]:
 def _rings(traffic: Traffic, hops: tuple[int, int]) -> list[Stage]:
     """So many hops each way; dK/dV follow one hop behind, then go home."""
     ranks, size = np.arange(traffic.world_size), traffic.world_size
-    shard = np.full(size, float(traffic.local_len))
+    shard = np.full(size, float(traffic.shard_len))
     flows: dict[tuple[int, ...], Flow] = {}
 
     def shift(*distances: int) -> Flow:
@@ -156,7 +156,7 @@ def _rings(traffic: Traffic, hops: tuple[int, int]) -> list[Stage]:
 def direct(traffic: Traffic) -> list[Stage]:
     """Needed rows straight from their owners, distances packed into stages of one shard."""
     stages, ranks = [own_stage(traffic)], np.arange(traffic.world_size)
-    for distances in pack_distances(traffic.rows, traffic.local_len):
+    for distances in pack_distances(traffic.rows, traffic.shard_len):
         owners = [(ranks - distance) % len(ranks) for distance in distances]
         flow = between(traffic.rows, np.tile(ranks, len(owners)), np.concatenate(owners))
         stage = _of_distances(traffic, distances, flow, flow.back)

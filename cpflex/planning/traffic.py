@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from cpflex.planning.squares import Classify, Squares, classify_squares
+from cpflex.sharding.joined import Keys
 from cpflex.sharding.layout import Layout
-from cpflex.tile_mask import Tiles
+from cpflex.tile_mask import Axis, Tiles
 
 RANKS_AT_ONCE = 64
 """Ranks whose rows are counted together, for the sake of memory."""
@@ -21,7 +23,8 @@ RANKS_AT_ONCE = 64
 class Traffic:
     """One mask kind under one layout, counted in blocks of keys, sorted by the rank that holds them."""
 
-    local_len: int
+    local_len: int  # queries of a rank
+    shard_len: int  # K/V rows of a rank
     owner: np.ndarray  # rank that holds each block, rising, int64 [blocks]
     length: np.ndarray  # tokens of each block, int64 [blocks]
     sees: np.ndarray  # rank r's queries see a key of the block, bool [world_size (r), blocks]
@@ -71,40 +74,62 @@ class Traffic:
         return float(work.max() / max(work.mean(), 1e-9))
 
 
-def traffic_of(classify: Classify, layout: Layout, tiles: Tiles) -> Traffic:
+def traffic_of(
+    classify: Classify, layout: Layout, tiles: Tiles, keys: Keys | None = None, key_tiles: Axis | None = None
+) -> Traffic:
     """Counted in ``tiles`` that are not EMPTY: those of the kernels, or larger blocks, which are never too few.
+
+    Args:
+        keys, key_tiles: where keys are and how they are cut, if they are not the queries' tokens.
 
     >>> traffic_of(classifier(mod, 1, 1), layout, Tiles(layout.chunk_len, layout.num_chunks))
     """
-    squares = classify_squares(classify, tiles)
-    owner = layout.owner[tiles.chunk]
+    queries = _Held.of(layout, tiles)
+    held = queries if keys is None or key_tiles is None else _Held.of(keys, key_tiles)
+    squares = classify_squares(classify, tiles, keys=held.tiles)
     rows, cols, sides = squares.full
     flipped = Squares((cols, rows, sides), (squares.partial[1], squares.partial[0]))
-    order = np.argsort(owner, kind="stable")
-    starts = np.searchsorted(owner[order], np.arange(layout.world_size))
-    seen, pairs = _counted(squares, tiles, owner, order, starts)
-    _, touched = _counted(flipped, tiles, owner, order, starts, once=True)
-    return Traffic(layout.local_len, owner[order], tiles.length[order], seen, pairs, touched.T.copy())
+    seen, pairs = _counted(squares, queries, held)
+    _, touched = _counted(flipped, held, queries, once=True)
+    shard_len = layout.local_len if keys is None else keys.local_len
+    return Traffic(
+        layout.local_len, shard_len, held.owner[held.order], held.tiles.length[held.order], seen, pairs,
+        touched.T.copy(),
+    )  # fmt: skip
 
 
-def _counted(
-    squares: Squares, tiles: Tiles, owner: np.ndarray, order: np.ndarray, starts: np.ndarray, *, once: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+class _Held(NamedTuple):
+    """Tiles of an axis, and the ranks that hold them."""
+
+    tiles: Axis
+    owner: np.ndarray  # of each tile, int64 [tiles]
+    order: np.ndarray  # of the tiles by owner, int64 [tiles]
+    starts: np.ndarray  # of each rank's in that order, int64 [world_size]
+
+    @classmethod
+    def of(cls, layout: Keys, tiles: Axis) -> _Held:
+        owner = layout.owner[tiles.chunk]
+        order = np.argsort(owner, kind="stable")
+        return cls(tiles, owner, order, np.searchsorted(owner[order], np.arange(layout.world_size)))
+
+
+def _counted(squares: Squares, lines: _Held, held: _Held, *, once: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Columns of the squares' rows, by the rank that holds the row: those that are covered, bool [ranks, tiles sorted
     by owner], and their tokens times the rows' tokens, or the tokens ``once``, int64 [ranks, ranks].
     """
-    row, first, end = squares.rows(tiles)
-    line, weight, width = owner[row], tiles.length[row], tiles.num_tiles
+    row, first, end = squares.rows(lines.tiles, held.tiles)
+    line, weight, width = lines.owner[row], lines.tiles.length[row], held.tiles.num_tiles
+    length, world_size = held.tiles.length[held.order], len(lines.starts)
     seen, totals = [], []
-    for begin in range(0, len(starts), RANKS_AT_ONCE):
-        ranks = min(RANKS_AT_ONCE, len(starts) - begin)
+    for begin in range(0, world_size, RANKS_AT_ONCE):
+        ranks = min(RANKS_AT_ONCE, world_size - begin)
         here = (line >= begin) & (line < begin + ranks)
         at = (line[here] - begin) * (width + 1)
         # each row of a square adds its tokens from its first column on, and takes them away after its last
         step = np.bincount(at + first[here], weight[here], ranks * (width + 1))
         step -= np.bincount(at + end[here], weight[here], ranks * (width + 1))
-        covering = step.reshape(ranks, -1).cumsum(axis=1).take(order, axis=1).astype(np.int64)
+        covering = step.reshape(ranks, -1).cumsum(axis=1).take(held.order, axis=1).astype(np.int64)
         seen.append(covering > 0)
-        tokens = np.where(seen[-1], tiles.length[order], 0) if once else covering * tiles.length[order]
-        totals.append(np.add.reduceat(tokens, starts, axis=1))
+        tokens = np.where(seen[-1], length, 0) if once else covering * length
+        totals.append(np.add.reduceat(tokens, held.starts, axis=1))
     return np.concatenate(seen), np.concatenate(totals)

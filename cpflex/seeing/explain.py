@@ -12,9 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from cpflex.mods.intervals import EMPTY, FULL, PARTIAL
-from cpflex.planning.needs import block_len_of, blocks_of, classifier, tiles_of
+from cpflex.planning.needs import block_len_of, classifier, tiles_of, traffic_by_block
 from cpflex.planning.predict import predict
-from cpflex.planning.traffic import traffic_of
 from cpflex.ring.named import named_schedule
 from cpflex.ring.schedule import most_rows
 from cpflex.seeing.doubts import doubts, holder
@@ -154,11 +153,11 @@ def _nodes(plan: Plan, kind: MaskKind, stats: dict[str, Any]) -> list[tuple[str,
 
 def _predicted(plan: Plan, kind: MaskKind) -> list[tuple[str, str]]:
     """What the schedule would take, if the machine is known and the schedule is one of cpflex's."""
-    if kind.machine is None or kind.keys is not None or named_schedule(kind.schedule) is None:
+    if kind.machine is None or named_schedule(kind.schedule) is None:
         return []
     layout, (batch_size, num_heads) = plan.outer, kind.sizes
     classify = classifier(kind.mask, batch_size or 1, num_heads or 1)
-    tables = traffic_of(classify, layout, blocks_of(layout.chunk_len, layout.num_chunks, layout.start))
+    tables = traffic_by_block(classify, layout, kind.keys)
     found = predict(kind.schedule, tables, kind.machine)
     forward, backward = (f"{1e3 * one.makespan:.2f} ms" for one in (found.forward, found.backward))
     waits = (

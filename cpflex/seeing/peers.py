@@ -163,7 +163,7 @@ def _ring_tables(scene: Scene, world_size: int) -> tuple[Traffic, float]:
     alike = np.full(every, local)
     blocks = np.arange(world_size)
     pairs = np.full(every, int(scene.total_pairs / world_size**2))
-    return Traffic(local, blocks, np.full(world_size, local), np.ones(every, bool), pairs, alike), padded
+    return Traffic(local, local, blocks, np.full(world_size, local), np.ones(every, bool), pairs, alike), padded
 
 
 def _padded(stages: Sequence[Stage], padded: float) -> list[Stage]:

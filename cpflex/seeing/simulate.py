@@ -188,7 +188,7 @@ def _ours(
 def _rule(traffic: Traffic) -> str:
     """What `auto` takes without a machine."""
     hops = hops_needed(traffic.rows)
-    return "direct" if traffic.rows.sum() / traffic.world_size < hops * traffic.local_len / 2 else "ring"
+    return "direct" if traffic.rows.sum() / traffic.world_size < hops * traffic.shard_len / 2 else "ring"
 
 
 def _strategy(label: str, found: Mapping[str, Prediction], workload: Workload) -> Strategy:

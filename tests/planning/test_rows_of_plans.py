@@ -41,13 +41,15 @@ PLANS = {"whole": _whole, "chunk": _chunk, "within a chunk": _within, "crossed":
 @pytest.mark.parametrize("name", MASKS)
 def test_row_bounds_of_a_plan_are_what_its_queries_see(name: str, of: str):
     mask = Problem(mask=name, seq_len=S, batch_size=B, heads="gqa").mask_mod
-    b, h = torch.arange(B).view(-1, 1, 1, 1), torch.arange(H).view(-1, 1, 1)
     whole = cpflex.make_plan(mask, S, batch_size=B, num_heads=H)
     for rank in range(2):
         plan = PLANS[of](mask, rank=rank, world_size=2, batch_size=B, num_heads=H)
         first_key = BEGIN if of == "within a chunk" else 0
         q, k = plan.positions.clamp(max=S - 1), torch.arange(first_key, S)
-        seen = torch.as_tensor(mask(b, h, q[:, None], k)) & (plan.positions < S)[:, None]
+        seen = torch.stack([  # one batch and head at a time: masks index tables by them, shift[b][h]
+            mask(torch.tensor(b), torch.tensor(h), q[:, None], k).expand(len(q), len(k))
+            for b in range(B) for h in range(H)
+        ]).view(B, H, len(q), len(k)) & (plan.positions < S)[:, None]  # fmt: skip
         if plan.row_bounds is None:
             assert whole.row_bounds is None, "a part of the queries or keys has bounds where all have"
             continue
