@@ -117,10 +117,10 @@ def attend(group: Any, problem: ChunkProblem, **options: Any) -> dict[str, Tenso
     return found | {"unproven": [plan.stats["unproven_tiles"] for plan in plans]}
 
 
-def on_threads(problem: ChunkProblem) -> list[dict[str, Any]]:
+def on_threads(problem: ChunkProblem, **options: Any) -> list[dict[str, Any]]:
     def on_rank(group: ThreadLinks) -> dict[str, Any]:
         with torch.autograd.set_multithreading_enabled(False):
-            return attend(group, problem)
+            return attend(group, problem, **options)
 
     return run_ranks(on_rank, world_size=problem.world_size)
 

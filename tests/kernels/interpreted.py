@@ -22,6 +22,7 @@ from triton._C.libtriton import interpreter as _interpreter
 import cpflex
 from another_process import another_process
 from cases import DIMS, DTYPES, Problem
+from chunk_cases import ChunkProblem, assert_right, on_threads
 from cpflex.kernels import (
     Call,
     State,
@@ -223,6 +224,11 @@ def check_public_call() -> None:
     for found, expected in zip(fused, twin, strict=True):
         for name, x, y in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
             _assert_close(name, x, y, rtol=1e-5, atol=5e-6)
+
+
+def check_chunks(problem: ChunkProblem) -> None:
+    """Keys of earlier chunks and of the own one, pads in between, reach fused kernels as one tensor."""
+    assert_right(problem, on_threads(problem, kernel_options={"backend": "triton"}))
 
 
 def check_grid() -> None:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cpflex
 from cases import Problem, pairwise
+from chunk_cases import ChunkProblem
 from cpflex import kernels
 from cpflex.kernels import Call, require_support, tuning
 from cpflex.testing import run_ranks
@@ -54,6 +55,15 @@ def test_fused_kernels_equal_their_twin_and_the_oracle(run: Run, problem: Proble
 
 def test_ranks_on_the_cpu_may_ask_for_fused_kernels(run: Run):
     run(interpreted.check_public_call)
+
+
+@pytest.mark.by_day(12)
+@pytest.mark.parametrize("problem", [
+    ChunkProblem("window and sinks", (0, 40, 70)),
+    ChunkProblem("by head", (0, 40, 41, 60), "zigzag", "ring"),
+], ids=str)  # fmt: skip
+def test_fused_kernels_compute_chunks(run: Run, problem: ChunkProblem):
+    run(interpreted.check_chunks, problem)
 
 
 @pytest.mark.by_day(9)
