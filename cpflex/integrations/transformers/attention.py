@@ -158,6 +158,7 @@ def _with_global_temperature(module: Any, query: Tensor, mask: PlanMask) -> Tens
     """
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
+    plan = mask.plan
     if plan.start:
         raise NotImplementedError(
             f"this model scales queries by their index in the call, and the plan is of a chunk that starts at "
@@ -168,7 +169,6 @@ def _with_global_temperature(module: Any, query: Tensor, mask: PlanMask) -> Tens
         steps = torch.floor((positions.float() + 1.0) / module.floor_scale)
         return torch.log1p(steps) * module.attn_scale + 1.0
 
-    plan = mask.plan
     positions = plan.positions if mask.position_ids is None else plan.shard(mask.position_ids[0], dim=0, pad_value=0)
     ratio = temperature(positions.to(query.device)) / temperature(torch.arange(plan.local_len, device=query.device))
     return (query.float() * ratio[:, None]).to(query.dtype)
