@@ -213,6 +213,11 @@ REFUSALS = {
         r"must be a cpflex\.trees\.Tree",
     ),
     "a tree and documents": (lambda: tree_plan(lengths=[83]), ValueError, "exactly one of"),
+    "models of positions in three dimensions on a tree": (
+        lambda: plan_for(transformers.Qwen2_5_VLConfig(), tree=TREE, verified_only=False),
+        NotImplementedError,
+        "more than text",
+    ),
     "functions of pairs on a tree": (
         lambda: tree_plan(or_mask_function=lambda b, h, q, k: q == k),
         NotImplementedError,

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from cpflex import document, sliding_window, tree
-from cpflex.integrations.transformers import multimodal
+from cpflex.integrations.transformers import classes, multimodal
 from cpflex.integrations.transformers.heads import WHOLE
 from cpflex.integrations.transformers.masks import recurrent_types
 from cpflex.masks import MaskMod
@@ -64,7 +64,8 @@ def refuse_to_plan(
 
     Raises:
         ValueError: no `Tree`.
-        NotImplementedError: layers that mix tokens outside of attention; functions of pairs; images.
+        NotImplementedError: layers that mix tokens outside of attention; models of more than text that were not
+            compared on trees; functions of pairs; images.
     """
     if not isinstance(found, Tree):
         raise ValueError(f"tree must be a cpflex.trees.Tree, as packed.tree is; got {type(found).__name__}")
@@ -73,6 +74,11 @@ def refuse_to_plan(
             f"{config.model_type}: layers that mix tokens outside of attention, {kinds}, are not supported on a tree: "
             "to them the token before is the one that is stored before, of a sibling; pass a document for each "
             "sequence, as lengths="
+        )
+    if config.get_text_config() is not config and config.model_type not in classes.VERIFIED:
+        raise NotImplementedError(
+            f"{config.model_type}: a model of more than text, whose positions may have three dimensions, is not "
+            "supported on a tree; pass a document for each sequence, as lengths="
         )
     if given := sorted(name for name, function in functions.items() if function is not None):
         raise NotImplementedError(f"{given} are not supported on a tree: transformers knows no depths")
