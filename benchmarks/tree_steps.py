@@ -1,7 +1,7 @@
 """A training step on a tree beside the same step on its completions, each with its prompt: on two gloo ranks of a CPU.
 
-    python benchmarks/tree_steps.py                     writes results/trees.json
-    python benchmarks/tree_steps.py --quick             one small row
+    python benchmarks/trees.py                     writes results/trees.json
+    python benchmarks/trees.py --only 4            rows with four completions
 
 Separate completions are packed one after another, as documents, in one sequence that the two ranks share: the same
 attention, ranks and balance, without the tree. Of both are timed, forward and backward, one attention layer and a whole
@@ -15,15 +15,13 @@ measured over that one.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,10 +40,8 @@ from cpu_peers import machine
 from model import Shape, Transformer
 
 NUM_RANKS = 2
-ROWS = [
-    (length, size, shared) for length, size in ((4096, 4), (2048, 16), (2048, 64)) for shared in (0.3, 0.6, 0.9, 0.97)
-]
-"""(tokens of a prompt and a completion, completions, part of those tokens that is the prompt)"""
+ROWS = [(length, size, shared) for length, size in ((4096, 4), (2048, 16), (2048, 64)) for shared in (0.3, 0.75, 0.97)]
+"""(mean tokens of a prompt and a completion, completions, part of those tokens that is the prompt)"""
 
 HEADS, HEAD_DIM, LAYERS, VOCAB = 2, 32, 2, 256
 TOLERANCE = 1e-4
@@ -64,15 +60,21 @@ class Batch(NamedTuple):
 
 
 def drawn(length: int, size: int, shared: float) -> tuple[list[int], list[list[int]]]:
-    """A prompt and completions; nothing but the prompt is shared."""
+    """A prompt, and completions of half to one and a half times their mean length that share nothing else."""
     random = torch.Generator().manual_seed(0)
     prompt_len = round(shared * length)
-    completions = torch.randint(VOCAB, (size, length - prompt_len), generator=random)
-    completions[:, 0] = torch.arange(size)
-    return torch.randint(VOCAB, (prompt_len,), generator=random).tolist(), completions.tolist()
+    lengths = (
+        ((0.5 + torch.linspace(0, 1, size)) * (length - prompt_len))
+        .round()
+        .int()[torch.randperm(size, generator=random)]
+    )
+    prompt, *completions = (
+        torch.randint(VOCAB, (n,), generator=random).tolist() for n in (prompt_len, *lengths.tolist())
+    )
+    return prompt, [[first, *rest[1:]] for first, rest in enumerate(completions)]
 
 
-def as_tree(prompt: list[int], completions: list[list[int]], group: dist.ProcessGroup) -> Batch:
+def as_tree(prompt: list[int], completions: list[list[int]], group: dist.ProcessGroup | None) -> Batch:
     packed = trees.pack([(prompt, completions)])
     plan = cpflex.make_plan(cpflex.tree(packed.tree), packed.seq_len, group)
     shard = packed.shard(plan)
@@ -83,23 +85,26 @@ def as_tree(prompt: list[int], completions: list[list[int]], group: dist.Process
     return Batch(packed.seq_len, trees.pairs_of(packed.tree), plan, shard.tokens, shard.position_ids, share)
 
 
-def as_documents(prompt: list[int], completions: list[list[int]], group: dist.ProcessGroup) -> Batch:
-    length = len(prompt) + len(completions[0])
-    rows = torch.tensor([prompt + completion for completion in completions])
-    labels = rows.roll(-1, dims=1)
-    labels[:, : len(prompt) - 1] = IGNORE_INDEX
-    labels[:, -1] = IGNORE_INDEX
-    cu_seqlens = torch.arange(len(rows) + 1) * length
-    plan = cpflex.make_plan(cpflex.causal() & cpflex.document(cu_seqlens=cu_seqlens), rows.numel(), group)
+def as_documents(prompt: list[int], completions: list[list[int]], group: dist.ProcessGroup | None) -> Batch:
+    documents = [torch.tensor(prompt + completion) for completion in completions]
+    labels = [document.roll(-1) for document in documents]
+    for label in labels:
+        label[: len(prompt) - 1] = IGNORE_INDEX
+        label[-1] = IGNORE_INDEX
+    lengths = torch.tensor([len(document) for document in documents])
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    seq_len = int(lengths.sum())
+    plan = cpflex.make_plan(cpflex.causal() & cpflex.document(cu_seqlens=cu_seqlens), seq_len, group)
+    places = [torch.arange(len(document)) for document in documents]
     tokens, position_ids, local_labels = (
-        plan.shard(x.flatten(), dim=0, pad_value=pad)
-        for x, pad in ((rows, 0), (torch.arange(length).repeat(len(rows)), 0), (labels, IGNORE_INDEX))
+        plan.shard(torch.cat(x), dim=0, pad_value=pad)
+        for x, pad in ((documents, 0), (places, 0), (labels, IGNORE_INDEX))
     )
 
     def share(logits: Tensor) -> Tensor:
         return cross_entropy(logits[0], local_labels, group)
 
-    return Batch(rows.numel(), len(rows) * length * (length + 1) // 2, plan, tokens, position_ids, share)
+    return Batch(seq_len, int((lengths * (lengths + 1) // 2).sum()), plan, tokens, position_ids, share)
 
 
 BATCHES = {"tree": as_tree, "separate": as_documents}
@@ -209,33 +214,22 @@ def _rank(rank: int, row: tuple[int, int, float], repeats: int, folder: str) -> 
     dist.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small row, which is not written")
-    parser.add_argument("--only", nargs="*", type=int, help="completions of the rows to measure (all)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "trees.json")
-    options = parser.parse_args()
-    described, rows = machine(), []
-    chosen = [row for row in ROWS if not options.only or row[1] in options.only]
-    for row in [(1024, 8, 0.75)] if options.quick else chosen:
-        rows.append(in_own_processes(row, options.repeats))
-        print(show(rows[-1]), flush=True)
-    if options.quick:
-        return
+def measure_all(only: Sequence[int], repeats: int, out: Path) -> None:
+    """Rows with as many completions as ``only`` says, or all; each is printed and written when it is known."""
     record = {
-        "command": "python " + " ".join(["benchmarks/tree_steps.py", *sys.argv[1:]]),
+        "command": "python " + " ".join(["benchmarks/trees.py", *sys.argv[1:]]),
         "commit": subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
         ).stdout.strip(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cpflex": cpflex.__version__},
-        "machine": {**described, "cores": os.cpu_count()},
+        "machine": machine(),
         "setting": f"{NUM_RANKS} gloo ranks of one thread, fp32, {HEADS} heads of {HEAD_DIM}, {LAYERS} layers",
-        "rows": rows,
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {options.out}")
-
-
-if __name__ == "__main__":
-    main()
+    rows = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for row in ROWS:
+        if not only or row[1] in only:
+            rows.append(in_own_processes(row, repeats))
+            print(show(rows[-1]), flush=True)
+            out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+    print(f"wrote {out}")

