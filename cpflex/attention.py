@@ -91,7 +91,8 @@ def flex_attention(
         return_lse: also return lse; ``return_aux=AuxRequest(lse=True)`` is torch's newer spelling.
         kernel_options: {"backend": "triton"}, fused kernels, or {"backend": "reference"}, plain torch on any device;
             torch's spelling, {"BACKEND": "TRITON"}, is the same. None, or {"BACKEND": "AUTO"}: triton for CUDA tensors
-            (sm_80 or later, head dims up to 256), reference for others.
+            (sm_80 or later, head dims up to 256), reference for others. {"BACKEND": "GLUON"}: on sm_90, the forward
+            kernels written for it, for the head dims that they have; no GPU has run them yet.
         return_aux: ``AuxRequest(lse=True, max_scores=True)``: also return either, or both.
 
     Returns:
@@ -328,7 +329,7 @@ def _backend(kernel_options: dict[str, Any] | None) -> str:
         return ""
     backend = asked[0].lower() if isinstance(asked[0], str) else asked[0]
     if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be 'triton', 'reference' or 'auto'; got {asked[0]!r}")
+        raise ValueError(f"backend must be 'triton', 'gluon', 'reference' or 'auto'; got {asked[0]!r}")
     return "" if backend == "auto" else backend
 
 

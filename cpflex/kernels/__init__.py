@@ -3,7 +3,8 @@ backend of the call.
 
 Two backends, the same functions: plain torch (`reference`, `pages`), the default for CPU tensors, and fused Triton
 kernels (`forward`, `backward`, `decode`, `combining`), the default for CUDA tensors, imported when first needed. What
-the kernels cannot do they refuse; nothing falls back to the other backend.
+the kernels cannot do they refuse; nothing falls back to the other backend. A third, "gluon", is the second with the
+kernels of sm_90 (`hopper_forward`) wherever `tuning.HOPPER` has a row for them.
 
 The code that a mod becomes inside the kernels can be read:
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,9 +70,7 @@ def attend(
 ) -> None:
     """Continue ``state`` with the visiting keys, in place."""
     if _is_fused(q, call.backend):
-        from cpflex.kernels import forward
-
-        forward.attend(q, k, v, tile_mask, call, state)
+        _forward(q, k, v, call).attend(q, k, v, tile_mask, call, state)
     else:
         reference.attend(q, k, v, tile_mask, call, state)
 
@@ -90,9 +90,7 @@ def attend_and_finish(
         S] fp32 if the call wants it, else [0]; 0, -inf and -inf for a query that saw no key.
     """
     if _is_fused(q, call.backend):
-        from cpflex.kernels import forward
-
-        return forward.attend_and_finish(q, k, v, tile_mask, call, state)
+        return _forward(q, k, v, call).attend_and_finish(q, k, v, tile_mask, call, state)
     state = empty(q, v.shape[-1]) if state is None else state
     reference.attend(q, k, v, tile_mask, call, state)
     return *finish(state, q.dtype), state.m if call.wants_max else state.m.new_empty(0)
@@ -146,9 +144,10 @@ def require_support(q: Tensor, v_dim: int, call: Call) -> None:
     """Raise what the forward kernels of this call would raise when launched, while no rank has sent anything yet.
 
     Raises:
-        ValueError: an unknown backend, or "triton" for CPU tensors.
+        ValueError: an unknown backend, or "triton" or "gluon" for CPU tensors.
         NotImplementedError: "triton", asked for or chosen, cannot: no Triton, another GPU than NVIDIA's from sm_80 on,
-            a head dim above 256, or an operation in a mod that has no Triton form.
+            a head dim above 256, or an operation in a mod that has no Triton form; or "gluon" on another GPU than
+            sm_90.
     """
     kind = ("supported", q.device, q.shape[3], v_dim)
     if kind in call.decided:
@@ -158,6 +157,8 @@ def require_support(q: Tensor, v_dim: int, call: Call) -> None:
         from cpflex.mods import triton_source
 
         tuning.require_support(q.device, max(q.shape[3], v_dim))
+        if call.backend == "gluon":
+            tuning.require_gluon(q.device)
         triton_source.mask_function(call.mask.graph)
         if call.score_graph is not None:
             triton_source.score_function(call.score_graph)
@@ -186,7 +187,7 @@ def prepare(
     if q.is_cuda and _is_fused(q, call.backend):
         from cpflex.kernels import ahead
 
-        ahead.compile_call(q, k, v, tile_mask, call, passes, gradients)
+        ahead.compile_call(_forward(q, k, v, call), q, k, v, tile_mask, call, passes, gradients)
 
 
 def attend_pages(
@@ -244,6 +245,23 @@ def prepare_pages(q: Tensor, k: Tensor, v: Tensor, work: PageWork, call: Call) -
         ahead.compile_pages(q, k, v, work, call)
 
 
+def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:
+    """The module of the forward kernel. With "gluon", that of sm_90 if `tuning.HOPPER` has a row; no tensor descriptor
+    can be of no keys.
+    """
+    if call.backend == "gluon":
+        from cpflex.kernels import tuning
+
+        if k.shape[2] and tuning.hopper_row("forward", q.shape[3], v.shape[3], q.dtype) is not None:
+            tuning.require_gluon(q.device)
+            from cpflex.kernels import hopper_forward
+
+            return hopper_forward
+    from cpflex.kernels import forward
+
+    return forward
+
+
 def _is_fused(q: Tensor, backend: str | None) -> bool:
     backend = backend or ("triton" if q.is_cuda else "reference")
     if backend not in BACKENDS:
@@ -251,13 +269,13 @@ def _is_fused(q: Tensor, backend: str | None) -> bool:
     if backend == "reference":
         return False
     if find_spec("triton") is None:
-        raise NotImplementedError("backend 'triton' needs the package triton, which is not installed" + OTHERWISE)
+        raise NotImplementedError(f"backend {backend!r} needs the package triton, which is not installed" + OTHERWISE)
     if not q.is_cuda:
         from cpflex.kernels.launch import INTERPRETED
 
         if not INTERPRETED:
             raise ValueError(
-                f"backend 'triton' needs CUDA tensors; got {q.device} - pass backend='reference', or set "
+                f"backend {backend!r} needs CUDA tensors; got {q.device} - pass backend='reference', or set "
                 "TRITON_INTERPRET=1 before the first attention"
             )
     return True

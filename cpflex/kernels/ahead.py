@@ -5,6 +5,7 @@ others waiting.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from cpflex.kernels.backward import attend_backward
 from cpflex.kernels.call import Call
 from cpflex.kernels.combining import combine
 from cpflex.kernels.decode import attend_pages
-from cpflex.kernels.forward import attend, attend_and_finish
 from cpflex.kernels.launch import generated, on_device_of
 from cpflex.kernels.pages import PageWork, empty_partials
 from cpflex.kernels.state import State
@@ -24,6 +24,7 @@ from cpflex.tile_mask import TileMask
 
 
 def compile_call(
+    forward: Any,  # the module of its kernel
     q: Tensor,  # [B, Hq, S, D]
     k: Tensor,  # [B, H, S, D]
     v: Tensor,  # [B, H, S, Dv]
@@ -45,9 +46,9 @@ def compile_call(
         rows, state = q.shape[:-1], None
         if "attend" in passes:
             state = State(unset(*rows, v.shape[-1]), unset(*rows), unset(*rows))
-            attend(q, k, v, tile_mask, call, state)
+            forward.attend(q, k, v, tile_mask, call, state)
         if "attend_and_finish" in passes:
-            attend_and_finish(q, k, v, tile_mask, call, state)
+            forward.attend_and_finish(q, k, v, tile_mask, call, state)
         if gradients is not None:
             grad_out, lse = unset(*rows, v.shape[-1], dtype=q.dtype), unset(*rows)
             dq, d_captured = unset(*q.shape, dtype=gradients), [unset(*call.captured[i].shape) for i in call.wanted]
@@ -55,7 +56,7 @@ def compile_call(
 
     functions = (mod.function for mod in generated(call, backward=gradients is not None))
     with on_device_of(q):
-        fitting.fit((*kind, q.device, call.wanted, call.wants_max, *functions), compile_all)
+        fitting.fit((*kind, q.device, forward.__name__, call.wanted, call.wants_max, *functions), compile_all)
     call.decided[kind] = True
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from cpflex.mods.graph import Graph, Mod
 from cpflex.mods.vjp import Vjp, vjp
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("triton", "gluon", "reference")
 OTHERWISE = '; pass kernel_options={"backend": "reference"}'
 """What to do where the fused kernels cannot."""
+OR_PORTABLE = '; pass kernel_options={"backend": "triton"}'
+"""What to do where those of one architecture cannot."""
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,8 @@ class Decided(NamedTuple):
     """What the launches of one kernel have in common, step by step and call by call."""
 
     kind: fitting.Kind
-    config: tuning.KernelConfig
+    config: Any
+    """The row of `tuning`."""
     heads: Heads
     mods: tuple[Any, ...]
     """The scale and `Mods`."""

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cpflex.kernels.call import OTHERWISE
+from cpflex.kernels.call import OR_PORTABLE, OTHERWISE
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,34 @@ FP32: Rows = {  # any GPU: no tensor cores (tf32 is not fp32), so each thread ho
     ("decode", 128): KernelConfig(32, 16, 8, 1),
     ("decode", 256): KernelConfig(16, 16, 8, 1),
 }
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """How a Gluon kernel of sm_90 cuts its work, for two consumers of 64 queries each, and what it has buffers for."""
+
+    block_kv: int
+    k_stages: int
+    v_stages: int
+    registers: int = 240
+    """A thread of a consumer."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As a launch takes them."""
+        stages = {"BLOCK_KV": self.block_kv, "K_STAGES": self.k_stages, "V_STAGES": self.v_stages}
+        return stages | {"REGISTERS": self.registers, "num_warps": 4}
+
+
+HOPPER: dict[tuple[str, int, int], HopperConfig] = {  # head dims of q and of v; what is not here has portable kernels
+    ("forward", 64, 64): HopperConfig(128, 2, 3),
+    ("forward", 96, 96): HopperConfig(128, 2, 3),
+    ("forward", 128, 128): HopperConfig(128, 2, 3),
+    ("forward", 192, 128): HopperConfig(64, 2, 3),
+    ("forward", 256, 256): HopperConfig(64, 2, 2),
+}
+"""Asked for by ``kernel_options={"BACKEND": "GLUON"}`` until a GPU has proven them."""
+
 INTERPRETED = KernelConfig(64, 64, 4, 1, pieces=True)
 """On the CPU: two blocks to a tile, on both axes, so that tests see them."""
 
@@ -166,6 +194,24 @@ def lookup(which: str, q: Tensor, v: Tensor) -> KernelConfig:
     if (capability := capability_of(q.device)) == 0:
         return INTERPRETED
     return rows_for(capability, q.dtype)[which, next(width for width in WIDTHS if head_dim <= width)]
+
+
+def hopper_row(which: str, head_dim: int, v_dim: int, dtype: torch.dtype) -> HopperConfig | None:
+    """The row of HOPPER, or None: the portable kernel then serves what asked for Gluon."""
+    return HOPPER.get((which, head_dim, v_dim)) if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def require_gluon(device: torch.device) -> None:
+    """
+    Raises:
+        NotImplementedError: another GPU than sm_90, or a Triton whose Gluon has no warp specialisation.
+    """
+    if (capability := capability_of(device)) != 90:
+        name = "not an sm_90 GPU" if capability < 80 else f"sm_{capability}"
+        raise NotImplementedError(f"backend 'gluon' needs sm_90 (H100, H200); {device} is {name}{OR_PORTABLE}")
+    if triton_release() < (3, 6):
+        release = ".".join(map(str, triton_release()))
+        raise NotImplementedError(f"backend 'gluon' needs Triton 3.6 or later; this is {release}{OR_PORTABLE}")
 
 
 def require_support(device: torch.device, head_dim: int) -> None:

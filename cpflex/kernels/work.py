@@ -36,6 +36,8 @@ class Blocks(NamedTuple):
     rows_are: str
     rows: int
     cols: int
+    consecutive: bool = False
+    """Columns of a run have consecutive positions: one that goes on in another chunk is cut in two."""
 
 
 class Work(NamedTuple):
@@ -73,6 +75,11 @@ def work_by_query(tile_mask: TileMask, block_q: int, block_kv: int) -> Work:
     return _work(tile_mask, Blocks("query", block_q, block_kv))
 
 
+def work_of_consecutive_keys(tile_mask: TileMask, block_q: int, block_kv: int) -> Work:
+    """Blocks of queries that walk over keys; the positions of a run follow from that of its first key."""
+    return _work(tile_mask, Blocks("query", block_q, block_kv, consecutive=True))
+
+
 def work_by_key(tile_mask: TileMask, block_kv: int, block_q: int) -> Work:
     """Blocks of keys that walk over queries."""
     return _work(tile_mask, Blocks("key", block_kv, block_q))
@@ -106,12 +113,13 @@ def foreseen_blocks(device: torch.device) -> list[Blocks]:
 
 def work_tables(tile_masks: Sequence[TileMask], wanted: Iterable[Blocks]) -> list[WorkTable]:
     """The work of all steps, for each way to cut it."""
-    sides: dict[str, _Side] = {}
+    sides: dict[tuple[str, bool], _Side] = {}
     tables = []
     for blocks in wanted:
-        if blocks.rows_are not in sides:
-            sides[blocks.rows_are] = _side(tile_masks, blocks.rows_are)
-        tables.append(_work_table(sides[blocks.rows_are], blocks))
+        which = blocks.rows_are, blocks.consecutive
+        if which not in sides:
+            sides[which] = _side(tile_masks, *which)
+        tables.append(_work_table(sides[which], blocks))
     return tables
 
 
@@ -126,7 +134,7 @@ class _Side(NamedTuple):
     num_steps: int
 
 
-def _side(tile_masks: Sequence[TileMask], rows_are: str) -> _Side:
+def _side(tile_masks: Sequence[TileMask], rows_are: str, consecutive: bool) -> _Side:
     by_query = rows_are == "query"
     rows, cols = (
         [_int64(s) for s in starts] for starts in zip(*((m.q_starts, m.kv_starts) for m in tile_masks), strict=True)
@@ -134,16 +142,32 @@ def _side(tile_masks: Sequence[TileMask], rows_are: str) -> _Side:
     if not by_query:
         rows, cols = cols, rows
     num_tiles = [len(starts) - 1 for starts in rows]
+    jumps = None
+    if consecutive:
+        firsts = [m.kv_first if by_query else m.q_first for m in tile_masks]
+        jumps = [_jumps(first, starts) for first, starts in zip(firsts, cols, strict=True)]
     full, partial = (
-        _tokens([getattr(m, name if by_query else f"{name}_by_kv") for m in tile_masks], cols)
+        _tokens([getattr(m, name if by_query else f"{name}_by_kv") for m in tile_masks], cols, jumps)
         for name in ("full", "partial")
     )
     first, end = np.concatenate([x[:-1] for x in rows]), np.concatenate([x[1:] for x in rows])
     return _Side(np.repeat(np.arange(len(rows)), num_tiles), first, end, full, partial, len(rows))
 
 
-def _tokens(runs: Sequence[Runs], starts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row tile, first token, end token) of each run; row tiles are counted over all steps, tokens from 0 in each."""
+def _jumps(first: Tensor, starts: np.ndarray) -> np.ndarray:
+    """Tiles whose first position is not the one after the last of the tile before."""
+    shift = _int64(first) - starts[:-1]
+    return np.flatnonzero(np.diff(shift)) + 1
+
+
+def _tokens(
+    runs: Sequence[Runs], starts: Sequence[np.ndarray], jumps: Sequence[np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row tile, first token, end token) of each run; row tiles are counted over all steps, tokens from 0 in each.
+
+    Args:
+        jumps: tiles of each step at which a run is cut.
+    """
     offsets = np.concatenate([np.diff(_int64(r.offsets)) for r in runs])
     first, count = (np.concatenate([_int64(getattr(r, name)) for r in runs]) for name in ("first", "count"))
     lengths = [len(x) for x in starts]
@@ -151,7 +175,25 @@ def _tokens(runs: Sequence[Runs], starts: Sequence[np.ndarray]) -> tuple[np.ndar
     all_starts = np.concatenate(starts)
     begin: np.ndarray = first + base
     end: np.ndarray = begin + count
-    return np.repeat(np.arange(len(offsets)), offsets), all_starts[begin], all_starts[end]
+    row = np.repeat(np.arange(len(offsets)), offsets)
+    if jumps is not None:
+        cuts = np.concatenate([jump + at for jump, at in zip(jumps, np.cumsum(lengths) - lengths, strict=True)])
+        row, begin, end = _cut(row, begin, end, cuts)
+    return row, all_starts[begin], all_starts[end]
+
+
+def _cut(
+    row: np.ndarray, begin: np.ndarray, end: np.ndarray, cuts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs ``begin : end`` of rows, cut wherever one of ``cuts``, which rise, is inside."""
+    low, high = np.searchsorted(cuts, begin, side="right"), np.searchsorted(cuts, end, side="left")
+    pieces = high - low + 1
+    run = np.repeat(np.arange(len(row)), pieces)
+    nth = np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    at = np.append(cuts, 0)
+    firsts = np.where(nth == 0, begin[run], at[np.maximum(low[run] + nth - 1, 0)])
+    ends = np.where(nth == pieces[run] - 1, end[run], at[np.minimum(low[run] + nth, len(cuts))])
+    return row[run], firsts, ends
 
 
 def _int64(x: Tensor) -> np.ndarray:

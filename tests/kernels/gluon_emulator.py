@@ -167,7 +167,7 @@ class _Program:
                     raise Fault(f"{me.name} ends while products are under way")
         except _Stopped:
             pass
-        except BaseException as fault:
+        except BaseException as fault:  # noqa: BLE001 - raised again in the thread of the launch
             self.stop(fault)
         me.done = True
         if (chosen := self.choose()) is not None:
@@ -677,6 +677,7 @@ class Emulated:
     Args:
         stand_ins: by the name of a function that the kernel calls: what is run in its place. For inline assembly.
         mods: by the function that is an argument of the kernel: what is called in its place.
+        edits: of its source: what is written in place of what, once. For faults that are planted.
         haste: how likely it is that something lands before somebody goes on.
     """
 
@@ -686,12 +687,14 @@ class Emulated:
         seed: int,
         stand_ins: Mapping[str, Callable[..., Any]] | None = None,
         mods: Mapping[Any, Callable[..., Any]] | None = None,
+        edits: Mapping[str, str] | None = None,
         haste: float = 0.3,
     ) -> None:
         self.names = kernel.arg_names
         self.seed, self.haste, self.mods = seed, haste, mods or {}
-        self.translate = _Translator(stand_ins or {})
+        self.translate = _Translator(stand_ins or {}, edits or {})
         self.kernel = self.translate(kernel)
+        assert not self.translate.edits, f"not in the source: {list(self.translate.edits)}"
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
@@ -716,9 +719,9 @@ class Emulated:
 class _Translator:
     """Device functions as Python runs them, with the emulated language under their names."""
 
-    def __init__(self, stand_ins: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, stand_ins: Mapping[str, Callable[..., Any]], edits: Mapping[str, str]) -> None:
         self.done: dict[Any, Callable[..., Any]] = {}
-        self.stand_ins = stand_ins
+        self.stand_ins, self.edits = stand_ins, dict(edits)
         self.known: dict[int, Any] = {id(triton.language): Language}
         rooms = (hopper, Hopper), (hopper.tma, Tma), (hopper.mbarrier, Mbarrier), (gluon_language, Language)
         for real, emulated in rooms:
@@ -730,22 +733,23 @@ class _Translator:
     def __call__(self, function: JITFunction) -> Callable[..., Any]:
         if function not in self.done:
             python = function.fn
-            if python.__name__ in self.stand_ins:
-                self.done[function] = self.stand_ins[python.__name__]
-            else:
-                lines, first = inspect.getsourcelines(python)
-                tree = _Plain().visit(ast.parse(textwrap.dedent("".join(lines))))
-                code = compile(
-                    ast.fix_missing_locations(ast.increment_lineno(tree, first - 1)), inspect.getfile(python), "exec"
-                )
-                names: dict[str, Any] = {"__builtins__": __builtins__}
-                exec(code, names)
-                self.done[function] = names[python.__name__]
-                names.update(
-                    {name: self.of(value) for name, value in python.__globals__.items() if name in _used(code)}
-                )
-                names[python.__name__] = self.done[function]
+            stand_in = self.stand_ins.get(python.__name__)
+            self.done[function] = self._translated(python) if stand_in is None else stand_in
         return self.done[function]
+
+    def _translated(self, python: Callable[..., Any]) -> Callable[..., Any]:
+        """Errors are shown where they are in the file."""
+        lines, first = inspect.getsourcelines(python)
+        text = textwrap.dedent("".join(lines))
+        for old in [old for old in self.edits if old in text]:
+            text = text.replace(old, self.edits.pop(old), 1)
+        tree = ast.increment_lineno(_Plain().visit(ast.parse(text)), first - 1)
+        code = compile(ast.fix_missing_locations(tree), inspect.getfile(python), "exec")
+        names: dict[str, Any] = {"__builtins__": __builtins__}
+        exec(code, names)
+        used = _used(code) - {python.__name__}
+        names.update({name: self.of(value) for name, value in python.__globals__.items() if name in used})
+        return names[python.__name__]
 
     def of(self, value: Any) -> Any:
         if isinstance(value, JITFunction):
