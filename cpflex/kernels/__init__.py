@@ -70,7 +70,7 @@ def attend(
 ) -> None:
     """Continue ``state`` with the visiting keys, in place."""
     if _is_fused(q, call.backend):
-        _forward(q, k, v, call).attend(q, k, v, tile_mask, call, state)
+        _forward(q, v, call).attend(q, k, v, tile_mask, call, state)
     else:
         reference.attend(q, k, v, tile_mask, call, state)
 
@@ -90,7 +90,7 @@ def attend_and_finish(
         S] fp32 if the call wants it, else [0]; 0, -inf and -inf for a query that saw no key.
     """
     if _is_fused(q, call.backend):
-        return _forward(q, k, v, call).attend_and_finish(q, k, v, tile_mask, call, state)
+        return _forward(q, v, call).attend_and_finish(q, k, v, tile_mask, call, state)
     state = empty(q, v.shape[-1]) if state is None else state
     reference.attend(q, k, v, tile_mask, call, state)
     return *finish(state, q.dtype), state.m if call.wants_max else state.m.new_empty(0)
@@ -187,7 +187,7 @@ def prepare(
     if q.is_cuda and _is_fused(q, call.backend):
         from cpflex.kernels import ahead
 
-        ahead.compile_call(_forward(q, k, v, call), q, k, v, tile_mask, call, passes, gradients)
+        ahead.compile_call(_forward(q, v, call), q, k, v, tile_mask, call, passes, gradients)
 
 
 def attend_pages(
@@ -245,14 +245,12 @@ def prepare_pages(q: Tensor, k: Tensor, v: Tensor, work: PageWork, call: Call) -
         ahead.compile_pages(q, k, v, work, call)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Any:
-    """The module of the forward kernel. With "gluon", that of sm_90 if `tuning.HOPPER` has a row; no tensor descriptor
-    can be of no keys.
-    """
+def _forward(q: Tensor, v: Tensor, call: Call) -> Any:
+    """The module of the forward kernel. With "gluon", that of sm_90 if `tuning.HOPPER` has a row."""
     if call.backend == "gluon":
         from cpflex.kernels import tuning
 
-        if k.shape[2] and tuning.hopper_row("forward", q.shape[3], v.shape[3], q.dtype) is not None:
+        if tuning.hopper_row("forward", q.shape[3], v.shape[3], q.dtype) is not None:
             tuning.require_gluon(q.device)
             from cpflex.kernels import hopper_forward
 

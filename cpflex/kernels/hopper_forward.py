@@ -88,6 +88,10 @@ def _launch(
 ) -> None:
     config = tuning.hopper_row("forward", q.shape[3], v.shape[3], q.dtype)
     assert config is not None, "kernels ask here only for what has a row"
+    kv_positions = tile_mask.kv_positions
+    if k.shape[2] == 0:  # a tensor descriptor has at least one row; nobody sees this one
+        k, v = (x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (k, v))
+        kv_positions = torch.zeros(1, dtype=torch.int32, device=k.device)
     q, k, v = (_with_strides(x) for x in (q, k, v))
     decided = _decide(q, k, v, call, config)
     work: Work = work_of_consecutive_keys(tile_mask, ROWS.value * CONSUMERS.value, config.block_kv)
@@ -95,7 +99,7 @@ def _launch(
     carried = (None, None, None) if state is None else (state.acc, state.m, state.l)
     arguments = (
         *(_blocks(q, ROWS.value), _blocks(k, config.block_kv), _blocks(v, config.block_kv)),
-        *(*carried, out, lse, max_scores, q.shape[2], k.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
+        *(*carried, out, lse, max_scores, q.shape[2], k.shape[2], tile_mask.q_positions, kv_positions),
         *(work.items, work.runs, num_items, *decided.heads, *decided.mods),
     )
     with on_device_of(q):
