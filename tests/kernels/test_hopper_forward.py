@@ -62,6 +62,7 @@ PLANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_faults_are_found(name: str, monkeypatch: pytest.MonkeyPatch):
     (old, new), emulator = PLANTED[name], emulated.Emulated
