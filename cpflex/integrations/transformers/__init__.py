@@ -23,7 +23,9 @@ from cpflex.integrations.transformers.attention import PlanMask, attention_forwa
 from cpflex.integrations.transformers.batch import shard_batch
 from cpflex.integrations.transformers.classes import VERIFIED
 from cpflex.integrations.transformers.exchanged import exchanged
+from cpflex.integrations.transformers.generation import prefill
 from cpflex.integrations.transformers.masks import COMPOSE, composed
+from cpflex.integrations.transformers.paged_cache import PagedCache
 from cpflex.integrations.transformers.planning import ModelPlan, plan_for
 from cpflex.integrations.transformers.recurrent import (
     HYBRIDS,
@@ -33,8 +35,8 @@ from cpflex.integrations.transformers.recurrent import (
     gathered,
 )
 
-__all__ = ["HYBRIDS", "VERIFIED", "ModelPlan", "PlanMask", "RecurrentMask", "attach_recurrent", "attention_forward"]
-__all__ += ["detach_recurrent", "exchanged", "gathered", "plan_for", "replace_attention", "shard_batch"]
+__all__ = ["HYBRIDS", "VERIFIED", "ModelPlan", "PagedCache", "PlanMask", "RecurrentMask", "attach_recurrent", "attention_forward"]
+__all__ += ["detach_recurrent", "exchanged", "gathered", "plan_for", "prefill", "replace_attention", "shard_batch"]
 
 NAME = "cpflex"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig
 
-from cpflex import Plan, flex_attention, score_mod
+from cpflex import DecodePlan, Plan, flex_attention, score_mod
 from cpflex.attention import ScoreMod
 from cpflex.integrations.transformers.masks import HYBRID, attention_types, layer_types
 
@@ -39,9 +39,12 @@ class PlanMask(BlockMask):
         position_ids: of the whole sequence, int64 [1, S], if a token's is not where it is stored: of a tree.
     """
 
+    keeps_keys = False
+    """Whether it is of the steps of a cache, see `prefill`."""
+
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | DecodePlan,
         layer_type: str | None = None,
         window: int | None = None,
         softcap: float | None = None,
@@ -87,6 +90,16 @@ class PlanMask(BlockMask):
             self.bias_on(torch.empty(0, device=device).device)
         return self
 
+    def arranged(
+        self,
+        module: nn.Module,
+        query: Tensor,  # [B, H, S_local, D]
+        key: Tensor,  # [B, G, S_local, D]
+        value: Tensor,  # [B, G, S_local, D]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention is computed of: as given, unless keys are kept."""
+        return query, key, value
+
     def bias_on(self, device: torch.device) -> ScoreMod | None:
         """What adds the bias to scores, with its tables on a device."""
         if self.bias is not None and device != self.bias_device:
@@ -117,14 +130,16 @@ def attention_forward(
     mask = _plan_mask(attention_mask)
     try:
         _check_layer(module, mask, kwargs)
-        _check_arguments(dropout, kwargs)
+        _check_arguments(dropout, kwargs, mask.keeps_keys)
         modified = _score_mod_of(mask, kwargs.get("softcap"), query.device)
     except (ValueError, NotImplementedError) as error:
         if not torch.compiler.is_compiling():  # nothing can be sent while a graph is made
             mask.plan.refuse(error)
         raise
     sinks = kwargs.get("s_aux")
+    batch_size, _, num_tokens, _ = query.shape
     query, key, value = _autocast(_with_global_temperature(module, query, mask), key, value)
+    query, key, value = mask.arranged(module, query, key, value)
     out, lse = flex_attention(
         query,
         key,
@@ -138,7 +153,7 @@ def attention_forward(
     if sinks is not None:  # a key of score s_aux without value: exp(lse) / (exp(lse) + exp(s_aux)) of what was there
         kept = torch.sigmoid(lse - sinks.float()[:, None])
         out = (out.float() * kept[..., None]).to(out.dtype)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).reshape(batch_size, num_tokens, *out.shape[1::2]).contiguous(), None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -159,6 +174,8 @@ def _with_global_temperature(module: Any, query: Tensor, mask: PlanMask) -> Tens
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
     plan = mask.plan
+    if isinstance(plan, DecodePlan):
+        return query  # the model counts from the length of the cache
     if plan.start:
         raise NotImplementedError(
             f"this model scales queries by their index in the call, and the plan is of a chunk that starts at "
@@ -207,7 +224,8 @@ TOWERS = 'Vision towers keep their own attention: from_pretrained(name, attn_imp
 def refuse_to_make_a_mask(*_: Any, **__: Any) -> NoReturn:
     raise ValueError(
         'attn_implementation="cpflex" cannot make a mask from the tokens of one rank; pass the plan as attention_mask: '
-        "model(**shard_batch(batch, plan)) with plan = plan_for(model.config, group, ...). " + TOWERS
+        "model(**shard_batch(batch, plan)) with plan = plan_for(model.config, group, ...). To generate, pass the cache of "
+        "prefill(model, tokens, group, max_new_tokens=...); no other cache is supported. " + TOWERS
     )
 
 
@@ -268,22 +286,25 @@ NOT_OF_ATTENTION = frozenset(
 """Arguments of models that come by here on their way to other modules."""
 
 
-def _check_arguments(dropout: float, kwargs: Mapping[str, Any]) -> None:
+def _check_arguments(dropout: float, kwargs: Mapping[str, Any], has_cache: bool = False) -> None:
     if dropout:
         raise NotImplementedError(
             f"attention dropout is not supported; got {dropout}: set config.attention_dropout = 0"
         )
     if kwargs.get("is_causal") is False:
         raise NotImplementedError("is_causal=False: the plan's masks are causal; or_mask_function can add to them")
-    if kwargs.get("use_cache"):
-        raise NotImplementedError("a KV cache is not supported; pass use_cache=False")
+    if kwargs.get("use_cache") and not has_cache:
+        raise NotImplementedError(
+            "a KV cache is not supported with a plan; pass use_cache=False, or generate with the cache of prefill"
+        )
     keep = kwargs.get("logits_to_keep", 0)
     if keep == ALL_LOGITS:
         raise NotImplementedError(
             "a batch for a language model was given to a model with another head, or none: its labels are not the next "
             "tokens, and what it pools may be on another rank; pass the model, shard_batch(batch, plan, model)"
         )
-    known = HONOURED | NOT_OF_ATTENTION | {"is_causal"} | ({"logits_to_keep"} if keep == 0 else set())
+    known = HONOURED | NOT_OF_ATTENTION | {"is_causal"} | ({"logits_to_keep"} if keep == 0 or has_cache else set())
+    known |= {"use_cache"} if has_cache else set()
     for name, value in kwargs.items():
         if name not in known and value is not None and value is not False:
             raise NotImplementedError(f"the attention argument {name}= is not supported with cpflex")
