@@ -35,7 +35,16 @@ from cpflex.integrations.transformers.recurrent import (
     gathered,
 )
 
-__all__ = ["HYBRIDS", "VERIFIED", "ModelPlan", "PagedCache", "PlanMask", "RecurrentMask", "attach_recurrent", "attention_forward"]
+__all__ = [
+    "HYBRIDS",
+    "VERIFIED",
+    "ModelPlan",
+    "PagedCache",
+    "PlanMask",
+    "RecurrentMask",
+    "attach_recurrent",
+    "attention_forward",
+]
 __all__ += ["detach_recurrent", "exchanged", "gathered", "plan_for", "prefill", "replace_attention", "shard_batch"]
 
 NAME = "cpflex"

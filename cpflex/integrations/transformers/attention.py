@@ -224,8 +224,8 @@ TOWERS = 'Vision towers keep their own attention: from_pretrained(name, attn_imp
 def refuse_to_make_a_mask(*_: Any, **__: Any) -> NoReturn:
     raise ValueError(
         'attn_implementation="cpflex" cannot make a mask from the tokens of one rank; pass the plan as attention_mask: '
-        "model(**shard_batch(batch, plan)) with plan = plan_for(model.config, group, ...). To generate, pass the cache of "
-        "prefill(model, tokens, group, max_new_tokens=...); no other cache is supported. " + TOWERS
+        "model(**shard_batch(batch, plan)) with plan = plan_for(model.config, group, ...). To generate, pass the cache "
+        "of prefill(model, tokens, group, max_new_tokens=...); no other cache is supported. " + TOWERS
     )
 
 

@@ -17,7 +17,7 @@ from cpflex import Pages, balanced, mask_mod
 from cpflex.integrations.transformers.attention import PlanMask
 from cpflex.integrations.transformers.batch import shard_batch
 from cpflex.integrations.transformers.masks import attention_types, compose
-from cpflex.integrations.transformers.paged_cache import NAMES, PagedCache, packed
+from cpflex.integrations.transformers.paged_cache import NAMES, PagedCache
 from cpflex.integrations.transformers.planning import ModelPlan, plan_for
 from cpflex.links.processes import Group
 from cpflex.masks import is_count
@@ -93,9 +93,7 @@ class PrefillMask(PlanMask):
         super().__init__(planned.plan[layer_type], layer_type, planned.windows[layer_type], planned.softcap)
         self.cache = cache
 
-    def arranged(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def arranged(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         try:
             self._keep(module, key, value)
         except Exception as error:
@@ -139,18 +137,18 @@ def _empty_cache(
     for row in range(batch_size):
         pages.reserve(row, seq_len - 1, owners=owners)
         pages.reserve(row, seq_len + max_new_tokens)
-    capacity = torch.arange(seq_len + max_new_tokens)
+    reached = pages.capacity(0)  # plans reach to the end of a page
     padding = planned.padding_mask
     if padding is not None:
-        padding = torch.cat([padding, padding.new_ones(batch_size, max_new_tokens)], dim=1)
-    positions = capacity.expand(1 if padding is None else batch_size, -1)
+        padding = torch.cat([padding, padding.new_ones(batch_size, reached - seq_len)], dim=1)
+    positions = torch.arange(reached).expand(1 if padding is None else batch_size, -1)
     no_functions = {"and_mask_function": None, "or_mask_function": None}
     masks = {
         kind: mask_mod(compose(config, kind, positions, padding, no_functions, one_row=True))
         for kind in sorted(set(attention_types(config)))
     }
     planned = replace(planned, position_ids=positions, padding_mask=padding)
-    return PagedCache(planned, pages, masks, batch_size)
+    return PagedCache(planned, pages, masks, batch_size, seq_len + max_new_tokens)
 
 
 def _owners(layout: Layout, page_size: int, num_tokens: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -31,9 +31,13 @@ class PagedCache(Cache):
     It knows what the next step is from the call of the model; every rank keeps the keys of its own pages alone.
     """
 
-    def __init__(self, planned: ModelPlan, pages: Pages, masks: Mapping[str, MaskFn], num_rows: int) -> None:
+    def __init__(
+        self, planned: ModelPlan, pages: Pages, masks: Mapping[str, MaskFn], num_rows: int, capacity: int
+    ) -> None:
         super().__init__(layers=[])
         self.planned, self.pages, self.masks, self.num_rows = planned, pages, masks, num_rows
+        self.capacity = capacity
+        """Tokens that there is room for in each row."""
         self.pools: dict[int, PagePool] = {}
         """Of each layer."""
         self.num_kept = 0
@@ -47,11 +51,6 @@ class PagedCache(Cache):
     def keyword(self) -> str:
         """The name under which the models of the installed transformers take a cache."""
         return NAMES[0] if NAMES[0] in inspect.signature(create_causal_mask).parameters else NAMES[1]
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that there is room for in each row."""
-        return self.planned.position_ids.shape[1]
 
     def add_layers(self, count: int) -> None:
         """As many as the model has."""
@@ -99,7 +98,7 @@ class PagedCache(Cache):
                 f"the cache keeps {self.num_kept} tokens and has room for {self.capacity}; got {num_new} more: pass a "
                 "larger max_new_tokens to prefill"
             )
-        new = dict.fromkeys(range(self.num_rows), num_new)
+        new: dict[Hashable, int] = dict.fromkeys(range(self.num_rows), num_new)
         if self.plan is None or not self.plan.fits(new):
             self.plan = make_decode_plan(self.masks, self.pages, new, horizon=HORIZON, into=self.plan)
         return self.plan
@@ -125,24 +124,25 @@ class PagedCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of each row; with those of the step where the layer has them already."""
-        return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else self.num_kept
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        return layer.get_seq_length() if isinstance(layer, PagedLayer) else self.num_kept
 
     def activate_past_recording(self) -> NoReturn:
         self.crop(0)
 
-    def crop(self, *_: Any) -> NoReturn:
+    def crop(self, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
         raise NotImplementedError(
             "assisted generation and prompt lookup are not supported with the cache of prefill: transformers gives "
             "other tokens there than without a cache; generate without them"
         )
 
-    def reorder_cache(self, *_: Any) -> NoReturn:
+    def reorder_cache(self, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
         raise NotImplementedError("beam search is not supported with the cache of prefill; sample, or be greedy")
 
-    def batch_repeat_interleave(self, *_: Any) -> NoReturn:
+    def batch_repeat_interleave(self, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
         self.batch_select_indices()
 
-    def batch_select_indices(self, *_: Any) -> NoReturn:
+    def batch_select_indices(self, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
         raise NotImplementedError("rows of the cache of prefill cannot be chosen or repeated; call prefill with others")
 
     def reset(self) -> NoReturn:
@@ -170,7 +170,9 @@ class PagedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.cache.num_new:
-            raise RuntimeError("the cache of prefill goes with the model that prefill was given; call that model itself")
+            raise RuntimeError(
+                "the cache of prefill goes with the model that prefill was given; call that model itself"
+            )
         if self.newest_step == self.cache.num_steps:
             raise NotImplementedError("a layer that updates its cache twice in a call is not supported")
         self.newest_step = self.cache.num_steps
@@ -229,8 +231,8 @@ class PagedMask(PlanMask):
         assert isinstance(self.plan, DecodePlan)
         if pool is None or key.shape[2] != self.cache.num_new:
             error = ValueError(
-                f"{type(module).__name__} {getattr(module, 'layer_idx', '')} has keys of {key.shape[2]} tokens, and the "
-                f"step has {self.cache.num_new} new ones; each layer must have been prefilled, and give its new keys"
+                f"{type(module).__name__} {getattr(module, 'layer_idx', '')} has keys of {key.shape[2]} tokens, and "
+                f"the step has {self.cache.num_new} new ones; each layer must be prefilled, and give new keys alone"
             )
             self.plan.refuse(error)
             raise error
