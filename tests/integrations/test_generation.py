@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -93,8 +94,9 @@ def test_two_ranks_generate_the_tokens_of_one_process(name: str, two_processes: 
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     try:
         prefill(model_for_generation(name, "cpflex"), prompts(), max_new_tokens=NEW)
-    except NotImplementedError as refusal:
-        assert name not in ARCHITECTURES, "a type that must work"
+    except (NotImplementedError, ValueError) as refusal:
+        said = r"not supported with the cache of prefill|computes attention twice|cpflex-replaced"
+        assert name not in ARCHITECTURES and re.search(said, str(refusal)), str(refusal)
         pytest.skip(f"refused by name: {refusal}")
     check(name, "greedy", two_processes)
 

@@ -44,7 +44,7 @@ class PlanMask(BlockMask):
 
     def __init__(
         self,
-        plan: Plan | DecodePlan,
+        plan: Plan,
         layer_type: str | None = None,
         window: int | None = None,
         softcap: float | None = None,

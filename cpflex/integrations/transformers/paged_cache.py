@@ -204,7 +204,8 @@ class PagedMask(PlanMask):
     def __init__(self, cache: PagedCache, layer_type: str) -> None:
         assert cache.plan is not None
         planned = cache.planned
-        super().__init__(cache.plan[layer_type], layer_type, planned.windows[layer_type], planned.softcap)
+        plan: Any = cache.plan[layer_type]
+        super().__init__(plan, layer_type, planned.windows[layer_type], planned.softcap)
         self.cache = cache
 
     @property
@@ -228,16 +229,16 @@ class PagedMask(PlanMask):
         value: Tensor,  # [B, G, n, D]
     ) -> tuple[Tensor, Tensor, Tensor]:  # [1, H, B * n, D] and the layer's pool
         pool = self.cache.pools.get(getattr(module, "layer_idx", None))  # type: ignore[arg-type]
-        assert isinstance(self.plan, DecodePlan)
+        plan: Any = self.plan
         if pool is None or key.shape[2] != self.cache.num_new:
             error = ValueError(
                 f"{type(module).__name__} {getattr(module, 'layer_idx', '')} has keys of {key.shape[2]} tokens, and "
                 f"the step has {self.cache.num_new} new ones; each layer must be prefilled, and give new keys alone"
             )
-            self.plan.refuse(error)
+            plan.refuse(error)
             raise error
         query, key, value = (packed(x) for x in (query, key, value))
-        pool.assign(key, value, self.plan)
+        pool.assign(key, value, plan)
         return query, pool.k, pool.v
 
     def __repr__(self) -> str:
