@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from cpflex import Pages, balanced, mask_mod
+from cpflex import Layout, Pages, balanced, mask_mod
 from cpflex.integrations.transformers.attention import PlanMask
 from cpflex.integrations.transformers.batch import shard_batch
 from cpflex.integrations.transformers.masks import attention_types, compose
@@ -21,7 +21,6 @@ from cpflex.integrations.transformers.paged_cache import NAMES, PagedCache
 from cpflex.integrations.transformers.planning import ModelPlan, plan_for
 from cpflex.links.processes import Group
 from cpflex.masks import is_count
-from cpflex.sharding.layout import Layout
 
 # B rows, S tokens of the prompts
 
