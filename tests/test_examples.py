@@ -44,6 +44,7 @@ SAYS = {
     "inspect_plan": r"layout +work.*\ncontiguous.*\nzigzag.*\nstriped.*\nbalanced",
     "lightning_module": r"(?s)loss .*\nloss .*\nloss ",
     "packed_documents": r"share of the loss",
+    "serve": r"(?s)12 tokens for ann, as alone: True.*30 .* bob.*: True.*9 .* cyd.*: True.*15 .* dee.*: True",
     "sinks": r"gradient of the sinks",
     "trl_dpo": r"first step: loss",
     "trl_sft": r"first step: loss",
