@@ -9,7 +9,7 @@ from cpflex.paging.decode_plan import DecodePlan, make_decode_plan
 from cpflex.paging.mask import mask_mod
 from cpflex.paging.pages import OutOfPages, Pages
 from cpflex.paging.pool import PagePool
-from cpflex.paging.rows import by_head, by_sequence, everyone
+from cpflex.paging.rows import by_head, by_sequence, by_token, everyone
 from cpflex.planning.choose import auto
 from cpflex.planning.cross import cached, cross
 from cpflex.planning.make import make_plan
@@ -44,6 +44,7 @@ __all__ = [
     "balanced",
     "by_head",
     "by_sequence",
+    "by_token",
     "cached",
     "causal",
     "contiguous",

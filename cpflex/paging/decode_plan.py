@@ -50,12 +50,10 @@ class DecodePlan:
 
     @property
     def sequences(self) -> tuple[Hashable, ...]:
-        """Those whose new tokens this rank has, in the order in which they are packed."""
+        """Those of which this rank has new tokens, in the order in which they are packed."""
         steps = self.steps
-        if steps.rows.owners is None:
-            return steps.sequences
-        mine = zip(steps.sequences, steps.rows.owners, strict=True)
-        return tuple(seq for seq, owner in mine if owner == steps.pages.rank)
+        ranges = {seq: steps.token_range(seq) for seq in steps.sequences}
+        return tuple(seq for seq, (begin, end) in ranges.items() if begin < steps.end and end > steps.first)
 
     @property
     def num_tokens(self) -> int:
@@ -69,16 +67,23 @@ class DecodePlan:
         return torch.from_numpy(steps.positions[steps.first : steps.end].copy())
 
     def rows_of(self, seq: Hashable) -> slice:
-        """Where a sequence's new tokens lie among those of this rank."""
+        """Where a sequence's new tokens lie among those of this rank; `by_token`, as many of them as it has."""
         steps = self.steps
         if seq not in self.sequences:
             raise ValueError(f"rank {steps.pages.rank} has new tokens of {list(self.sequences)}; got {seq!r}")
         begin, end = steps.token_range(seq)
-        return slice(begin - steps.first, end - steps.first)
+        return slice(max(begin, steps.first) - steps.first, min(end, steps.end) - steps.first)
 
     def last_row(self, seq: Hashable) -> int:
-        """The row of a sequence's last new token, from which the next is sampled."""
-        return self.rows_of(seq).stop - 1
+        """The row of a sequence's last new token, from which the next is sampled.
+
+        Raises:
+            ValueError: another rank has it.
+        """
+        rows, steps = self.rows_of(seq), self.steps
+        if steps.first + rows.stop != steps.token_range(seq)[1]:
+            raise ValueError(f"rank {steps.pages.rank} does not have the last new token of {seq!r}; a later rank does")
+        return rows.stop - 1
 
     def fits(self, new: Mapping[Hashable, Any]) -> bool:
         """Whether the plan serves a step of these new tokens, given as in `make_decode_plan`."""
@@ -102,8 +107,8 @@ class DecodePlan:
         """Let the ranks compare this step's new tokens: a hash of them goes with the messages of the step's attentions.
         One that has sampled another token raises RankMismatch there, on every rank.
         """
-        if self.steps.rows.owners is not None:
-            raise ValueError("tokens of by_sequence are not the same on every rank; compare none")
+        if self.steps.rows.counts is not None:
+            raise ValueError(f"tokens of {self.steps.rows.name} are not the same on every rank; compare none")
         numbers = tokens.detach().reshape(-1).tolist() if isinstance(tokens, Tensor) else list(tokens)
         self.steps.say_tokens(numbers)
 
@@ -143,7 +148,7 @@ class DecodePlan:
 
     def all_at_hand(self, num_heads: int, pool_heads: int) -> bool:
         """Whether keys of so many heads are those of all tokens."""
-        return (self.steps.rows.owners is None and num_heads == pool_heads) or self.steps.pages.world_size == 1
+        return (self.steps.rows.counts is None and num_heads == pool_heads) or self.steps.pages.world_size == 1
 
     def written(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The new tokens whose keys this rank keeps, of all packed, and their rows of the pool, int64 both."""
@@ -193,7 +198,7 @@ def make_decode_plan(
         new: of each sequence, in the order in which they are packed, how many new tokens a step has, or the tokens
             themselves: one for decoding, some for a speculation, many for a chunk of a prompt, all in one call.
         horizon: tokens of each sequence that the plan lasts for, if so many are reserved; a step at least.
-        rows: `everyone`, `by_sequence` or `by_head`: who has which queries, and gets their results.
+        rows: `everyone`, `by_sequence`, `by_token` or `by_head`: who has which queries, and gets their results.
         into: a plan that is over, whose memory is taken for this one.
         num_heads: query heads, if a mask depends on ``h``.
         splits: parts into which the pages of a rank are cut, for as many programs; what keeps the device of the pools
@@ -304,7 +309,7 @@ def _facts(
         "pages": f"{pages.num_pages} of {pages.page_size} tokens",
         "what was done to the pages": pages.history,
         "sequences and new tokens": f"{len(new)} with {sum(counts.values())} new tokens, {digest}",
-        "rows": f"{rows.name} {rows.owners or ''}",
+        "rows": f"{rows.name} {rows.counts or ''}",
         "masks": {kind: f"{one.__name__}, graph {one.mod.key}" for kind, one in masks.items()},
         "tensors captured by the masks": [one.content_key for one in masks.values()],
     }

@@ -76,18 +76,16 @@ class Steps:
     @property
     def first(self) -> int:
         """Of this rank's tokens, among all."""
-        return sum(self.counts[: self.pages.rank]) if self.rows.owners is not None else 0
+        return sum(self.counts[: self.pages.rank]) if self.rows.counts is not None else 0
 
     @property
     def end(self) -> int:
-        return self.first + (self.counts[self.pages.rank] if self.rows.owners is not None else self.num_tokens)
+        return self.first + (self.counts[self.pages.rank] if self.rows.counts is not None else self.num_tokens)
 
     @property
     def counts(self) -> list[int]:
         """Tokens that each rank has."""
-        if self.rows.owners is None:
-            return [self.num_tokens] * self.pages.world_size
-        return np.bincount(self.rows.owners, self.new, self.pages.world_size).astype(int).tolist()
+        return [self.num_tokens] * self.pages.world_size if self.rows.counts is None else list(self.rows.counts)
 
     def token_range(self, seq: Hashable) -> tuple[int, int]:
         """First and end of a sequence's new tokens, among all."""

@@ -141,7 +141,7 @@ class Service:
     def mine(self, x: Tensor, plan: Any, *, keys: bool = False) -> Tensor:
         """This rank's tokens or heads of x [1, heads, N, D]."""
         rows, rank, size = plan.steps.rows, self.pages.rank, self.pages.world_size
-        if rows.owners is not None:
+        if rows.counts is not None:
             return x[:, :, plan.steps.first : plan.steps.end]
         if rows.by_head and x.shape[1] % size == 0:
             return x.chunk(size, dim=1)[rank]
@@ -187,14 +187,19 @@ class Service:
         seq, heads = plan.steps.sequences[place], slice(None)
         if seq not in plan.sequences:
             return
-        rows = plan.rows_of(seq)
+        rows, (begin, end) = plan.rows_of(seq), plan.steps.token_range(seq)
+        some = slice(max(plan.steps.first - begin, 0), min(plan.steps.end, end) - begin)
         if plan.steps.rows.by_head:
             heads = slice(self.pages.rank * out.shape[1], (self.pages.rank + 1) * out.shape[1])
         true, close = (
             dense(q, *self.dense[seq][pool], place, mask, score, kind) for kind in (torch.float64, torch.float32)
         )
         for found, exact, reference, dtype in zip((out, lse), true, close, (self.dtype, torch.float32), strict=True):
-            found, exact, reference = found[0, :, rows].double(), exact[heads], reference[heads].to(dtype).double()
+            found, exact, reference = (
+                found[0, :, rows].double(),
+                exact[heads, some],
+                reference[heads, some].to(dtype).double(),
+            )
             finite = exact.isfinite()
             assert torch.equal(found.isfinite(), finite), f"{seq}: finite where it should not be, or the reverse"
             error, allowed = (

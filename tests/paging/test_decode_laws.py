@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from serving import ALL_HEADS, MASKS, SCORES, Service
 import cpflex
 from cpflex.testing import run_ranks
 
-ROWS = [cpflex.everyone, cpflex.by_sequence, cpflex.by_head]
+ROWS = [cpflex.everyone, cpflex.by_sequence, cpflex.by_token, cpflex.by_head]
 
 
 def serve(group: Any, mask: str, score: str, rows: Any, splits: int | None = None, dtype: torch.dtype = torch.float32):
@@ -59,9 +60,10 @@ def test_the_same_bits_every_run(rows: Any):
 def test_who_has_the_rows_does_not_change_a_bit():
     by_rank = [run_ranks(lambda group, rows=rows: serve(group, "causal", "none", rows), 2) for rows in ROWS]
     for step in range(9):
-        everyone, by_sequence, by_head = ([outs[step] for outs in ranks] for ranks in by_rank)
+        everyone, by_sequence, by_token, by_head = ([outs[step] for outs in ranks] for ranks in by_rank)
         assert torch.equal(everyone[0], everyone[1])
         assert torch.equal(torch.cat(by_sequence, dim=2), everyone[0])
+        assert torch.equal(torch.cat(by_token, dim=2), everyone[0])
         assert torch.equal(torch.cat(by_head, dim=1), everyone[0])
 
 
@@ -266,3 +268,50 @@ def test_compiled_code_around_a_step_calls_it_as_it_is():
         return cpflex.flex_attention(2 * q, pool.k, pool.v, None, plan, enable_gqa=True) + 1
 
     assert torch.equal(torch.compile(layer, backend="eager")(q), layer(q))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_chunks_whose_queries_travel_equal_the_whole_prompt(world_size: int):
+    """Each rank computes a part of every chunk; keys stay in their pages."""
+    draw = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, heads, 75, dim, generator=draw) for heads, dim in ((4, 8), (2, 8), (2, 12)))
+
+    def prefilled(group: Any, chunks: list[int]) -> tuple[list[torch.Tensor], list[int]]:
+        service, begin, outs, counts = Service(group), 0, [], []
+        service.reserve("a", 75)
+        for count in chunks:
+            plan = cpflex.make_decode_plan(MASKS["sinks and window"], service.pages, {"a": count}, rows=cpflex.by_token)
+            rows = slice(begin, begin := begin + count)
+            new = q[:, :, rows], k[:, :, rows], v[:, :, rows]
+            counts.append(plan.num_tokens)
+            outs += service.step(plan, MASKS["sinks and window"], SCORES["alibi"], new=new)
+        return outs, counts
+
+    whole = prefilled(None, [75])[0][0]
+    ranks = run_ranks(lambda group: prefilled(group, [31, 1, 40, 3]), world_size)
+    for _, counts in ranks:
+        assert all(abs(count - chunk / world_size) < 1 for count, chunk in zip(counts, [31, 1, 40, 3], strict=True))
+    found = torch.cat([torch.cat([outs[chunk] for outs, _ in ranks], dim=2) for chunk in range(4)], dim=2)
+    torch.testing.assert_close(found, whole, atol=2e-6, rtol=1e-5)
+
+
+def test_only_the_rank_that_has_the_last_token_samples_from_it():
+    last = []
+    for rank in range(3):
+        pages = cpflex.Pages(40, 4, rank=rank, world_size=3)
+        for seq in "ab":
+            pages.reserve(seq, 20)
+        plan = cpflex.make_decode_plan(cpflex.causal(), pages, {"a": 5, "b": 2}, rows=cpflex.by_token)
+        last.append({seq: (plan.rows_of(seq), refused_or(plan.last_row, seq)) for seq in plan.sequences})
+    assert last == [
+        {"a": (slice(0, 3), "rank 0 does not have the last new token of 'a'; a later rank does")},
+        {"a": (slice(0, 2), 1)},
+        {"b": (slice(0, 2), 1)},
+    ]
+
+
+def refused_or(call: Callable[[str], int], seq: str) -> int | str:
+    try:
+        return call(seq)
+    except ValueError as error:
+        return str(error)

@@ -324,7 +324,7 @@ def served(group: dist.ProcessGroup, rows: Any) -> list[torch.Tensor]:
 
 @pytest.mark.by_day(2)
 @pytest.mark.parametrize("processes", [2, 4], indirect=True)
-@pytest.mark.parametrize("rows", [cpflex.everyone, cpflex.by_sequence, cpflex.by_head])
+@pytest.mark.parametrize("rows", [cpflex.everyone, cpflex.by_sequence, cpflex.by_token, cpflex.by_head])
 def test_processes_compute_what_threads_do(rows: Any, processes: RankProcesses):
     found = processes.run(served, rows)
     for ours, theirs in zip(found, run_ranks(lambda group: served(group, rows), processes.world_size), strict=True):
@@ -354,7 +354,7 @@ def test_heads_that_ranks_cannot_share_are_refused():
 # -- headers inside messages, as on devices
 
 
-@pytest.mark.parametrize("rows", [cpflex.everyone, cpflex.by_sequence, cpflex.by_head])
+@pytest.mark.parametrize("rows", [cpflex.everyone, cpflex.by_sequence, cpflex.by_token, cpflex.by_head])
 def test_headers_inside_of_messages_change_no_result(rows: Any, monkeypatch: pytest.MonkeyPatch):
     ahead = run_ranks(lambda group: served(group, rows), 2)
     monkeypatch.setattr("cpflex.paging.together.rides", lambda device: True)
