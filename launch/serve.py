@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
@@ -101,11 +101,11 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Text
     how = {"attn_implementation": "cpflex", "dtype": dtype}
     if not Path(name).is_file():
         model = AutoModelForCausalLM.from_pretrained(name, **how)
-        return model.to(device).eval(), Text(AutoTokenizer.from_pretrained(name))
+        return nn.Module.to(model, device).eval(), Text(AutoTokenizer.from_pretrained(name))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), **how)
     model.generation_config.eos_token_id = None  # any byte may be told
     model.generation_config.pad_token_id = 0
-    return model.to(device).eval(), Text(None)
+    return nn.Module.to(model, device).eval(), Text(None)
 
 
 class Text:
