@@ -52,8 +52,7 @@ class DecodePlan:
     def sequences(self) -> tuple[Hashable, ...]:
         """Those of which this rank has new tokens, in the order in which they are packed."""
         steps = self.steps
-        ranges = {seq: steps.token_range(seq) for seq in steps.sequences}
-        return tuple(seq for seq, (begin, end) in ranges.items() if begin < steps.end and end > steps.first)
+        return steps.sequences if steps.rows.counts is None else steps.sequences_between(steps.first, steps.end)
 
     @property
     def num_tokens(self) -> int:

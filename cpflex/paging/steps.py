@@ -93,6 +93,10 @@ class Steps:
         begin = sum(self.new[:place])
         return begin, begin + self.new[place]
 
+    def sequences_between(self, first: int, end: int) -> tuple[Hashable, ...]:
+        """Those of new tokens ``first`` to ``end - 1`` among all."""
+        return tuple(self.sequences[place] for place in np.unique(self._place[first:end]).tolist())
+
     def why_over(self) -> str:
         """Why no step is left; empty if one is."""
         if self.over:
