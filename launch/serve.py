@@ -101,7 +101,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Text
     how = {"attn_implementation": "cpflex", "dtype": dtype}
     if not Path(name).is_file():
         model = AutoModelForCausalLM.from_pretrained(name, **how)
-        return nn.Module.to(model, device).eval(), Text(AutoTokenizer.from_pretrained(name))
+        return nn.Module.to(model, device).eval(), Text(AutoTokenizer.from_pretrained(name))  # pyright: ignore
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), **how)
     model.generation_config.eos_token_id = None  # any byte may be told
     model.generation_config.pad_token_id = 0
