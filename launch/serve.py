@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ def main() -> None:
     if ranks.started():
         with ranks.joined(options.device) as (group, device), torch.inference_mode():
             serve(options, group, device)
+            gc.collect()  # a cache and its layers know each other, and the group: see `ranks.joined`
     else:
         ranks.start(__file__, sys.argv[1:], device_type=options.device)
 
