@@ -197,7 +197,7 @@ REFUSED = {
     "padding that generate was not told of": (
         lambda: from_prefill(mask=PADDING),
         ValueError,
-        "must be that of prefill",
+        "prefill was given padding",
     ),
     "a plain cache": (
         lambda: generated(model_for_generation("llama", "cpflex"), prompts()),

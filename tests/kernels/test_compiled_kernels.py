@@ -14,7 +14,7 @@ from cpflex.kernels import Call, backward, delta, empty, forward, tuning
 from cpflex.ring.handles import resolve
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize(
     ("capability", "head_dim", "mask", "score"),
     [

@@ -43,6 +43,7 @@ def small_plan() -> cpflex.Plan:
     return cpflex.make_plan(masks, 1500, rank=1, world_size=3)
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("problem", SAMPLE, ids=str)
 def test_the_same_plan_comes_back_and_is_right(problem: Problem):
     plan = plan_of(problem, problem.world_size - 1)

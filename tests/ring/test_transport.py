@@ -228,6 +228,7 @@ def most_foreign_kv(group: ThreadLinks, mask: str, layout: Any, schedule: Any) -
     return there.peak / shard, back.peak / shard, len(plan.steps)
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("schedule", [cpflex.ring, cpflex.direct], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("layout", [cpflex.contiguous, cpflex.balanced], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("mask", FOREIGN)

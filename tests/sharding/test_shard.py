@@ -38,6 +38,7 @@ def round_trip(group, seq_len: int, layout: str, dim: int, dtype: torch.dtype) -
     return torch.equal(plan.unshard(local, dim), x)
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("dim", SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_unshard_undoes_shard(layout: str, dim: int):
