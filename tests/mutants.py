@@ -226,7 +226,7 @@ PACKED_TREES = [
     Mutant("models: on a tree positions begin at 0 whatever is given", "integrations/transformers/planning.py", "on_trees.positions_on(tree, position_ids)", "on_trees.positions_on(tree, None)", "integrations/test_tree_families.py -k begin_elsewhere"),
     Mutant("TRL: a token with several continuations predicts for one", "integrations/trl_trees.py", "index_select(1, self.shard.predictions)", "index_select(1, torch.zeros_like(self.shard.predictions))", "integrations/test_trl_trees.py -k gives_what_the_rows_give"),
     Mutant("packed trees: a token that completions share counts for one of them", "trees/packed.py", "term_idx = np.flatnonzero(by[term_tokens] >= 0)", "term_idx = np.flatnonzero(by[term_tokens] >= 0)[: len(np.unique(term_tokens))]", "trees/test_separate_forwards.py -k completions_one_by_one"),
-    Mutant("packed trees: a branch is predicted by the end of the one before it", "trees/packed.py", "(starts + lengths - 1)[parents])", "starts - 1)", "trees/test_separate_forwards.py -k completions_one_by_one"),
+    Mutant("packed trees: a branch is predicted by the end of the one before it", "trees/tree.py", "(starts + lengths - 1)[parents])", "starts - 1)", "trees/test_separate_forwards.py -k completions_one_by_one"),
 ]  # fmt: skip
 PAGES = [
     Mutant("pages: parts are not weighed by their lse", "kernels/pages.py", "weight = (partials.lse[part] - base).exp()", "weight = (base - base).exp()", "kernels/test_pages.py"),

@@ -13,11 +13,9 @@ from cpflex.trees.tree import Tree
 
 def pairs_of(tree: Tree, window: int | None = None) -> int:
     """(query, key) pairs of the tree's mask, within a window along the paths if one is given."""
-    lengths, parents = np.array(tree.lengths), tree.parents
-    end = np.zeros(len(lengths), np.int64)  # depth of each segment's end
-    for row, parent in enumerate(parents):
-        end[row] = lengths[row] + (end[parent] if parent >= 0 else 0)
-    return int((pairs_of_prefix(end, window) - pairs_of_prefix(end - lengths, window)).sum())
+    first = tree.depths[tree.starts].numpy()  # of each segment
+    end = first + np.array(tree.lengths)
+    return int((pairs_of_prefix(end, window) - pairs_of_prefix(first, window)).sum())
 
 
 def deal_trees(

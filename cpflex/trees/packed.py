@@ -87,11 +87,10 @@ class PackedTree:
         """int64 [S]: how many terms each token has: of how many completions it is a learned token."""
         return torch.bincount(self.term_tokens, minlength=self.seq_len)
 
-    @cached_property
-    @torch.inference_mode(False)
+    @property
     def predictors(self) -> Tensor:
         """int64 [S]: the place of the token before each on its path, which predicts it; -1 at roots."""
-        return torch.from_numpy(predictors_of(self.tree))
+        return self.tree.before
 
     @torch.inference_mode(False)
     def shard(self, plan: Plan) -> TreeShard:
@@ -292,15 +291,6 @@ def _picked(logits: Tensor, row: Tensor, targets: Tensor, temperature: float) ->
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wide = wide if temperature == 1.0 else wide / temperature
     return wide[row, targets] - wide.logsumexp(dim=-1)[row]
-
-
-def predictors_of(tree: Tree) -> np.ndarray:
-    """int64 [S]: the place of the token before each on its path; -1 at roots."""
-    lengths, parents = np.array(tree.lengths), np.array(tree.parents)
-    starts = np.cumsum(lengths) - lengths
-    before = np.arange(tree.num_tokens) - 1
-    before[starts] = np.where(parents < 0, -1, (starts + lengths - 1)[parents])
-    return before
 
 
 def floats(given: Numbers, name: str) -> Tensor:

@@ -38,26 +38,32 @@ def lines_of(parents: Sequence[int], lengths: Sequence[int], goes_on_to: np.ndar
     return Lines(token, place, first[segment], (first + size[head])[segment])
 
 
-def first_seen(
-    parents: Sequence[int], lengths: Sequence[int], starts: np.ndarray, depths: np.ndarray, window: int
-) -> np.ndarray:
-    """Where the first of the ``window`` latest tokens of each token's path is stored, int64 [S]."""
-    size = list(lengths)  # of a segment and all that continues it
+def sizes_below(parents: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Tokens of each segment and of all that continues it."""
+    sizes = list(lengths)
     for row in reversed(range(len(parents))):
         if parents[row] >= 0:
-            size[parents[row]] += size[row]
+            sizes[parents[row]] += sizes[row]
+    return sizes
+
+
+def first_seen(
+    parents: Sequence[int], lengths: Sequence[int], before: np.ndarray, depths: np.ndarray, window: int
+) -> np.ndarray:
+    """Where the first of the ``window`` latest tokens of each token's path is stored, int64 [S].
+
+    Args:
+        before, depths: of each token, as `Tree` has them, int64 [S].
+    """
     # on to the largest child: lines to the root are few, as each is below a tree at least twice as large
-    lines = lines_of(parents, lengths, _last_of(parents, np.argsort(size, kind="stable")))
-    before = np.array([-1 if parent < 0 else starts[parent] + lengths[parent] - 1 for parent in parents])
-    above = np.full(len(depths), -1)
-    above[starts] = before
+    lines = lines_of(parents, lengths, _last_of(parents, np.argsort(sizes_below(parents, lengths), kind="stable")))
     at, steps = np.arange(len(depths)), np.minimum(depths, window - 1)
     todo = np.arange(len(depths))
     while len(todo):
         todo = todo[steps[todo] > lines.place[at[todo]] - lines.head[at[todo]]]
         head = lines.token[lines.head[at[todo]]]
         steps[todo] -= lines.place[at[todo]] - lines.head[at[todo]] + 1
-        at[todo] = above[head]
+        at[todo] = before[head]
     return lines.token[lines.place[at] - steps]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpflex.masks import MaskFn, MaskMod, is_count, is_integral
-from cpflex.trees.reach import first_seen, last_to_see
+from cpflex.trees.reach import first_seen, last_to_see, sizes_below
 
 Integers = Tensor | np.ndarray | Sequence[int]
 
@@ -79,6 +79,15 @@ class Tree:
         return self._of_tokens(first)
 
     @cached_property
+    @torch.inference_mode(False)
+    def before(self) -> Tensor:
+        """int64 [S]: where the token before each on its path is stored, which predicts it; -1 at roots."""
+        lengths, parents, starts = np.array(self.lengths), np.array(self.parents), self.starts.numpy()
+        before = np.arange(self.num_tokens) - 1
+        before[starts] = np.where(parents < 0, -1, (starts + lengths - 1)[parents])
+        return torch.from_numpy(before)
+
+    @cached_property
     def roots(self) -> Tensor:
         """int64 [S]: the row of the root above each token, by which trees of a forest differ."""
         top: list[int] = []
@@ -109,8 +118,8 @@ class Tree:
         leave[k]``: those of a path are stored in its order.
         """
         window = min(window, self.num_tokens)
-        starts, depths, enter = (x.numpy() for x in (self.starts, self.depths, self.enter))
-        first = first_seen(self.parents, self.lengths, starts, depths, window)
+        before, depths, enter = (x.numpy() for x in (self.before, self.depths, self.enter))
+        first = first_seen(self.parents, self.lengths, before, depths, window)
         last = last_to_see(self.parents, self.lengths, enter, window)
         return torch.from_numpy(first), torch.from_numpy(last) + 1
 
@@ -141,10 +150,7 @@ class Tree:
     @cached_property
     def _walk(self) -> tuple[list[int], list[int]]:
         """Of each segment: when the walk comes to its first token, and when to the first that does not continue it."""
-        size = list(self.lengths)  # of a segment and all that continues it
-        for row in reversed(range(self.num_segments)):
-            if self.parents[row] >= 0:
-                size[self.parents[row]] += size[row]
+        size = sizes_below(self.parents, self.lengths)
         enter: list[int] = []
         free = [0] * (self.num_segments + 1)  # where the next child of a segment enters; at -1, the next root
         for row, parent in enumerate(self.parents):
