@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpflex.kernels import Call, Partials, attend_pages, combine, partials_of, prepare_pages, require_support
+from cpflex.kernels import (
+    Call,
+    PageWork,
+    Partials,
+    attend_pages,
+    combine,
+    empty_partials,
+    partials_of,
+    prepare_pages,
+    require_support,
+)
 from cpflex.paging.decode_plan import DecodePlan
 from cpflex.paging.gathered import gathered
 from cpflex.paging.pool import PagePool
@@ -35,29 +45,32 @@ def decode(
     steps, v_dim = plan.steps, pool.v.shape[3]
     num_heads = q.shape[1] * (steps.pages.world_size if steps.rows.by_head else 1)
     require_support(q, v_dim, call)
-    prepare_pages(q, pool.k, pool.v, plan.work(q.device), call)
+    work = plan.work(q.device)
+    prepare_pages(q, pool.k, pool.v, work, call)
     if steps.pages.links is None or steps.pages.world_size == 1:
-        mine = _own(q, pool, plan, call, None)
+        mine = _own(q, pool, plan, work, call)
         return _as_asked(combine(mine, _rows(plan, steps.num_tokens, 1, 1, q), q.dtype, backend=call.backend))
     meeting = Meeting(steps, facts, q.device)
     if steps.rows.is_everyone:
         room = meeting.room(4 * num_heads * (v_dim + 1))
-        memory = _memory(steps.pages.world_size, room + steps.num_tokens, num_heads, v_dim, q)
-        rank = steps.pages.rank
-        _own(q, pool, plan, call, partials_of(memory[rank, room:], num_heads))
+        shape = steps.pages.world_size, room + steps.num_tokens, num_heads * (v_dim + 1)
+        memory, rank = torch.empty(shape, dtype=torch.float32, device=q.device), steps.pages.rank
+        _own(q, pool, plan, work, call, partials_of(memory[rank, room:], num_heads))
         meeting.exchange([memory[rank]] * len(memory), list(memory), is_first=True)
         parts = _rows(plan, steps.num_tokens, memory.shape[1], len(memory), q, room)
         return _as_asked(combine(partials_of(memory.flatten(0, 1), num_heads), parts, q.dtype, backend=call.backend))
     q = gathered(q, pool, plan, meeting)
-    mine = _own(q, pool, plan, call, None)
+    mine = _own(q, pool, plan, work, call)
     return _sent_home(mine, plan, call, meeting, q.dtype)
 
 
-def _own(q: Tensor, pool: PagePool, plan: DecodePlan, call: Call, into: Partials | None) -> Partials:
+def _own(
+    q: Tensor, pool: PagePool, plan: DecodePlan, work: PageWork, call: Call, into: Partials | None = None
+) -> Partials:
     """This rank's partial of each token, over its own pages."""
-    work, tables = plan.work(q.device), plan.tables
+    tables = plan.tables
     if into is None:
-        into = partials_of(_memory(1, plan.steps.num_tokens, q.shape[1], pool.v.shape[3], q)[0], q.shape[1])
+        into = empty_partials(plan.steps.num_tokens, q.shape[1], pool.v.shape[3], q.device)
     if tables.is_idle:
         into.lse.fill_(-torch.inf)
         into.out.zero_()
@@ -84,10 +97,6 @@ def _sent_home(
     tokens = arrived.shape[1]
     theirs = Partials(*(x.flatten(0, 1).contiguous() for x in (arrived[..., :v_dim], arrived[..., v_dim])))
     return _as_asked(combine(theirs, _rows(plan, tokens, tokens, world_size, arrived), dtype, backend=call.backend))
-
-
-def _memory(ranks: int, rows: int, num_heads: int, v_dim: int, like: Tensor) -> Tensor:
-    return torch.empty(ranks, rows, num_heads * (v_dim + 1), dtype=torch.float32, device=like.device)
 
 
 def _rows(plan: DecodePlan, count: int, stride: int, ranks: int, like: Tensor, first: int = 0) -> Tensor:

@@ -90,10 +90,7 @@ def traced_masks(mask: MaskFn | Mapping[str, MaskFn], num_heads: int | None = No
     masks = dict(mask) if isinstance(mask, Mapping) else {"mask": mask}
     if not masks or not all(isinstance(kind, str) for kind in masks):
         raise ValueError(f"mask must name at least one mask kind, by strings; got {masks or 'an empty dict'}")
-    return {
-        kind: one if isinstance(one, TracedMask) and num_heads in (None, one.num_heads) else mask_mod(one, num_heads)
-        for kind, one in masks.items()
-    }
+    return {kind: mask_mod(one, num_heads) for kind, one in masks.items()}
 
 
 def require_tables(mask: TracedMask, num_sequences: int, last: int) -> None:

@@ -179,7 +179,7 @@ class Pages:
         held.owner = np.append(held.owner, owner.astype(np.int32))
         held.slot = np.append(held.slot, slot)
         held.evidence.grow(lacking)
-        self._note("reserve", held.number, num_tokens, owner.tolist() if owners is not None else None)
+        self.note("reserve", held.number, num_tokens, owner.tolist() if owners is not None else None)
 
     def fill(self, seq: Hashable, num_tokens: int) -> None:
         """Count ``num_tokens`` more as kept: what was stored in the pools. `DecodePlan.advance` does it for a step.
@@ -194,7 +194,7 @@ class Pages:
                 f"{num_tokens!r} more - reserve them first"
             )
         held.length += num_tokens
-        self._note("fill", held.number, num_tokens)
+        self.note("fill", held.number, num_tokens)
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
         """Begin ``child`` with all that ``parent`` keeps: whole pages are shared, the last one, if it is not full, is
@@ -218,7 +218,7 @@ class Pages:
         self._uses[made.owner[there], made.slot[there]] += 1
         self._held[child] = made
         self._num_begun += 1
-        self._note("fork", held.number)
+        self.note("fork", held.number)
 
     def crop(self, seq: Hashable, length: int) -> None:
         """Forget the tokens from ``length`` on, and give back the pages that are then empty, reserved ones too. Plans
@@ -248,7 +248,7 @@ class Pages:
         self._give_back(held.owner[kept:], held.slot[kept:])
         self._held[seq] = made
         self.epoch += 1
-        self._note("crop", held.number, length)
+        self.note("crop", held.number, length)
 
     def erase(self, seq: Hashable) -> None:
         """Forget a sequence and give back its pages; those that it shares stay with the others."""
@@ -256,7 +256,7 @@ class Pages:
         self._give_back(held.owner, held.slot)
         del self._held[seq]
         self.epoch += 1
-        self._note("erase", held.number)
+        self.note("erase", held.number)
 
     def evict(
         self,
@@ -298,7 +298,7 @@ class Pages:
         if freed:
             self.epoch += 1
         if looked_at:
-            self._note("evict", looked_at, freed)
+            self.note("evict", looked_at, freed)
         return freed
 
     def pool(
@@ -364,13 +364,10 @@ class Pages:
             for pool in self.pools.values():
                 pool.copy_page(slot, int(made.slot[-1]))
 
-    def _note(self, *call: Any) -> None:
+    def note(self, *call: Any) -> None:
+        """Count a call, of a plan too, among those that all ranks must make."""
         said = hashlib.blake2b(f"{self._history} {call}".encode(), digest_size=8)
         self._history, self._num_calls = said.hexdigest(), self._num_calls + 1
-
-    def note(self, *call: Any) -> None:
-        """Count what a plan did as a call."""
-        self._note(*call)
 
     def __repr__(self) -> str:
         free = ", ".join(map(str, self.num_free))

@@ -32,14 +32,8 @@ class Steps:
         arena: Arena,
         facts: dict[str, Any],
     ) -> None:
-        self.pages, self.rows, self.masks, self.tables, self.arena, self.facts = (
-            pages,
-            rows,
-            masks,
-            tables,
-            arena,
-            facts,
-        )
+        self.pages, self.rows, self.masks = pages, rows, masks
+        self.tables, self.arena, self.facts = tables, arena, facts
         self.sequences, self.new, self.limits = tuple(counts), tuple(counts.values()), tuple(limits)
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         self.number = pages.num_plans

@@ -63,8 +63,9 @@ def prefill(
         ValueError: arguments that do not fit each other.
     """
     _check_arguments(model, tokens, attention_mask, max_new_tokens, page_size)
-    described: dict[str, Any] = {"seq_len": tokens.shape[1]} if attention_mask is None else {}
-    described |= {} if attention_mask is None else {"attention_mask": attention_mask}
+    described: dict[str, Any] = (
+        {"seq_len": tokens.shape[1]} if attention_mask is None else {"attention_mask": attention_mask}
+    )
     options = {"layout": balanced} | options
     planned = plan_for(model.config, group, **described, verified_only=verified_only, **options)
     _check_model(model.config, planned, tokens.shape[1] + max_new_tokens)
