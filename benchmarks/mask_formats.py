@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +31,7 @@ from cpflex.planning.needs import classifier
 from cpflex.planning.squares import classify_squares
 from cpflex.tile_mask import Tiles
 from documents import draw_documents
+from own_process import in_own_process, least_ms
 
 SIZES = [(1 << 16, 8), (1 << 20, 64)]
 WINDOW, SINKS = 4096, 128
@@ -189,15 +188,6 @@ FORMATS: dict[str, Callable[[int], Made]] = {
 }
 
 
-def least_ms(function: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return 1e3 * min(times)
-
-
 def measure(name: str, seq_len: int, world_size: int) -> dict[str, Any]:
     """One row, in a fresh process."""
     torch.set_num_threads(1)
@@ -238,11 +228,6 @@ def show(row: dict[str, Any]) -> str:
     )
 
 
-def _in_own_process(function: Callable, *args: Any) -> dict[str, Any]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-len", choices=["64k", "1m"], default="1m", help="longest sequence")
@@ -254,7 +239,7 @@ def main() -> None:
     for seq_len, world_size in SIZES[: 1 if options.max_len == "64k" else 2]:
         for name in FORMATS:
             if options.only in name:
-                rows.append(_in_own_process(measure, name, seq_len, world_size))
+                rows.append(in_own_process(measure, name, seq_len, world_size))
                 print(show(rows[-1]), flush=True)
     record = {
         "command": "python benchmarks/mask_formats.py",

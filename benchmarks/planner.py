@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import pickle
 import platform
@@ -36,6 +35,7 @@ from cpflex.planning.needs import classifier, tiles_of
 from cpflex.planning.squares import classify_squares
 from cpflex.tile_mask import Tiles
 from documents import draw_documents
+from own_process import in_own_process
 
 SCALING = ("causal", "documents", "doc+window", "block diffusion")
 SIZES = [(1 << 14, 8), (1 << 16, 8), (1 << 18, 32), (1 << 20, 64), (1 << 22, 256), (1 << 24, 1024)]
@@ -274,12 +274,6 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _in_own_process(function: Callable, *args: Any) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(function, args)
-
-
 def _length(text: str) -> int:
     return int(text[:-1]) << {"k": 10, "m": 20}[text[-1].lower()] if text[-1].isalpha() else int(text)
 
@@ -355,7 +349,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     rows = []
     for job in _jobs(options):
-        rows.append(_in_own_process(*job))
+        rows.append(in_own_process(*job))
         print(_show(rows[-1]), flush=True)
     if options.out.exists():
         before = json.loads(options.out.read_text())

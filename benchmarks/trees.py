@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from cpflex.planning.needs import classifier
 from cpflex.planning.squares import classify_squares
 from cpflex.tile_mask import Tiles
 from cpflex.trees import Tree
+from own_process import in_own_process, least_ms
 
 SIZES = [(1 << 17, 8, 3, 1 << 13), (1 << 18, 16, 3, 1 << 14), (1 << 20, 32, 4, 1 << 15)]
 """(tokens, ranks, levels, tokens of the prompt); four continuations of each segment but the last."""
@@ -61,15 +60,6 @@ def mask_of(tree: Tree, kind: str) -> MaskMod:
     if kind == "window by positions":
         return cpflex.tree(tree) & cpflex.sliding_window(WINDOW, positions=tree.depths)
     return cpflex.tree(tree, window=WINDOW if kind == "window by depth" else None)
-
-
-def least_ms(function: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(3):
-        start = time.process_time()  # of this process: other load on the machine does not count
-        function()
-        times.append(time.process_time() - start)
-    return 1e3 * min(times)
 
 
 def measure_planning(kind: str, num_tokens: int, world_size: int, forks: Sequence[int], prompt: int) -> dict[str, Any]:
@@ -115,11 +105,6 @@ def show(row: dict[str, Any]) -> str:
     )
 
 
-def _in_own_process(function: Callable, *args: Any) -> dict[str, Any]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
-
 def measure_all_planning(max_len: int, out: Path) -> None:
     rows = []
     for num_tokens, world_size, levels, prompt in SIZES:
@@ -130,7 +115,7 @@ def measure_all_planning(max_len: int, out: Path) -> None:
             "star": [4**levels],
         }
         for kind, forks in shapes.items() if num_tokens <= max_len else ():
-            rows.append(_in_own_process(measure_planning, kind, num_tokens, world_size, forks, prompt))
+            rows.append(in_own_process(measure_planning, kind, num_tokens, world_size, forks, prompt))
             print(show(rows[-1]), flush=True)
     record = {
         "command": "python benchmarks/trees.py --planning",

@@ -42,11 +42,12 @@ REMARKS = {
 }
 
 
-def checked_config(name: str) -> PretrainedConfig:
-    """The config of a model, fit for this job.
+def config_of(name: str, *, of_bytes: bool = True) -> PretrainedConfig:
+    """The config of a model that cpflex can run.
 
     Args:
         name: of a config file, a directory with weights, or a model on this machine.
+        of_bytes: whether its tokens are bytes.
 
     Raises:
         ValueError, NotImplementedError: what is wrong with it.
@@ -58,8 +59,14 @@ def checked_config(name: str) -> PretrainedConfig:
     except (OSError, ValueError) as problem:  # which of them, and with how many lines, depends on transformers
         raise ValueError(f"{name} is no config of transformers: {str(problem).splitlines()[0]}") from None
     plan_for(config, seq_len=1)  # refuses what cpflex cannot do
-    if config.vocab_size < VOCAB_SIZE:
+    if of_bytes and config.vocab_size < VOCAB_SIZE:
         raise ValueError(f"{name}: tokens are bytes, vocab_size must be at least {VOCAB_SIZE}; got {config.vocab_size}")
+    return config
+
+
+def checked_config(name: str) -> PretrainedConfig:
+    """`config_of` a model, fit for this job."""
+    config = config_of(name)
     if dropout := getattr(config, "attention_dropout", 0.0):
         raise NotImplementedError(f"{name}: attention_dropout must be 0; got {dropout}")
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):

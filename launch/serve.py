@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 import ranks
-from cpflex.integrations.transformers import plan_for, prefill
-from data import VOCAB_SIZE
+from cpflex.integrations.transformers import prefill
+from hf import config_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -243,26 +243,10 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     if options.prompts and not options.prompts.is_file():
         parser.error(f"there is no file {options.prompts}")
     try:
-        check_model(options.model)
+        config_of(options.model, of_bytes=Path(options.model).is_file())  # other models have a tokenizer
     except (ValueError, NotImplementedError) as problem:
         parser.error(str(problem))
     return options
-
-
-def check_model(name: str) -> None:
-    """
-    Raises:
-        ValueError, NotImplementedError: what is wrong with it.
-    """
-    if name.endswith(".json") and not Path(name).is_file():
-        raise ValueError(f"there is no file {name}")
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as problem:  # which of them, and with how many lines, depends on transformers
-        raise ValueError(f"{name} is no config of transformers: {str(problem).splitlines()[0]}") from None
-    plan_for(config, seq_len=1)  # refuses what cpflex cannot do
-    if Path(name).is_file() and config.vocab_size < VOCAB_SIZE:
-        raise ValueError(f"{name}: tokens are bytes, vocab_size must be at least {VOCAB_SIZE}; got {config.vocab_size}")
 
 
 if __name__ == "__main__":
