@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from cpflex.planning.bounds import least_us
+from cpflex.planning.bounds import crossing_rows, least_us
 from cpflex.planning.needs import Needs
 from cpflex.planning.predict import Prediction, outer_machine, predict
 from cpflex.planning.traffic import Traffic
@@ -35,6 +35,10 @@ ENOUGH = 1.03
 """Schedules are not predicted that take, by their bound, no less than the best one over this. What is chosen is
 nearer to the best than that, as bounds are less than what is predicted.
 """
+
+
+UNEVEN = 1.03
+"""Rails are, where the busiest GPU has so many times the rows that cross that the mean one of the busiest node has."""
 
 
 class Choice(NamedTuple):
@@ -93,23 +97,24 @@ def choose(traffic: Traffic, machine: Machine, degree: int = 1, *, enough: float
     """
     search = _Search(traffic, machine, degree, enough)
     outer = outer_machine(machine, degree)
-    for name in _rings(traffic):
-        search.look(name, name)
     cuts, many = _cuts(traffic, outer)
     levels = {level: _name(level, cuts[1]) for level in _levels(traffic, outer)}
-    others = levels | {"direct": "direct"}
-    looks = {family: search.look(family, others[family]) for family in sorted(others, key=search.least)}
+    names = {ring: ring for ring in _rings(traffic)} | levels | {"direct": "direct"}
+    looks = {family: search.look(family, names[family]) for family in search.ordered(names)}
     by_level = {level: found for level in levels if (found := looks[level]) is not None}
     if by_level:
         level, typical = min(by_level.items(), key=lambda found: search.cost(found[1]))
-        finer = search.look(level, _name(level, cuts[2]))
-        is_finer = finer is not None and search.cost(finer) < search.cost(typical)
-        if is_finer or not enough:
-            search.look(level, _name(level, cuts[3]))
-        if not is_finer or not enough:
+        is_finer = False
+        if search.fits(typical) or not enough:
+            finer = search.look(level, _name(level, cuts[2]))
+            is_finer = finer is not None and search.cost(finer) < search.cost(typical)
+            if is_finer or not enough:
+                search.look(level, _name(level, cuts[3]))
+        if (search.fits(typical) and not is_finer) or not enough:
             search.look(level, _name(level, cuts[0]))
         search.look(level, _name(level, many))
-    best, *others = sorted(search.found, key=search.cost)
+    best, *others = search.in_order
+    traffic.ways.clear()
     return Choice(best, others, min(search.skipped, default=None))
 
 
@@ -123,21 +128,37 @@ class _Search:
         self._least: Callable[[str], int] = cache(lambda family: least_us(family, traffic, machine, degree))
         self._limit, self._enough = machine.device.buffer_gb * 1e9, enough
 
-    def cost(self, found: Prediction) -> tuple[int, int]:
-        return found.buffer_bytes if found.buffer_bytes > self._limit else 0, found.total_us
+    def fits(self, found: Prediction) -> bool:
+        return found.buffer_bytes <= self._limit
 
-    def least(self, family: str) -> int:
-        return self._least({"striped": "relay", "even": "direct"}.get(family, family))  # one bound for both
+    def cost(self, found: Prediction) -> tuple[int, int]:
+        """By time, or by memory where there is too little: then time, which takes long to find, is not asked for."""
+        return (0, found.total_us) if self.fits(found) else (found.buffer_bytes, 0)
+
+    @property
+    def in_order(self) -> list[Prediction]:
+        """The best first; if none fits into memory, the faster first of those that take the same."""
+        if any(map(self.fits, self.found)):
+            return sorted(self.found, key=self.cost)
+        return sorted(self.found, key=lambda found: (found.buffer_bytes, found.total_us))
+
+    def ordered(self, families: Iterable[str]) -> list[str]:
+        """In their order those that may be best by their bounds, then the others by these."""
+        least = {family: self._bound(family) for family in families}
+        near = self._enough * min(least.values())
+        return sorted(least, key=lambda family: 0 if least[family] <= near else least[family])
 
     def look(self, family: str, name: str) -> Prediction | None:
         """Predict it, unless that cannot be worth it."""
-        if self._enough and self.found:
-            least = self.least(family)
-            if min(map(self.cost, self.found)) <= (0, self._enough * least):
-                self.skipped.append(least)
-                return None
+        best = min((one.total_us for one in self.found if self.fits(one)), default=None) if self._enough else None
+        if best is not None and best <= self._enough * self._bound(family):
+            self.skipped.append(self._bound(family))
+            return None
         self.found.append(self._predict(name))
         return self.found[-1]
+
+    def _bound(self, family: str) -> int:
+        return self._least({"striped": "relay", "even": "direct"}.get(family, family))  # one bound for both
 
 
 def family_of(name: str) -> str:
@@ -156,9 +177,12 @@ def _rings(traffic: Traffic) -> list[str]:
 
 
 def _levels(traffic: Traffic, machine: Machine) -> list[str]:
-    """Names of schedules that take parts."""
-    two = 1 < machine.topology.gpus_per_node < traffic.world_size
-    return ["even", "relay", "striped"] if two else ["even"]
+    """Names of schedules that take parts. Rows are striped where rails are uneven."""
+    gpus = machine.topology.gpus_per_node
+    if not 1 < gpus < traffic.world_size:
+        return ["even"]
+    of_node, of_gpu = crossing_rows(traffic, gpus)
+    return ["even", "relay", "striped"] if of_gpu > UNEVEN * of_node else ["even", "relay"]
 
 
 def degrees(world_size: int, machine: Machine, num_heads: int | None = None) -> list[int]:

@@ -6,8 +6,8 @@ A model, not a measurement. Times are whole microseconds, so that every rank on 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from cpflex.planning import stages as one_level
 from cpflex.planning.relays import relay
 from cpflex.planning.stages import NOTHING, Stage, program
-from cpflex.planning.timing import Batch, Collective, Kernels, Program, Timeline, message_costs, run
+from cpflex.planning.timing import Batch, Collective, Kernels, Messages, Program, Timeline, message_costs, run
 from cpflex.planning.traffic import Traffic
 from cpflex.topology import Heads, Machine, Topology
 
@@ -47,12 +47,20 @@ class Prediction:
     """What a schedule is predicted to take on a machine, for one layer."""
 
     name: str
-    forward: Timeline
-    backward: Timeline
+    timed: Callable[[bool], Timeline] = field(repr=False)
+    """Forward, or backward; the two are run when they are first asked for."""
     stages: Sequence[Stage]
     machine: Machine
     degree: int = 1
     """Ranks that share a piece of the sequence by heads; stages, timelines and machine are those of one of them."""
+
+    @cached_property
+    def forward(self) -> Timeline:
+        return self.timed(False)
+
+    @cached_property
+    def backward(self) -> Timeline:
+        return self.timed(True)
 
     @cached_property
     def total_us(self) -> int:
@@ -87,14 +95,15 @@ def predict(name: str, traffic: Traffic, machine: Machine, degree: int = 1) -> P
     """
     outer = outer_machine(machine, degree)
     stages = stages_of(name, traffic, outer.topology)
-    lead, size = machine.device.lead_us * 1e-6, traffic.world_size
-    passes: list[Timeline] = []
-    for backward in (False, True):
-        inner = program(stages, outer, backward)
+    sizes: dict[tuple[int, int], np.ndarray] = {}  # what both passes send alike
+    messages: dict[tuple[int, int, int], Messages] = {}
+
+    def timed(backward: bool) -> Timeline:
+        inner = program(stages, outer, backward, sizes=sizes)
         steps = between_exchanges(inner, traffic.local_len // degree, degree, machine, backward)
-        passes.append(run(steps, size, outer.topology, lead))
-    forward, back = passes
-    return Prediction(name, forward, back, stages, outer, degree)
+        return run(steps, traffic.world_size, outer.topology, machine.device.lead_us * 1e-6, messages)
+
+    return Prediction(name, timed, stages, outer, degree)
 
 
 def buffer_bytes(stages: Sequence[Stage], heads: Heads) -> int:

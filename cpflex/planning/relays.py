@@ -53,22 +53,17 @@ def leveled(traffic: Traffic, nodes: Nodes, parts: Sequence[int], stripe: bool =
     """Rows that a node needs of an owner, cut in proportion to ``parts``, each crossing once: to the GPU on the owner's
     rail, or striped over the node's NICs.
     """
-    own = np.where(nodes.of[:, None] == nodes.of, traffic.rows, 0)
-    owner, size = traffic.owner, traffic.world_size
-    carrier = owner
-    if stripe:
-        place = np.arange(len(owner)) - traffic.first_block[owner]
-        carrier = nodes.of[owner] * nodes.gpus_per_node + place % nodes.size[nodes.of[owner]]
-    needed = traffic.seen_by_nodes(nodes.gpus_per_node)
-    part = _part_of_blocks(traffic, needed, parts)
-    node, crossing = np.nonzero(needed)
+    if (nodes.gpus_per_node, stripe) not in traffic.ways:
+        traffic.ways[nodes.gpus_per_node, stripe] = _ways(traffic, nodes, stripe)
+    ways, size = traffic.ways[nodes.gpus_per_node, stripe], traffic.world_size
+    part = _part_of_blocks(traffic, ways.needed, parts)
     across = _sums(
-        part[node, crossing], carrier[crossing], node, traffic.length[crossing], (len(parts), size, nodes.count)
+        part[ways.needed], ways.carrier_and_node, traffic.length[ways.crossing], (len(parts), size, nodes.count)
     )
-    rank, block = np.nonzero(traffic.sees & needed[nodes.of])
-    at, tokens = part[nodes.of[rank], block], traffic.length[block]
-    computed = _sums(at, rank, owner[block], tokens, (len(parts), size, size))
-    inside = _sums(at, nodes.relay(carrier[block], nodes.of[rank]), rank, tokens, (len(parts), size, size))
+    at, tokens = part.ravel()[ways.node_and_block], traffic.length[ways.block]
+    computed = _sums(at, ways.rank_and_owner, tokens, (len(parts), size, size))
+    inside = _sums(at, ways.relay_and_rank, tokens, (len(parts), size, size))
+    own = np.where(nodes.of[:, None] == nodes.of, traffic.rows, 0)
     legs = []
     for index in range(len(parts)):
         source, to = np.nonzero(across[index])
@@ -77,19 +72,50 @@ def leveled(traffic: Traffic, nodes: Nodes, parts: Sequence[int], stripe: bool =
             _flow(across[index][source, to], source, nodes.relay(source, to)),
         ])  # fmt: skip
         if stripe:
-            leaves = (part == index).any(axis=0)
-            spread = np.bincount(owner[leaves] * size + carrier[leaves], traffic.length[leaves], size * size).reshape(
-                size, size
-            )
+            leaves, owner = (part == index).any(axis=0), traffic.owner
+            spread = np.bincount(
+                owner[leaves] * size + ways.carrier[leaves], traffic.length[leaves], size * size
+            ).reshape(size, size)
             legs[-1].append(_flow(spread, *np.nonzero(spread)))
     return Leveled([own, *computed], between(own, *np.nonzero(own)), legs)
 
 
-def _sums(
-    first: np.ndarray, second: np.ndarray, third: np.ndarray, weight: np.ndarray, shape: tuple[int, int, int]
-) -> np.ndarray:
-    """Weights by three indices, float64 of the shape."""
-    index = (first * shape[1] + second) * shape[2] + third
+class _Ways(NamedTuple):
+    """The ways of blocks to nodes and to ranks, however they are cut into parts; an index of two is in the array of the
+    first, times the number of the second.
+    """
+
+    needed: np.ndarray  # a rank of the node needs the block of another node, bool [nodes, blocks]
+    carrier: np.ndarray  # who sends it to other nodes, int64 [blocks]
+    crossing: np.ndarray  # blocks by the nodes that need them, int64 [crossings]
+    carrier_and_node: np.ndarray  # int64 [crossings]
+    block: np.ndarray  # blocks by the ranks of other nodes that need them, int64 [arrivals]
+    node_and_block: np.ndarray  # int64 [arrivals], each
+    rank_and_owner: np.ndarray
+    relay_and_rank: np.ndarray
+
+
+def _ways(traffic: Traffic, nodes: Nodes, stripe: bool) -> _Ways:
+    owner, size = traffic.owner, traffic.world_size
+    carrier = owner
+    if stripe:
+        place = np.arange(len(owner)) - traffic.first_block[owner]
+        carrier = nodes.of[owner] * nodes.gpus_per_node + place % nodes.size[nodes.of[owner]]
+    needed = traffic.seen_by_nodes(nodes.gpus_per_node)
+    to, crossing = np.nonzero(needed)
+    rank, block = np.nonzero(traffic.sees & needed[nodes.of])
+    node = nodes.of[rank]
+    return _Ways(
+        *(needed, carrier, crossing, carrier[crossing] * nodes.count + to, block),
+        node_and_block=node * len(owner) + block,
+        rank_and_owner=rank * size + owner[block],
+        relay_and_rank=nodes.relay(carrier[block], node) * size + rank,
+    )
+
+
+def _sums(first: np.ndarray, others: np.ndarray, weight: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Weights by an index and two more in one, float64 of the shape."""
+    index = first * (shape[1] * shape[2]) + others
     return np.bincount(index, weight, shape[0] * shape[1] * shape[2]).reshape(shape)
 
 

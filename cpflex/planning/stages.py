@@ -81,13 +81,18 @@ def stage_seconds(stage: Stage, first: bool, backward: bool, machine: Machine, w
 
 
 def program(
-    stages: Sequence[Stage], machine: Machine, backward: bool, grad_row_bytes: int | None = None
+    stages: Sequence[Stage],
+    machine: Machine,
+    backward: bool,
+    grad_row_bytes: int | None = None,
+    sizes: dict[tuple[int, int], np.ndarray] | None = None,
 ) -> list[Batch | Kernels]:
     """As `Transport` runs them: the next stage is posted, this one computed, and in backward its dK/dV leave; all
     exchanges on one lane.
 
     Args:
         grad_row_bytes: of dK/dV of one token on the way; fp32 if None.
+        sizes: of messages, to be shared with other programs of the stages.
     """
     world_size, heads = len(stages[0].pairs), machine.heads
     grad_row_bytes = grad_row_bytes or heads.grad_row_bytes
@@ -95,7 +100,7 @@ def program(
     operations: list[Batch | Kernels] = []
     kernels: list[int] = []
     arrived: dict[int, tuple[int, ...]] = {}
-    sizes: dict[tuple[int, int], np.ndarray] = {}  # stages may share their flows
+    sizes = {} if sizes is None else sizes  # stages may share their flows
 
     def post(flow: Flow, row_bytes: int, after: tuple[int, ...], carries: str) -> tuple[int, ...]:
         if not len(flow.source):

@@ -91,11 +91,22 @@ class Costs(NamedTuple):
     crosses: np.ndarray  # to another node, bool [messages]
 
 
-def run(program: Program, world_size: int, topology: Topology, lead: float = 0.0) -> Timeline:
-    """Every operation at every rank. ``lead``: seconds that the host is ahead of the device at first."""
+def run(
+    program: Program,
+    world_size: int,
+    topology: Topology,
+    lead: float = 0.0,
+    messages: dict[tuple[int, int, int], Messages] | None = None,
+) -> Timeline:
+    """Every operation at every rank.
+
+    Args:
+        lead: seconds that the host is ahead of the device at first.
+        messages: of batches by the ids of their arrays, to be shared with other programs that have the same.
+    """
+    messages = {} if messages is None else messages
     spans: list[Span] = []
     lanes: dict[str, np.ndarray] = {}
-    messages: dict[tuple[int, int, int], _Messages] = {}  # batches of the same arrays have the same costs
     free, busy, across, host = np.zeros(world_size), np.zeros(world_size), np.zeros(world_size), -lead
     for step in program:
         ready = np.zeros(world_size)
@@ -122,7 +133,7 @@ def run(program: Program, world_size: int, topology: Topology, lead: float = 0.0
     return Timeline(program, topology, spans, last, busy, across)
 
 
-class _Messages(NamedTuple):
+class Messages(NamedTuple):
     """Of a batch, whenever it runs."""
 
     source: np.ndarray  # [messages]
@@ -142,12 +153,12 @@ class _Messages(NamedTuple):
         return np.where(part, start, ready), np.where(part, end, ready), np.where(part, end, held)
 
 
-def _messages(batch: Batch, world_size: int, topology: Topology) -> _Messages:
+def _messages(batch: Batch, world_size: int, topology: Topology) -> Messages:
     seconds, crosses = message_costs(batch, world_size, topology)
     takes_part = np.zeros(world_size, dtype=bool)
     takes_part[batch.source] = takes_part[batch.target] = True
     crossed = np.bincount(batch.source[crosses], batch.size[crosses], world_size)
-    return _Messages(batch.source, batch.target, seconds, takes_part, crossed)
+    return Messages(batch.source, batch.target, seconds, takes_part, crossed)
 
 
 def message_costs(batch: Batch, world_size: int, topology: Topology) -> Costs:

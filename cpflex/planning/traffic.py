@@ -4,9 +4,9 @@ from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,8 @@ class Traffic:
     sees: np.ndarray  # rank r's queries see a key of the block, bool [world_size (r), blocks]
     pairs: np.ndarray  # (query, key) pairs of rank r's queries and o's keys, int64 [world_size (r), world_size (o)]
     touched: np.ndarray  # queries of rank r that see a key of o, int64 [world_size (r), world_size (o)]
+    ways: dict[tuple[int, bool], Any] = field(default_factory=dict, repr=False, compare=False)
+    """What `relays` looks up at each prediction of two levels."""
 
     @property
     def world_size(self) -> int:
@@ -104,13 +106,21 @@ class _Held(NamedTuple):
     tiles: Axis
     owner: np.ndarray  # of each tile, int64 [tiles]
     order: np.ndarray  # of the tiles by owner, int64 [tiles]
-    starts: np.ndarray  # of each rank's in that order, int64 [world_size]
+    runs: np.ndarray  # first tile of each run of tiles of one owner, int64 [runs]
+    world_size: int
 
     @classmethod
     def of(cls, layout: Keys, tiles: Axis) -> _Held:
         owner = layout.owner[tiles.chunk]
+        runs = np.append(0, np.flatnonzero(np.diff(owner)) + 1)
+        return cls(tiles, owner, np.argsort(owner, kind="stable"), runs, layout.world_size)
+
+    def by_owner(self, values: np.ndarray) -> np.ndarray:
+        """Sums over the tiles of each rank: [lines, tiles] -> int64 [lines, world_size]."""
+        of_runs, owner = np.add.reduceat(values, self.runs, axis=1), self.owner[self.runs]
         order = np.argsort(owner, kind="stable")
-        return cls(tiles, owner, order, np.searchsorted(owner[order], np.arange(layout.world_size)))
+        starts = np.searchsorted(owner[order], np.arange(self.world_size))
+        return np.add.reduceat(of_runs.take(order, axis=1), starts, axis=1).astype(np.int64)
 
 
 def _counted(squares: Squares, lines: _Held, held: _Held, *, once: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -119,17 +129,17 @@ def _counted(squares: Squares, lines: _Held, held: _Held, *, once: bool = False)
     """
     row, first, end = squares.rows(lines.tiles, held.tiles)
     line, weight, width = lines.owner[row], lines.tiles.length[row], held.tiles.num_tiles
-    length, world_size = held.tiles.length[held.order], len(lines.starts)
     seen, totals = [], []
-    for begin in range(0, world_size, RANKS_AT_ONCE):
-        ranks = min(RANKS_AT_ONCE, world_size - begin)
-        here = (line >= begin) & (line < begin + ranks)
+    for begin in range(0, lines.world_size, RANKS_AT_ONCE):
+        ranks = min(RANKS_AT_ONCE, lines.world_size - begin)
+        here = slice(None) if ranks == lines.world_size else (line >= begin) & (line < begin + ranks)
         at = (line[here] - begin) * (width + 1)
         # each row of a square adds its tokens from its first column on, and takes them away after its last
         step = np.bincount(at + first[here], weight[here], ranks * (width + 1))
         step -= np.bincount(at + end[here], weight[here], ranks * (width + 1))
-        covering = step.reshape(ranks, -1).cumsum(axis=1).take(held.order, axis=1).astype(np.int64)
-        seen.append(covering > 0)
-        tokens = np.where(seen[-1], length, 0) if once else covering * length
-        totals.append(np.add.reduceat(tokens, held.starts, axis=1))
+        # float64 is exact: fewer than 2**53 pairs of two ranks
+        covering = step.reshape(ranks, -1).cumsum(axis=1)[:, :-1]
+        is_seen = covering > 0
+        totals.append(held.by_owner((is_seen if once else covering) * held.tiles.length))
+        seen.append(is_seen.take(held.order, axis=1))
     return np.concatenate(seen), np.concatenate(totals)
