@@ -120,7 +120,7 @@ class _Held(NamedTuple):
         of_runs, owner = np.add.reduceat(values, self.runs, axis=1), self.owner[self.runs]
         order = np.argsort(owner, kind="stable")
         starts = np.searchsorted(owner[order], np.arange(self.world_size))
-        return np.add.reduceat(of_runs.take(order, axis=1), starts, axis=1).astype(np.int64)
+        return np.add.reduceat(of_runs.take(order, axis=1), starts, axis=1)
 
 
 def _counted(squares: Squares, lines: _Held, held: _Held, *, once: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -137,8 +137,7 @@ def _counted(squares: Squares, lines: _Held, held: _Held, *, once: bool = False)
         # each row of a square adds its tokens from its first column on, and takes them away after its last
         step = np.bincount(at + first[here], weight[here], ranks * (width + 1))
         step -= np.bincount(at + end[here], weight[here], ranks * (width + 1))
-        # float64 is exact: fewer than 2**53 pairs of two ranks
-        covering = step.reshape(ranks, -1).cumsum(axis=1)[:, :-1]
+        covering = step.astype(np.int64).cumsum().reshape(ranks, -1)[:, :-1]  # a line ends with 0, as the next begins
         is_seen = covering > 0
         totals.append(held.by_owner((is_seen if once else covering) * held.tiles.length))
         seen.append(is_seen.take(held.order, axis=1))
