@@ -6,7 +6,7 @@ OLDEST_PYTHON ?= $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/de
 EXTRAS := .[dev,train,viz,hf,trl]
 OF_VERSIONS := (not slow or hf) and not gpu and not multi_gpu
 
-.PHONY: train test test-all test-hf test-latest test-oldest test-gpu check format verify fuzz mutants bench-planner bench-cpu bench-kernels clean
+.PHONY: train serve test test-all test-hf test-latest test-oldest test-gpu check format verify fuzz mutants bench-planner bench-cpu bench-kernels clean
 
 train: .venv/ready  ## the main job: context-parallel training on real text
 	$(BIN)/python launch/train.py
@@ -49,6 +49,10 @@ check: .venv/ready  ## format, lint, types and the quick tests
 format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+serve: .venv/ready  ## prompts answered by a tiny model whose keys lie on all ranks, and by one rank alone
+	printf '%s\n' 'The quick brown fox' 'Once upon a time there was' | \
+	  $(BIN)/python launch/serve.py --model hf:launch/configs/gemma3.json --check
 
 verify: .venv/ready  ## N ranks equal one, on this machine
 	$(BIN)/python launch/verify.py
