@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
-from cpflex.kernels.call import BACKENDS, Call
+from cpflex.kernels.call import BACKENDS
 from cpflex.mods.graph import Mod, table_sizes
 from cpflex.mods.trace import trace_score_mod
+from cpflex.paging.calls import call_of
 from cpflex.paging.checks import check_attention, check_tables
 from cpflex.paging.decode import decode
 from cpflex.paging.decode_plan import DecodePlan
@@ -171,14 +172,13 @@ def _attention_to_pages(
     except Exception as error:  # a score_mod may raise anything
         plan.refuse(error)
         raise
-    mask = plan.mask.on(query.device)
-    captured = () if mod is None else tuple(x.to(query.device) for x in mod.captured)
-    call = Call(mask, scale, None if mod is None else mod.mod.graph, captured, backend=backend or None)
+    key_of_mod, graph, captured = ("", None, []) if mod is None else (mod.key, mod.mod.graph, mod.captured)
+    call = call_of(plan, key_of_mod, graph, captured, scale, backend, query.device)
     facts = {
         "mask kind": plan.one_kind,
         "query": f"{query.dtype} {tuple(query.shape[:2])} {query.shape[3]}",
         "key and value": f"{tuple(key.shape)} {tuple(value.shape)}, {'new ones travel' if pool.pending else 'at hand'}",
-        "score_mod": ("", ()) if mod is None else (mod.key, tuple(str((x.dtype, tuple(x.shape))) for x in captured)),
+        "score_mod": (key_of_mod, tuple(str((x.dtype, tuple(x.shape))) for x in captured)),
         "scale": scale,
         "backend": backend,
         "device": query.device.type,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -139,6 +140,7 @@ def columns(dim: int, config: tuning.KernelConfig) -> tuple[int, ...]:
     return pieces if config.pieces and dim > 64 and sum(pieces) < whole else (whole,)
 
 
+@lru_cache
 def padded(dim: int) -> int:
     """The columns of one block that holds ``dim``."""
     return max(16, triton.next_power_of_2(dim))

@@ -48,8 +48,8 @@ def decode(
     work = plan.work(q.device)
     prepare_pages(q, pool.k, pool.v, work, call)
     if steps.pages.links is None or steps.pages.world_size == 1:
-        mine = _own(q, pool, plan, work, call)
-        return _as_asked(combine(mine, _rows(plan, steps.num_tokens, 1, 1, q), q.dtype, backend=call.backend))
+        partials = attend_pages(q, pool.k, pool.v, work, call)
+        return _as_asked(combine(partials, plan.parts(q.device), q.dtype, backend=call.backend))
     meeting = Meeting(steps, facts, q.device)
     if steps.rows.is_everyone:
         room = meeting.room(4 * num_heads * (v_dim + 1))

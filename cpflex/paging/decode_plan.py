@@ -155,6 +155,12 @@ class DecodePlan:
 
     def work(self, device: torch.device) -> PageWork:
         """What the kernels of this rank compute, on a device."""
+        asked = "work", self.one_kind, device
+        if asked not in self.steps.made:
+            self.steps.made[asked] = self._work(device)
+        return self.steps.made[asked]
+
+    def _work(self, device: torch.device) -> PageWork:
         steps, kind, tables = self.steps, self.one_kind, self.tables
         whole = device.type != "cpu"  # there a launch of one size serves the next plan, too
         items, runs = (steps.arena.on(device, f"{name} of {kind}") for name in ("items", "runs"))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cpflex
 from cpflex.kernels import forward, launch
 from cpflex.ring import bound
 from cpflex.ring.operator import IMPLEMENTATIONS
@@ -94,6 +95,30 @@ def test_what_a_call_decided_holds_for_the_next():
         ):
             training.backward(training.forward())
         assert looked_up.call_count == 8
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_a_step_of_decoding_decided_holds_for_the_next(biased: bool):
+    """Also if its score_mod reads a tensor."""
+    slopes = torch.ones(8)
+    score_mod = cpflex.score_mod(lambda s, b, h, q, k: s - slopes[h] * (q - k)) if biased else None
+    pages = cpflex.Pages(16, 64)
+    pool = pages.pool(2, 16, dtype=torch.bfloat16)
+    pages.reserve("a", 200)
+    plan = cpflex.make_decode_plan(cpflex.causal() & cpflex.sliding_window(70), pages, {"a": 1}, splits=3)
+    q, k, v = (torch.zeros(1, heads, 1, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
+
+    def step() -> None:
+        pool.assign(k, v, plan)
+        cpflex.flex_attention(q, pool.k, pool.v, score_mod, plan, enable_gqa=True)
+        plan.advance()
+
+    refuse = mock.Mock(side_effect=AssertionError("decided again"))
+    with launches_are_stubs() as launched:
+        step()
+        with mock.patch.object(launch.Mods, "of", refuse), mock.patch.object(launch.tuning, "lookup", refuse):
+            step()
+    assert launched == ["decode_kernel", "combine_kernel"] * 2
 
 
 def test_the_table_has_a_row_for_each_case(tmp_path: Path):

@@ -270,6 +270,22 @@ def test_compiled_code_around_a_step_calls_it_as_it_is():
     assert torch.equal(torch.compile(layer, backend="eager")(q), layer(q))
 
 
+@pytest.mark.parametrize("offset", [0, 1], ids=["", "not aligned"])
+def test_a_score_mod_reads_what_its_tensors_hold_at_each_step(offset: int):
+    """What was decided for a plan is kept with it; neither numbers nor another tensor's memory are."""
+    memory = torch.rand(2, ALL_HEADS + 1, generator=torch.Generator().manual_seed(4))
+    tables = [row[offset : offset + ALL_HEADS] for row in memory]
+    mods = [lambda s, b, h, q, k, table=table: s - table[h] * (q - k) for table in tables]
+    service = Service(None)
+    service.reserve("a", 40)
+    plan = cpflex.make_decode_plan(cpflex.causal(), service.pages, {"a": 3})
+    for place in (0, 1, 0, 1, 0):
+        service.step(plan, MASKS["causal"], cpflex.score_mod(mods[place]))
+        memory.mul_(-1.5)
+        if place:
+            tables[0].data = tables[0].clone()
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_chunks_whose_queries_travel_equal_the_whole_prompt(world_size: int):
     """Each rank computes a part of every chunk; keys stay in their pages."""
