@@ -4,7 +4,7 @@ backend of the call.
 Two backends, the same functions: plain torch (`reference`, `pages`), the default for CPU tensors, and fused Triton
 kernels (`forward`, `backward`, `decode`, `combining`), the default for CUDA tensors, imported when first needed. What
 the kernels cannot do they refuse; nothing falls back to the other backend. A third, "gluon", is the second with the
-kernels of sm_90 (`hopper_forward`) wherever `tuning.HOPPER` has a row for them.
+kernels of sm_90 (`hopper_forward`) wherever `tuning.GLUON` has a row for them.
 
 The code that a mod becomes inside the kernels can be read:
 
@@ -147,7 +147,7 @@ def require_support(q: Tensor, v_dim: int, call: Call) -> None:
         ValueError: an unknown backend, or "triton" or "gluon" for CPU tensors.
         NotImplementedError: "triton", asked for or chosen, cannot: no Triton, another GPU than NVIDIA's from sm_80 on,
             a head dim above 256, or an operation in a mod that has no Triton form; or "gluon" on another GPU than
-            sm_90.
+            sm_90, or with a Triton that it was not compiled with.
     """
     kind = ("supported", q.device, q.shape[3], v_dim)
     if kind in call.decided:
@@ -246,15 +246,13 @@ def prepare_pages(q: Tensor, k: Tensor, v: Tensor, work: PageWork, call: Call) -
 
 
 def _forward(q: Tensor, v: Tensor, call: Call) -> Any:
-    """The module of the forward kernel. With "gluon", that of sm_90 if `tuning.HOPPER` has a row."""
-    if call.backend == "gluon":
-        from cpflex.kernels import tuning
+    """The module of the forward kernel, as `tuning.GLUON` says."""
+    from cpflex.kernels import tuning
 
-        if tuning.hopper_row("forward", q.shape[3], v.shape[3], q.dtype) is not None:
-            tuning.require_gluon(q.device)
-            from cpflex.kernels import hopper_forward
+    if tuning.is_served_by_gluon("forward", q, v, call.backend):
+        from cpflex.kernels import hopper_forward
 
-            return hopper_forward
+        return hopper_forward
     from cpflex.kernels import forward
 
     return forward

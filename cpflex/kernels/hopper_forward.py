@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cpflex.kernels import fitting, tuning
-from cpflex.kernels.call import OTHERWISE, Call, with_whole_rows
+from cpflex.kernels.call import OR_PORTABLE, Call, with_whole_rows
 from cpflex.kernels.launch import FUSED, NOT_SPECIALIZED, Decided, Heads, Mods, on_device_of, padded
 from cpflex.kernels.state import State
 from cpflex.kernels.work import ITEM_FIELDS, Work, advance, begin_walk, locate, work_of_consecutive_keys
@@ -86,15 +86,14 @@ def _launch(
     lse: Tensor | None,
     max_scores: Tensor | None,
 ) -> None:
-    config = tuning.hopper_row("forward", q.shape[3], v.shape[3], q.dtype)
-    assert config is not None, "kernels ask here only for what has a row"
+    config = tuning.GLUON[90, "forward", q.shape[3], v.shape[3]].config
     kv_positions = tile_mask.kv_positions
     if k.shape[2] == 0:  # a tensor descriptor has at least one row; nobody sees this one
         k, v = (x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (k, v))
         kv_positions = torch.zeros(1, dtype=torch.int32, device=k.device)
     q, k, v = (_with_strides(x) for x in (q, k, v))
     decided = _decide(q, k, v, call, config)
-    work: Work = work_of_consecutive_keys(tile_mask, ROWS.value * CONSUMERS.value, config.block_kv)
+    work: Work = work_of_consecutive_keys(tile_mask, *config.blocks[1:])
     num_items = work.num_busy if out is None else work.num_items  # out is written for queries that see no key, too
     carried = (None, None, None) if state is None else (state.acc, state.m, state.l)
     arguments = (
@@ -129,7 +128,7 @@ def _start(num_programs: int, arguments: tuple[Any, ...], decided: Decided) -> N
         raise NotImplementedError(
             f"backend 'gluon': with these mods the kernel of head dims {decided.kind.head_dim} and "
             f"{decided.kind.v_dim} needs {needed >> 10} KiB of shared memory; {decided.kind.device} has "
-            f"{limit >> 10}{OTHERWISE}"
+            f"{limit >> 10}{OR_PORTABLE}"
         )
 
 

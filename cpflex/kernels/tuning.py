@@ -160,15 +160,40 @@ class HopperConfig:
         stages = {"BLOCK_KV": self.block_kv, "K_STAGES": self.k_stages, "V_STAGES": self.v_stages}
         return stages | {"REGISTERS": self.registers, "num_warps": 4}
 
+    @property
+    def blocks(self) -> tuple[str, int, int]:
+        """What the rows of its work are, rows and columns of a block: runs of consecutive tokens."""
+        return "query", 128, self.block_kv
 
-HOPPER: dict[tuple[str, int, int], HopperConfig] = {  # head dims of q and of v; what is not here has portable kernels
-    ("forward", 64, 64): HopperConfig(128, 2, 3),
-    ("forward", 96, 96): HopperConfig(128, 2, 3),
-    ("forward", 128, 128): HopperConfig(128, 2, 3),
-    ("forward", 192, 128): HopperConfig(64, 2, 3),
-    ("forward", 256, 256): HopperConfig(64, 2, 2),
+
+GATED = ((3, 6), (3, 7), (3, 8), (3, 9))
+"""Releases of Triton whose Gluon has what the kernels need, and with which tests have compiled them. Another may have
+other names for the same things, or none: Gluon is experimental.
+"""
+
+
+@dataclass(frozen=True)
+class GluonRow:
+    """A row of GLUON."""
+
+    config: HopperConfig
+    releases: tuple[tuple[int, ...], ...] = GATED
+    """Of Triton, with which this row serves; with others, the portable kernel does."""
+    is_default: bool = False
+    """Calls that name no backend get it, too: once a GPU has proven it, and timed it as the faster one."""
+
+
+GLUON: dict[tuple[int, str, int, int], GluonRow] = {  # architecture, pass, head dims of q and of v
+    (90, "forward", 64, 64): GluonRow(HopperConfig(128, 2, 3)),
+    (90, "forward", 96, 96): GluonRow(HopperConfig(128, 2, 3)),
+    (90, "forward", 128, 128): GluonRow(HopperConfig(128, 2, 3)),
+    (90, "forward", 192, 128): GluonRow(HopperConfig(64, 2, 3)),
+    (90, "forward", 256, 256): GluonRow(HopperConfig(64, 2, 2)),
 }
-"""Asked for by ``kernel_options={"BACKEND": "GLUON"}`` until a GPU has proven them."""
+"""Which kernels of one architecture serve what, in bf16 and fp16. Those of a row that is no default are asked for by
+``kernel_options={"BACKEND": "GLUON"}``. What has no row, and what asks for "TRITON", is served by the portable kernels.
+``launch/gpu_day.py`` proves and times the rows on a GPU, and prints those to change.
+"""
 
 INTERPRETED = KernelConfig(64, 64, 4, 1, pieces=True)
 """On the CPU: two blocks to a tile, on both axes, so that tests see them."""
@@ -196,22 +221,39 @@ def lookup(which: str, q: Tensor, v: Tensor) -> KernelConfig:
     return rows_for(capability, q.dtype)[which, next(width for width in WIDTHS if head_dim <= width)]
 
 
-def hopper_row(which: str, head_dim: int, v_dim: int, dtype: torch.dtype) -> HopperConfig | None:
-    """The row of HOPPER, or None: the portable kernel then serves what asked for Gluon."""
-    return HOPPER.get((which, head_dim, v_dim)) if dtype in (torch.bfloat16, torch.float16) else None
+def gluon_row(which: str, device: torch.device, head_dim: int, v_dim: int, dtype: torch.dtype) -> GluonRow | None:
+    """The row of GLUON that can serve a pass on a device; None: the portable kernel does."""
+    row = GLUON.get((capability_of(device), which, head_dim, v_dim))
+    if row is None or dtype not in (torch.bfloat16, torch.float16) or triton_release() not in row.releases:
+        return None
+    return row
+
+
+def is_served_by_gluon(which: str, q: Tensor, v: Tensor, backend: str | None) -> bool:
+    """Whether a pass of a call with queries [B, Hq, S, D] and values [B, H, K, Dv] gets the kernel of GLUON.
+
+    Raises:
+        NotImplementedError: as `require_gluon`, if the call asks for "gluon".
+    """
+    if backend == "gluon":
+        require_gluon(q.device)
+    elif backend is not None:
+        return False
+    row = gluon_row(which, q.device, q.shape[3], v.shape[3], q.dtype)
+    return row is not None and (backend == "gluon" or row.is_default)
 
 
 def require_gluon(device: torch.device) -> None:
     """
     Raises:
-        NotImplementedError: another GPU than sm_90, or a Triton whose Gluon has no warp specialisation.
+        NotImplementedError: another GPU than sm_90, or a Triton with which the kernels were not compiled.
     """
-    if (capability := capability_of(device)) != 90:
+    if (capability := capability_of(device)) not in {architecture for architecture, *_ in GLUON}:
         name = "not an sm_90 GPU" if capability < 80 else f"sm_{capability}"
         raise NotImplementedError(f"backend 'gluon' needs sm_90 (H100, H200); {device} is {name}{OR_PORTABLE}")
-    if triton_release() < (3, 6):
-        release = ".".join(map(str, triton_release()))
-        raise NotImplementedError(f"backend 'gluon' needs Triton 3.6 or later; this is {release}{OR_PORTABLE}")
+    if (release := triton_release()) not in GATED:
+        first, last, this = (".".join(map(str, x)) for x in (GATED[0], GATED[-1], release))
+        raise NotImplementedError(f"backend 'gluon' needs Triton {first} to {last}; this is {this}{OR_PORTABLE}")
 
 
 def require_support(device: torch.device, head_dim: int) -> None:

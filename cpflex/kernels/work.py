@@ -101,8 +101,11 @@ def add_work(siblings: Siblings, wanted: Sequence[Blocks], device: torch.device)
 
 def foreseen_blocks(device: torch.device) -> list[Blocks]:
     """What the kernels of 16-bit tensors may ask for on a device."""
-    found = []
-    for (which, *_), config in tuning.rows_for(tuning.capability_of(device), torch.bfloat16).items():
+    found, capability = [], tuning.capability_of(device)
+    for (architecture, *_), row in tuning.GLUON.items():
+        if architecture == capability and tuning.triton_release() in row.releases:
+            found.append(Blocks(*row.config.blocks, consecutive=True))
+    for (which, *_), config in tuning.rows_for(capability, torch.bfloat16).items():
         if which in tuning.PAGE_PASSES:
             continue
         by_query = Blocks("query", config.block_q, config.block_kv)

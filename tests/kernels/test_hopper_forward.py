@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import emulated
 import pytest
 import torch
@@ -98,7 +100,7 @@ def test_runs_of_consecutive_keys_are_cut_where_positions_jump():
 # -- who gets it
 
 
-def a_call(backend: str = "gluon") -> Call:
+def a_call(backend: str | None = "gluon") -> Call:
     mask, _, _ = resolve(cpflex.make_plan(cpflex.causal(), 128).handle).on(torch.device("cpu"))
     return Call(mask, 1.0, backend=backend)
 
@@ -120,6 +122,26 @@ def test_the_table_says_which_kernel_serves_a_call(
     q, v = (torch.zeros(1, 1, 128, dim, dtype=dtype) for dim in (head_dim, v_dim))
     assert kernels._forward(q, v, a_call()) is module
     assert kernels._forward(q, v, a_call("triton")) is forward
+    assert kernels._forward(q, v, a_call(None)) is forward
+    rows = {key: replace(row, is_default=True) for key, row in tuning.GLUON.items()}
+    monkeypatch.setattr(tuning, "GLUON", rows)  # as when a GPU has proven them
+    assert kernels._forward(q, v, a_call(None)) is module
+    assert kernels._forward(q, v, a_call("triton")) is forward
+    monkeypatch.setattr(tuning, "GLUON", {key: replace(row, releases=((3, 5),)) for key, row in rows.items()})
+    assert kernels._forward(q, v, a_call()) is kernels._forward(q, v, a_call(None)) is forward
+
+
+def test_a_default_is_one_of_its_architecture_and_rows_name_releases_that_were_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(tuning, "GLUON", {key: replace(row, is_default=True) for key, row in tuning.GLUON.items()})
+    q = torch.zeros(1, 1, 128, 128, dtype=torch.bfloat16)
+    for capability in (80, 89, 100, 120):
+        monkeypatch.setattr(tuning, "capability_of", lambda device, capability=capability: capability)
+        assert kernels._forward(q, q, a_call(None)) is forward
+    for (_, which, *_), row in tuning.GLUON.items():
+        assert which in tuning.PASSES + ("onepass",)
+        assert row.releases and set(row.releases) <= set(tuning.GATED)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +150,8 @@ def test_the_table_says_which_kernel_serves_a_call(
         (90, (3, 7), None),
         (80, (3, 7), r"needs sm_90 .H100, H200.; cuda.* is sm_80; .*triton"),
         (100, (3, 7), "is sm_100; .*triton"),
-        (90, (3, 5), "needs Triton 3.6 or later; this is 3.5; .*triton"),
+        (90, (3, 5), "needs Triton 3.6 to 3.9; this is 3.5; .*triton"),
+        (90, (3, 10), "needs Triton 3.6 to 3.9; this is 3.10; .*triton"),
     ],
 )
 def test_other_gpus_and_older_releases_are_refused(
