@@ -104,20 +104,10 @@ def _straight_links_s(traffic: Traffic, machine: Machine, backward: bool) -> flo
 
 def _leveled_links_s(traffic: Traffic, machine: Machine, backward: bool) -> float:
     """Of the NICs of the busiest node, each row once."""
-    busiest, _ = crossing_rows(traffic, machine.topology.gpus_per_node)
-    return busiest * _row_bytes(machine, backward) / (machine.topology.nic_gb_per_s * 1e9)
-
-
-def crossing_rows(traffic: Traffic, gpus_per_node: int) -> tuple[float, int]:
-    """Rows that a GPU sends to other nodes or receives from them, if each crosses to a node once: of the busiest node,
-    in mean over its GPUs, and of the busiest GPU, if rows cross from their owners to the GPUs of the same place.
-    """
-    size, ranks = traffic.world_size, np.arange(traffic.world_size)
-    starts = np.arange(0, size, gpus_per_node)
-    gpus = np.minimum(gpus_per_node, size - starts)
-    across = traffic.by_owner(traffic.seen_by_nodes(gpus_per_node))  # [nodes, owners]
-    received, sent = across.sum(axis=1), across.sum(axis=0)
-    of_node = float((np.maximum(received, np.add.reduceat(sent, starts)) / gpus).max())
-    place = ranks % gpus_per_node % gpus[:, None]  # at which each node receives from each owner
-    arrives = np.bincount((place + starts[:, None]).ravel(), across.ravel(), size)
-    return of_node, int(max(sent.max(), arrives.max()))
+    topology, size = machine.topology, traffic.world_size
+    starts = np.arange(0, size, topology.gpus_per_node)
+    across = traffic.by_owner(traffic.seen_by_nodes(topology.gpus_per_node))
+    gpus = np.minimum(topology.gpus_per_node, size - starts)
+    sent = np.add.reduceat(across.sum(axis=0), starts)
+    busiest = float((np.maximum(across.sum(axis=1), sent) / gpus).max())
+    return busiest * _row_bytes(machine, backward) / (topology.nic_gb_per_s * 1e9)

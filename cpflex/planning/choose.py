@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpflex.planning.bounds import crossing_rows, least_us
+from cpflex.planning.bounds import least_us
 from cpflex.planning.needs import Needs
 from cpflex.planning.predict import Prediction, outer_machine, predict
 from cpflex.planning.traffic import Traffic
@@ -37,8 +37,12 @@ nearer to the best than that, as bounds are less than what is predicted.
 """
 
 
-UNEVEN = 1.03
-"""Rails are, where the busiest GPU has so many times the rows that cross that the mean one of the busiest node has."""
+SPARE = 0.03
+"""Of all rows: if nodes need all others' but so many, they need all."""
+
+
+CLOSE = 1.01
+"""Levels are, that take so many times what the best does."""
 
 
 class Choice(NamedTuple):
@@ -89,7 +93,7 @@ def ranked(traffic: Traffic, machine: Machine, degree: int = 1) -> list[Predicti
 
 def choose(traffic: Traffic, machine: Machine, degree: int = 1, *, enough: float = ENOUGH) -> Choice:
     """The best of the schedules that are considered: of those that keep within the device's buffers by time; if none
-    does, by memory. Needs are cut in one way on every level, in other ways on the level that is best.
+    does, by memory. Needs are cut in one way on every level, in other ways on levels that are best or close to it.
 
     Args:
         traffic, machine, degree: as `predict` takes them.
@@ -102,20 +106,34 @@ def choose(traffic: Traffic, machine: Machine, degree: int = 1, *, enough: float
     names = {ring: ring for ring in _rings(traffic)} | levels | {"direct": "direct"}
     looks = {family: search.look(family, names[family]) for family in search.ordered(names)}
     by_level = {level: found for level in levels if (found := looks[level]) is not None}
-    if by_level:
-        level, typical = min(by_level.items(), key=lambda found: search.cost(found[1]))
-        is_finer = False
-        if search.fits(typical) or not enough:
-            finer = search.look(level, _name(level, cuts[2]))
-            is_finer = finer is not None and search.cost(finer) < search.cost(typical)
-            if is_finer or not enough:
-                search.look(level, _name(level, cuts[3]))
-        if (search.fits(typical) and not is_finer) or not enough:
-            search.look(level, _name(level, cuts[0]))
-        search.look(level, _name(level, many))
+    best_cost = min(map(search.cost, by_level.values()), default=(0, 0))
+    for level, typical in by_level.items():
+        if not enough or search.cost(typical) <= (best_cost[0], int(best_cost[1] * CLOSE)):
+            _cut_otherwise(search, level, typical, cuts, many, everything=not enough)
     best, *others = search.in_order
     traffic.ways.clear()
     return Choice(best, others, min(search.skipped, default=None))
+
+
+def _cut_otherwise(
+    search: _Search,
+    level: str,
+    typical: Prediction,
+    cuts: list[tuple[int, ...]],
+    many: tuple[int, ...],
+    *,
+    everything: bool,
+) -> None:
+    """Predict other cuts of a level: finer ones while they are better, else a coarser one, and many parts."""
+    is_finer, fits = False, search.fits(typical) or everything
+    if fits:
+        finer = search.look(level, _name(level, cuts[2]))
+        is_finer = finer is not None and search.cost(finer) < search.cost(typical)
+    if is_finer or everything:
+        search.look(level, _name(level, cuts[3]))
+    if (fits and not is_finer) or everything:
+        search.look(level, _name(level, cuts[0]))
+    search.look(level, _name(level, many))
 
 
 class _Search:
@@ -177,12 +195,13 @@ def _rings(traffic: Traffic) -> list[str]:
 
 
 def _levels(traffic: Traffic, machine: Machine) -> list[str]:
-    """Names of schedules that take parts. Rows are striped where rails are uneven."""
+    """Names of schedules that take parts. Where nodes need all rows, rails are even without stripes."""
     gpus = machine.topology.gpus_per_node
     if not 1 < gpus < traffic.world_size:
         return ["even"]
-    of_node, of_gpu = crossing_rows(traffic, gpus)
-    return ["even", "relay", "striped"] if of_gpu > UNEVEN * of_node else ["even", "relay"]
+    needed = traffic.seen_by_nodes(gpus)
+    missing = traffic.length.sum() * (len(needed) - 1) - (needed @ traffic.length).sum()
+    return ["even", "relay", "striped"] if missing > SPARE * traffic.length.sum() else ["even", "relay"]
 
 
 def degrees(world_size: int, machine: Machine, num_heads: int | None = None) -> list[int]:
