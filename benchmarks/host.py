@@ -51,6 +51,7 @@ class Peers:
         self.rank, self.world_size = rank, world_size
         self.agreed: dict[int, Words] = {}
         self.waits = False
+        self.opening_bytes = 0
         self.said: Counter[str] = Counter()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Peers:

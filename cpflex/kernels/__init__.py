@@ -233,8 +233,18 @@ def combine(
     return pages.combine(partials, parts, into)
 
 
-def prepare_pages(q: Tensor, k: Tensor, v: Tensor, work: PageWork, call: Call) -> None:
+def prepare_pages(
+    q: Tensor,  # [1, Hq, N, D], as `attend_pages` will get it
+    k: Tensor,  # [1, H, R, D]
+    v: Tensor,  # [1, H, R, Dv]
+    work: PageWork,
+    call: Call,
+    home_heads: int | None = None,
+) -> None:
     """`prepare`, for `attend_pages` and `combine`.
+
+    Args:
+        home_heads: of the partials that ranks send one another, if they are not those of ``q``.
 
     Raises:
         NotImplementedError: the kernel needs more shared memory than the GPU has, whatever its row.
@@ -242,7 +252,7 @@ def prepare_pages(q: Tensor, k: Tensor, v: Tensor, work: PageWork, call: Call) -
     if q.is_cuda and _is_fused(q, call.backend):
         from cpflex.kernels import ahead
 
-        ahead.compile_pages(q, k, v, work, call)
+        ahead.compile_pages(q, k, v, work, call, home_heads or q.shape[1])
 
 
 def _forward(q: Tensor, v: Tensor, call: Call) -> Any:

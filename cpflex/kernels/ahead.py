@@ -66,10 +66,11 @@ def compile_pages(
     v: Tensor,  # [1, H, R, Dv]
     work: PageWork,
     call: Call,
+    home_heads: int,
 ) -> None:
     """`kernels.prepare_pages`."""
     rows = q.shape[1] // k.shape[1] * work.max_tokens
-    kind = ("prepared pages", rows, q.shape[3], v.shape[3], q.dtype)
+    kind = ("prepared pages", rows, q.shape[1], home_heads, q.shape[3], v.shape[3], q.dtype)
     if kind in call.decided:
         return
 
@@ -78,8 +79,10 @@ def compile_pages(
         partials = empty_partials(work.num_partials, q.shape[1], v.shape[3], q.device)
         attend_pages(q, k, v, work, call, partials)
         parts = torch.zeros(1, 3, dtype=torch.int32, device=q.device)
-        for dtype in {torch.float32, q.dtype}:  # for a message, and at the end
-            combine(partials, parts, partials._replace(out=torch.empty_like(partials.out, dtype=dtype)))
+        for heads in {q.shape[1], home_heads}:
+            partials = empty_partials(1, heads, v.shape[3], q.device)
+            for dtype in {torch.float32, q.dtype}:  # for a message, and at the end
+                combine(partials, parts, partials._replace(out=torch.empty_like(partials.out, dtype=dtype)))
 
     functions = (mod.function for mod in generated(call, backward=False))
     with on_device_of(q):

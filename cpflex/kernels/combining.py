@@ -28,9 +28,10 @@ def combine(
 ) -> Partials:
     """One partial of those of each token, in ``into``. The same partials give the same bits."""
     _, num_heads, v_dim = partials.out.shape
-    # strides in units of 16 bytes, where they are whole ones: Triton loads as many at a time
+    # strides in units of 16 bytes, where they are whole ones: Triton loads as many at a time. By the heads, too: a row
+    # of `partials_of` is a whole number of units if its heads are, and torch gives one row alone another stride
     strides = [x.stride(0) for x in (*partials, *into)]
-    unit = math.gcd(4, v_dim, partials.out.stride(0), into.out.stride(0))
+    unit = math.gcd(4, v_dim, num_heads, partials.out.stride(0), into.out.stride(0))
     strides[0], strides[2] = strides[0] // unit, strides[2] // unit
     arguments: list[Any] = [*partials, *into, *strides, parts, num_heads]
     options: dict[str, Any] = {"UNIT": unit, "V_DIM": v_dim, "V_COLS": padded(v_dim), "PARTS": PARTS_AT_ONCE} | FUSED

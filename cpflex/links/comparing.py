@@ -188,6 +188,7 @@ class Acquaintance:
     num_compared: int = 0
     """The same on all ranks."""
     waits: bool = False
+    opening_bytes: int = 0
     connected: list[torch.device] = field(default_factory=list)
     """Devices of this rank from which NCCL reaches the others, by when they were first used."""
     ledgers: dict[torch.device, Ledger] = field(default_factory=dict)

@@ -71,6 +71,14 @@ class PeerLinks:
         self.links.settle()
 
     @property
+    def opening_bytes(self) -> int:
+        return self.links.opening_bytes
+
+    @opening_bytes.setter
+    def opening_bytes(self, count: int) -> None:
+        self.links.opening_bytes = count
+
+    @property
     def waits(self) -> bool:
         return self.links.waits
 
@@ -98,6 +106,7 @@ class GridLinks:
         self.rank = outer.rank * inner.world_size + inner.rank
         self.world_size = outer.world_size * inner.world_size
         self.agreed = inner.agreed if comparisons is None else comparisons.known.agreed
+        self._opening_bytes = 0
         self._device: torch.device | None = None
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
@@ -172,6 +181,17 @@ class GridLinks:
 
     def apart(self) -> list[int] | None:
         return None if self.comparisons is None else self.comparisons.apart()
+
+    @property
+    def opening_bytes(self) -> int:
+        return self._opening_bytes if self.comparisons is None else self.comparisons.known.opening_bytes
+
+    @opening_bytes.setter
+    def opening_bytes(self, count: int) -> None:
+        if self.comparisons is None:
+            self._opening_bytes = count
+        else:
+            self.comparisons.known.opening_bytes = count
 
     @property
     def waits(self) -> bool:

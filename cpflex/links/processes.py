@@ -64,6 +64,14 @@ class ProcessLinks:
         return self.comparisons.apart()
 
     @property
+    def opening_bytes(self) -> int:
+        return self.comparisons.known.opening_bytes
+
+    @opening_bytes.setter
+    def opening_bytes(self, count: int) -> None:
+        self.comparisons.known.opening_bytes = count
+
+    @property
     def waits(self) -> bool:
         return self.comparisons.known.waits
 

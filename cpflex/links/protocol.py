@@ -44,6 +44,16 @@ class Links(Protocol):
     """Numbers that all ranks had once, and what they stand for; it lives as long as the group."""
 
     @property
+    def opening_bytes(self) -> int:
+        """Bytes of the message that opens the next attention to pages, the same on all ranks: what they agreed on in
+        the one before; 0 if there was none. It lives as long as the group.
+        """
+        ...
+
+    @opening_bytes.setter
+    def opening_bytes(self, count: int) -> None: ...
+
+    @property
     def waits(self) -> bool:
         """The host waits at every comparison, even where it need not; the other ranks see no difference."""
         ...

@@ -94,6 +94,7 @@ class ThreadLinks:
         self.num_said = 0
         self.agreed: dict[int, Words] = {}
         self.waits = False
+        self.opening_bytes = 0
         self._open: dict[int, int] | None = None
         self._tag = (0, 0)
         """Of messages that follow a comparison: those of another call are not taken for them."""

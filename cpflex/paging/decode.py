@@ -10,6 +10,7 @@ Keys that a rank has no page for are not known to it: it sends -inf, and its par
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,15 +22,14 @@ from cpflex.kernels import (
     Partials,
     attend_pages,
     combine,
-    empty_partials,
     partials_of,
     prepare_pages,
     require_support,
 )
 from cpflex.paging.decode_plan import DecodePlan
-from cpflex.paging.gathered import gathered
+from cpflex.paging.gathered import gathered, num_bytes
 from cpflex.paging.pool import PagePool
-from cpflex.paging.together import Meeting
+from cpflex.paging.together import HEADER_BYTES, Meeting
 
 # N new tokens of all ranks, n of this one; Hq query heads in all, h of this rank; P ranks
 
@@ -42,69 +42,84 @@ def decode(
     facts: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """out [1, h, n, Dv] in q's dtype and lse [1, h, n] fp32."""
-    steps, v_dim = plan.steps, pool.v.shape[3]
+    steps = plan.steps
     num_heads = q.shape[1] * (steps.pages.world_size if steps.rows.by_head else 1)
-    require_support(q, v_dim, call)
+    require_support(q, pool.v.shape[3], call)
     work = plan.work(q.device)
-    prepare_pages(q, pool.k, pool.v, work, call)
+    whole = q if steps.rows.is_everyone else q.new_empty(1, num_heads, steps.num_tokens, q.shape[3])
+    prepare_pages(whole, pool.k, pool.v, work, call, home_heads=q.shape[1])
     if steps.pages.links is None or steps.pages.world_size == 1:
         partials = attend_pages(q, pool.k, pool.v, work, call)
         return _as_asked(combine(partials, plan.parts(q.device), q.dtype, backend=call.backend))
-    meeting = Meeting(steps, facts, q.device)
     if steps.rows.is_everyone:
-        room = meeting.room(4 * num_heads * (v_dim + 1))
-        shape = steps.pages.world_size, room + steps.num_tokens, num_heads * (v_dim + 1)
-        memory, rank = torch.empty(shape, dtype=torch.float32, device=q.device), steps.pages.rank
-        _own(q, pool, plan, work, call, partials_of(memory[rank, room:], num_heads))
-        meeting.exchange([memory[rank]] * len(memory), list(memory), is_first=True)
-        parts = _rows(plan, steps.num_tokens, memory.shape[1], len(memory), q, room)
-        return _as_asked(combine(partials_of(memory.flatten(0, 1), num_heads), parts, q.dtype, backend=call.backend))
-    q = gathered(q, pool, plan, meeting)
-    mine = _own(q, pool, plan, work, call)
-    return _sent_home(mine, plan, call, meeting, q.dtype)
+        return _to_everyone(q, pool, plan, work, call, facts)
+    meeting = Meeting(steps, facts, q.device, num_bytes(q, pool, plan))
+    mine = torch.empty(steps.num_tokens, num_heads * (pool.v.shape[3] + 1), dtype=torch.float32, device=q.device)
+    _own(gathered(q, pool, plan, meeting), pool, plan, work, call, partials_of(mine, num_heads))
+    arrived = _sent_home(mine, num_heads, plan, meeting)  # [P, n, h * (Dv + 1)]
+    tokens = arrived.shape[1]
+    theirs = partials_of(arrived.flatten(0, 1), q.shape[1])
+    return _as_asked(combine(theirs, _rows(plan, tokens, 1, tokens, arrived), q.dtype, backend=call.backend))
 
 
-def _own(
-    q: Tensor, pool: PagePool, plan: DecodePlan, work: PageWork, call: Call, into: Partials | None = None
-) -> Partials:
+def _to_everyone(
+    q: Tensor, pool: PagePool, plan: DecodePlan, work: PageWork, call: Call, facts: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Each rank's partials to all others: one message, which begins with a header."""
+    pages, num_tokens, num_heads, v_dim = plan.steps.pages, plan.steps.num_tokens, q.shape[1], pool.v.shape[3]
+    room, row = HEADER_BYTES // 4, num_heads * (v_dim + 1)
+    message = room + num_tokens * row
+    meeting = Meeting(plan.steps, facts, q.device, 4 * message)
+    memory = torch.empty(pages.world_size, message, dtype=torch.float32, device=q.device)
+    mine = memory[pages.rank]
+    _own(q, pool, plan, work, call, partials_of(mine[room:].view(num_tokens, row), num_heads))
+    meeting.exchange_first(mine, list(memory))
+    unit = math.gcd(room, row)  # of where rows begin
+    rows = memory.as_strided(((memory.numel() - row) // unit + 1, row), (unit, 1))
+    parts = _rows(plan, num_tokens, row // unit, message // unit, q, first=room // unit)
+    return _as_asked(combine(partials_of(rows, num_heads), parts, q.dtype, backend=call.backend))
+
+
+def _own(q: Tensor, pool: PagePool, plan: DecodePlan, work: PageWork, call: Call, into: Partials) -> None:
     """This rank's partial of each token, over its own pages."""
     tables = plan.tables
-    if into is None:
-        into = empty_partials(plan.steps.num_tokens, q.shape[1], pool.v.shape[3], q.device)
     if tables.is_idle:
         into.lse.fill_(-torch.inf)
         into.out.zero_()
-        return into
-    if tables.is_whole:
-        return attend_pages(q, pool.k, pool.v, work, call, into)
-    return combine(attend_pages(q, pool.k, pool.v, work, call), plan.parts(q.device), into=into, backend=call.backend)
+    elif tables.is_whole:
+        attend_pages(q, pool.k, pool.v, work, call, into)
+    else:
+        splits = attend_pages(q, pool.k, pool.v, work, call)
+        combine(splits, plan.parts(q.device), into=into, backend=call.backend)
 
 
 def _sent_home(
-    mine: Partials, plan: DecodePlan, call: Call, meeting: Meeting, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Each rank's rows, or heads, to it: one message to each other rank."""
-    steps, v_dim = plan.steps, mine.out.shape[2]
+    mine: Tensor,  # fp32 [N, Hq * (Dv + 1)]
+    num_heads: int,
+    plan: DecodePlan,
+    meeting: Meeting,
+) -> Tensor:
+    """Each rank's tokens, or heads, to it: one message to each other rank. What arrived, fp32 [P, n, h * (Dv + 1)]."""
+    steps = plan.steps
     world_size, rank = steps.pages.world_size, steps.pages.rank
-    both = torch.cat([mine.out, mine.lse.unsqueeze(-1)], dim=-1)  # [N, Hq, Dv + 1]
     if steps.rows.by_head:
-        sent = [x.contiguous() for x in both.chunk(world_size, dim=1)]
+        both = (x.unflatten(1, (world_size, -1)).movedim(1, 0).flatten(2) for x in partials_of(mine, num_heads))
+        sent = list(torch.cat([*both], dim=2))
     else:
-        sent = list(both.split(steps.counts))
-    arrived = both.new_empty(world_size, *sent[rank].shape)
+        sent = list(mine.split(steps.counts))
+    arrived = mine.new_empty(world_size, *sent[rank].shape)
     arrived[rank] = sent[rank]
-    meeting.exchange(sent, list(arrived), is_first=False)
-    tokens = arrived.shape[1]
-    theirs = Partials(*(x.flatten(0, 1).contiguous() for x in (arrived[..., :v_dim], arrived[..., v_dim])))
-    return _as_asked(combine(theirs, _rows(plan, tokens, tokens, world_size, arrived), dtype, backend=call.backend))
+    meeting.exchange(sent, list(arrived))
+    return arrived
 
 
-def _rows(plan: DecodePlan, count: int, stride: int, ranks: int, like: Tensor, first: int = 0) -> Tensor:
-    """The parts of each token: one of every rank, int32 [N, 3]."""
-    kind = "rows", count, stride, ranks, first, like.device
+def _rows(plan: DecodePlan, count: int, stride: int, between_ranks: int, like: Tensor, first: int = 0) -> Tensor:
+    """The parts of each token, one of every rank, int32 [N, 3]; ``stride`` lies between tokens."""
+    kind = "rows", count, stride, between_ranks, first, like.device
     if kind not in plan.steps.made:
-        rows = torch.arange(first, first + count, dtype=torch.int32, device=like.device)
-        plan.steps.made[kind] = torch.stack([rows, torch.full_like(rows, stride), torch.full_like(rows, ranks)], dim=1)
+        rows = first + stride * torch.arange(count, dtype=torch.int32, device=like.device)
+        others = (between_ranks, plan.steps.pages.world_size)
+        plan.steps.made[kind] = torch.stack([rows, *(torch.full_like(rows, number) for number in others)], dim=1)
     return plan.steps.made[kind]
 
 

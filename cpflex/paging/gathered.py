@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cpflex.paging.decode_plan import DecodePlan
 from cpflex.paging.pool import PagePool
-from cpflex.paging.together import HEADER, Meeting
+from cpflex.paging.together import HEADER_BYTES, Meeting
 
 
 def gathered(
@@ -17,28 +17,40 @@ def gathered(
     meeting: Meeting,
 ) -> Tensor:
     """q [1, Hq, N, D] of all tokens and heads; keys that wait in the pool come in the same message and are written."""
-    steps = plan.steps
-    by_head, counts = steps.rows.by_head, steps.counts
-    mine = [q] if pool.pending is None else [q, *pool.pending]
-    room = HEADER * 8 if meeting.rides else 0
-    message = torch.cat([_bytes(x) for x in (torch.zeros(room, dtype=torch.uint8, device=q.device), *mine)])
-    shapes = [[_shape(x, None if by_head else count) for x in mine] for count in counts]
-    sizes = [room + sum(_num_bytes(shape, q) for shape in each) for each in shapes]
-    arrived = [torch.empty(size, dtype=torch.uint8, device=q.device) for size in sizes]
-    arrived[steps.pages.rank] = message
-    meeting.exchange([message] * len(counts), arrived, is_first=True)
-    dim = 1 if by_head else 2
+    rank, by_head = plan.steps.pages.rank, plan.steps.rows.by_head
+    mine = _brought(q, pool)
+    room = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=q.device)
+    message = torch.cat([_bytes(x) for x in (room, *mine)])
+    shapes = _shapes(q, pool, plan)
+    sizes = [HEADER_BYTES + sum(_num_bytes(shape, q) for shape in each) for each in shapes]
+    arrived = [message if r == rank else message.new_empty(size) for r, size in enumerate(sizes)]
+    meeting.exchange_first(message, arrived)
     whole = []
     for place in range(len(mine)):
         parts = []
         for data, each in zip(arrived, shapes, strict=True):
-            begin = room + sum(_num_bytes(shape, q) for shape in each[:place])
+            begin = HEADER_BYTES + sum(_num_bytes(shape, q) for shape in each[:place])
             part = data[begin : begin + _num_bytes(each[place], q)].clone()  # aligned
             parts.append(part.view(q.dtype).view(each[place]))
-        whole.append(torch.cat(parts, dim=dim))
+        whole.append(torch.cat(parts, dim=1 if by_head else 2))
     if pool.pending is not None:
         pool.write(whole[1], whole[2], plan)
     return whole[0]
+
+
+def num_bytes(q: Tensor, pool: PagePool, plan: DecodePlan) -> int:
+    """Of the longest message of a rank, with its header."""
+    return HEADER_BYTES + max(sum(_num_bytes(shape, q) for shape in each) for each in _shapes(q, pool, plan))
+
+
+def _brought(q: Tensor, pool: PagePool) -> list[Tensor]:
+    return [q] if pool.pending is None else [q, *pool.pending]
+
+
+def _shapes(q: Tensor, pool: PagePool, plan: DecodePlan) -> list[list[tuple[int, ...]]]:
+    """Of what each rank brings, by rank."""
+    by_head = plan.steps.rows.by_head
+    return [[_shape(x, None if by_head else count) for x in _brought(q, pool)] for count in plan.steps.counts]
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""Together: the ranks of a step compare what they are about to do, in or just ahead of the messages that they exchange.
+"""Together: the ranks of a step compare what they are about to do, in the messages that they exchange.
 
 A header says, by numbers, which attention this is: the plan and the kind of call, how many attentions and steps came
-before, and the new tokens. On hosts it travels while the rank computes, and no other message is sent before all headers
-are known to be equal: none of another size can arrive. On a device it is part of the first message, and the device
-stops if one differs; there, ranks meet before the first call of a kind (`ring/agreement.py`).
+before, and the new tokens. It begins the first message of an attention.
+
+A message between hosts must be as long as its receiver expects. So among hosts the first one, an opening, is as long as
+all ranks agreed on in the attention before, whatever this one is about: what a step sends has room in it if it is like
+the step before, as tokens are that follow one another. Else the opening has the header alone, and travels while the
+rank computes; what is left to say is sent when all headers are known to be equal. On a device the header begins the
+message itself, and the device stops if one differs; there, ranks meet before the first call of a kind
+(`ring/agreement.py`).
 """
 
 from __future__ import annotations
@@ -22,13 +27,22 @@ from cpflex.ring.agreement import REFUSAL, RankMismatch, difference, number_of, 
 HEADER = 4
 """Numbers, int64: of the kind of call, or of a refusal, below 0; attentions and steps before it; of its tokens."""
 
+HEADER_BYTES = 8 * HEADER
+
+LONGEST_OPENING = 1 << 16
+"""Bytes: what is longer travels on its own."""
+
 log = logging.getLogger(__name__)
 
 
 class Meeting:
     """The ranks' headers of one attention, under way."""
 
-    def __init__(self, steps: Steps, facts: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, steps: Steps, facts: dict[str, Any], device: torch.device, num_bytes: int) -> None:
+        """
+        Args:
+            num_bytes: of the longest first message of a rank, its header included.
+        """
         links = steps.pages.links
         assert links is not None, "one rank meets nobody"
         kind = tuple(facts.items())
@@ -36,30 +50,84 @@ class Meeting:
         if is_new:
             words = words_of({**steps.facts, **facts})
             steps.kinds_of_calls[kind] = words, number_of(words)
-        self.links, self.steps, self.rides = links, steps, rides(device)
+        self.links, self.steps, self.num_bytes = links, steps, num_bytes
+        self.on_device = compares_on(device)
         self.words, number = steps.kinds_of_calls[kind]
-        if self.rides and is_new:
+        if self.on_device and is_new:
             agreement.agree(links, steps.fingerprint, self.words, number, device)
         self.header = _header(steps, number)
-        self._headers = torch.zeros(links.world_size, HEADER, dtype=torch.int64)
-        self._work = None if self.rides else _begun(self.header, self._headers, links)
+        self.has_room = num_bytes <= opening_bytes(links)
+        self._begun = None if self.on_device or self.has_room else _begun(self.header, links)
         steps.num_calls += 1
 
-    def settle(self) -> None:
-        """Return when hosts know that all headers are equal.
+    def exchange_first(self, mine: Tensor, received: list[Tensor]) -> None:
+        """Send ``mine`` to every other rank and receive theirs. Their headers are equal to its own when it returns; a
+        device stops where one is not.
+
+        Args:
+            mine: contiguous; its first `HEADER_BYTES` bytes are the header's.
+            received: contiguous, by rank; that of this one is ``mine``, or has the same bytes.
 
         Raises:
-            RankMismatch: they differ; on every rank, naming what and who.
+            RankMismatch: headers differ; on every rank, naming what and who.
             ConnectionError: a rank is gone, or elsewhere; naming it.
         """
-        if self._work is not None:
-            try:
-                self._work.wait()
-            except (ConnectionError, TimeoutError) as error:
-                raise self._placed(error) from error
-            self._work = None
-            if not (self._headers == self.header).all():
-                raise RankMismatch(_difference(self.links, self.steps, self._headers, self.words))
+        mine, received = (mine.view(-1).view(torch.uint8), [x.view(-1).view(torch.uint8) for x in received])
+        mine[:HEADER_BYTES] = self.header.view(torch.uint8).to(mine.device)
+        if self.on_device:
+            self._exchange_on_device(mine, received)
+        elif self.has_room:
+            self._exchange_openings(mine, received)
+        else:
+            self._settle()
+            self.exchange([mine[HEADER_BYTES:]] * len(received), [x[HEADER_BYTES:] for x in received])
+
+    def exchange(self, sent: list[Tensor], received: list[Tensor]) -> None:
+        """`swap`, of what comes later."""
+        try:
+            swap(sent, received, self.links)
+        except (ConnectionError, TimeoutError) as error:
+            raise self._placed(error) from error
+
+    def _exchange_on_device(self, mine: Tensor, received: list[Tensor]) -> None:
+        self.steps.first_messages = [len(mine)] * len(received), [len(x) for x in received]
+        self.exchange([mine] * len(received), received)
+        same = [(x[:HEADER_BYTES] == mine[:HEADER_BYTES]).all() for i, x in enumerate(received) if i != self.links.rank]
+        torch._assert_async(  # type: ignore[attr-defined]
+            torch.stack(same).all(), "the ranks of a decode step do different things"
+        )
+
+    def _exchange_openings(self, mine: Tensor, received: list[Tensor]) -> None:
+        length, whole = opening_bytes(self.links), received
+        if any(len(x) != length for x in received):
+            whole = list(torch.zeros(len(received), length, dtype=torch.uint8))
+            whole[self.links.rank][: len(mine)] = mine
+        self.exchange([whole[self.links.rank]] * len(whole), whole)
+        self._compare(torch.stack([x[:HEADER_BYTES] for x in whole]))
+        if whole is not received:
+            for x, opening in zip(received, whole, strict=True):
+                x.copy_(opening[: len(x)])
+
+    def _settle(self) -> None:
+        """Return when all headers that travel alone are known to be equal."""
+        assert self._begun is not None
+        work, openings = self._begun
+        try:
+            work.wait()
+        except (ConnectionError, TimeoutError) as error:
+            raise self._placed(error) from error
+        self._compare(openings[:, :HEADER_BYTES].contiguous())
+
+    def _compare(self, headers: Tensor) -> None:
+        """And agree on how long the next openings are, by what all ranks know alike."""
+        numbers = headers.view(torch.int64)
+        if not (numbers == self.header).all():
+            self.links.opening_bytes = 0
+            raise RankMismatch(_difference(self.links, self.steps, numbers, self.words))
+        if self.num_bytes > LONGEST_OPENING:
+            self.links.opening_bytes = 0
+        elif not self.num_bytes <= opening_bytes(self.links) <= 4 * self.num_bytes:  # layers take turns
+            self.links.opening_bytes = self.num_bytes
 
     def _placed(self, error: Exception) -> Exception:
         """With where it happened."""
@@ -68,39 +136,15 @@ class Meeting:
             f"{self.steps.num_done}: {error}"
         )
 
-    def exchange(self, sent: list[Tensor], received: list[Tensor], *, is_first: bool) -> None:
-        """`swap`, after the headers are settled; on a device each first message begins with the header.
 
-        Args:
-            sent, received: contiguous, by rank; with ``is_first`` the first bytes, `room` of them, are the header's.
-        """
-        self.settle()
-        carries = is_first and self.rides
-        header = self.header.view(torch.uint8)
-        if carries:
-            header = header.to(sent[0].device)
-            sent, received = ([x.view(-1).view(torch.uint8) for x in each] for each in (sent, received))
-            for message in {x.data_ptr(): x for x in sent}.values():
-                message[: len(header)] = header
-            self.steps.first_messages = [x.numel() for x in sent], [x.numel() for x in received]
-        try:
-            swap(sent, received, self.links)
-        except (ConnectionError, TimeoutError) as error:
-            raise self._placed(error) from error
-        if carries:
-            same = [(x[: len(header)] == header).all() for x in received]
-            torch._assert_async(  # type: ignore[attr-defined]
-                torch.stack(same).all(), "the ranks of a decode step do different things"
-            )
-
-    def room(self, row_bytes: int) -> int:
-        """Rows of so many bytes that a first message begins with."""
-        return -(-HEADER * 8 // row_bytes) if self.rides else 0
-
-
-def rides(device: torch.device) -> bool:
-    """Whether headers are part of messages."""
+def compares_on(device: torch.device) -> bool:
+    """Whether the device compares headers, rather than hosts."""
     return device.type == "cuda"
+
+
+def opening_bytes(links: Links) -> int:
+    """The length of the next opening, on all ranks."""
+    return max(HEADER_BYTES, links.opening_bytes)
 
 
 def refuse(steps: Steps, error: Exception) -> None:
@@ -112,7 +156,7 @@ def refuse(steps: Steps, error: Exception) -> None:
     words = {REFUSAL: f"{type(error).__name__}: {error}"}
     header = _header(steps, -number_of(words))
     steps.num_calls += 1
-    devices = [pool.k.device for pool in steps.pages.pools.values() if rides(pool.k.device)]
+    devices = [pool.k.device for pool in steps.pages.pools.values() if compares_on(pool.k.device)]
     if devices and steps.first_messages is None:  # the others are about to meet
         agreement.refuse(links, steps.fingerprint, error)
         return
@@ -122,22 +166,25 @@ def refuse(steps: Steps, error: Exception) -> None:
             for sizes in steps.first_messages
         )
         for message in sent:
-            message[: HEADER * 8] = header.to(devices[0]).view(torch.uint8)
+            message[:HEADER_BYTES] = header.view(torch.uint8).to(devices[0])
         swap(sent, received, links)
         return
-    headers = torch.zeros(links.world_size, HEADER, dtype=torch.int64)
     links.say(_number(header.tolist()), words)  # first: whoever sees the number finds it
-    _begun(header, headers, links).wait()
+    _begun(header, links)[0].wait()
+    links.opening_bytes = 0
 
 
 def _header(steps: Steps, number: int) -> Tensor:
     return torch.tensor([number, steps.num_calls, steps.num_done, steps.tokens_hash])
 
 
-def _begun(header: Tensor, headers: Tensor, links: Links) -> Work:
-    headers[links.rank] = header
+def _begun(header: Tensor, links: Links) -> tuple[Work, Tensor]:
+    """Openings of headers alone, under way, uint8 [ranks, bytes]."""
+    openings = torch.zeros(links.world_size, opening_bytes(links), dtype=torch.uint8)
+    openings[links.rank, :HEADER_BYTES] = header.view(torch.uint8)
     peers = [peer for peer in range(links.world_size) if peer != links.rank]
-    return links.exchange([(peer, header) for peer in peers], [(peer, headers[peer]) for peer in peers])
+    work = links.exchange([(peer, openings[links.rank]) for peer in peers], [(peer, openings[peer]) for peer in peers])
+    return work, openings
 
 
 def _number(header: list[int]) -> int:

@@ -55,7 +55,7 @@ def decode_until(rank: int, world_size: int, folder: str, fault: Any, connection
     try:
         for step in range(6):
             if step == 2 and rank == culprit:
-                arm(pages.links, moment, action, connection)
+                arm(pages.links, moment, rows, action, connection)
             x = torch.randn(1, 2, plan.num_tokens, 8)
             pool.assign(x, x, plan)
             cpflex.flex_attention(x, pool.k, pool.v, block_mask=plan)
@@ -66,9 +66,10 @@ def decode_until(rank: int, world_size: int, folder: str, fault: Any, connection
     connection.send(("", time.monotonic()))
 
 
-def arm(links: Any, moment: str, action: Callable[[], None], connection: Connection) -> None:
-    """Let it happen at a call of `exchange`: headers come first, then messages."""
-    exchange, last = links.exchange, {MOMENTS[0]: 1, MOMENTS[1]: 3, MOMENTS[2]: 4}[moment]
+def arm(links: Any, moment: str, rows: Any, action: Callable[[], None], connection: Connection) -> None:
+    """Let it happen at a call of `exchange`: one a step of `everyone`, else two."""
+    one_step = 1 if rows is cpflex.everyone else 2
+    exchange, last = links.exchange, {MOMENTS[0]: 1, MOMENTS[1]: 2, MOMENTS[2]: one_step + 1}[moment]
     calls = iter(range(1, 100))
 
     def armed(*arguments):

@@ -201,18 +201,56 @@ def test_kinds_of_layers_share_pages_and_have_plans_of_their_own():
     run_ranks(program, 2)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_everyone_sends_one_partial_a_token_to_each_other_rank(world_size: int):
-    def program(group: Any) -> tuple[int, int]:
-        service = Service(group, dims=(8, 12))
-        service.reserve("a", 40)
-        plan = cpflex.make_decode_plan(cpflex.causal(), service.pages, {"a": 3})
-        before = group.bytes_sent, group.num_gathered
-        service.step(plan, MASKS["causal"])
-        return group.bytes_sent - before[0], group.num_gathered - before[1]
+HEADER = 4 * 8
+COUNTS = {  # exchanges of a step that is like the one before, and bytes of the first and the second of two ranks, 3 tokens
+    cpflex.everyone: (1, 3 * ALL_HEADS * (12 + 1) * 4, 0),
+    cpflex.by_sequence: (2, 2 * (ALL_HEADS * 8 + 2 * (8 + 12)) * 4, ALL_HEADS * (12 + 1) * 4),
+    cpflex.by_token: (2, 2 * (ALL_HEADS * 8 + 2 * (8 + 12)) * 4, ALL_HEADS * (12 + 1) * 4),
+    cpflex.by_head: (2, 3 * (ALL_HEADS // 2 * 8 + 8 + 12) * 4, 3 * ALL_HEADS // 2 * (12 + 1) * 4),
+}
 
-    partials, header = 3 * ALL_HEADS * (12 + 1) * 4, 4 * 8
-    assert set(run_ranks(program, world_size)) == {((world_size - 1) * (partials + header), 0)}
+
+@pytest.mark.parametrize("rows", COUNTS)
+def test_a_step_is_one_message_to_each_rank_or_two_and_its_header_rides_in_the_first(rows: Any):
+    """Only where a step is unlike the one before does the header go ahead of its message."""
+
+    def program(group: Any) -> list[tuple[int, int]]:
+        service, found = Service(group, dims=(8, 12)), []
+        for seq in "ab":
+            service.reserve(seq, 40)
+        plan = cpflex.make_decode_plan(cpflex.causal(), service.pages, {"a": 2, "b": 1}, rows=rows)
+        for _ in range(3):
+            before = group.num_exchanges, group.bytes_sent
+            service.step(plan, MASKS["causal"])
+            found.append((group.num_exchanges - before[0], group.bytes_sent - before[1]))
+        assert group.num_gathered == group.num_waits == 0
+        return found
+
+    num_exchanges, first, second = COUNTS[rows]
+    found = run_ranks(program, 2)
+    assert [[count for count, _ in steps] for steps in found] == [[num_exchanges + 1, num_exchanges, num_exchanges]] * 2
+    # rank 0 has two of the three tokens, and sends home the partials of one
+    assert found[0][0][1] == HEADER + first + second
+    assert found[0][1:] == [(num_exchanges, HEADER + first + second)] * 2
+
+
+def test_a_step_may_be_longer_or_shorter_than_the_one_before():
+    """Chunks beside single tokens, layers of two sizes in turn: openings are padded, or alone; nothing else changes."""
+
+    def program(group: Any) -> list[int]:
+        counts = []
+        wide, narrow = (Service(group, dims=dims, seed=3) for dims in ((8, 12), (4, 4)))
+        for service in (wide, narrow):
+            service.reserve("a", 150)
+        for new in (1, 1, 40, 1, 1, 90, 1, 2, 1):
+            for service in (wide, narrow):
+                before = group.num_exchanges
+                service.step(cpflex.make_decode_plan(MASKS["window"], service.pages, {"a": new}), MASKS["window"])
+                counts.append(group.num_exchanges - before)
+        return counts
+
+    first, second = run_ranks(program, 2)
+    assert first == second and set(first) == {1, 2} and first[2:4] == [1, 1]
 
 
 def test_a_token_outside_the_window_changes_nothing_bit_by_bit():

@@ -357,14 +357,14 @@ def test_heads_that_ranks_cannot_share_are_refused():
 @pytest.mark.parametrize("rows", [cpflex.everyone, cpflex.by_sequence, cpflex.by_token, cpflex.by_head])
 def test_headers_inside_of_messages_change_no_result(rows: Any, monkeypatch: pytest.MonkeyPatch):
     ahead = run_ranks(lambda group: served(group, rows), 2)
-    monkeypatch.setattr("cpflex.paging.together.rides", lambda device: True)
+    monkeypatch.setattr("cpflex.paging.together.compares_on", lambda device: True)
     inside = run_ranks(lambda group: served(group, rows), 2)
     assert all(torch.equal(x, y) for a, b in zip(ahead, inside, strict=True) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("name", ["another sampled token", "a rank that skipped a step", "heads that do not divide"])
 def test_headers_inside_of_messages_stop_every_rank(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("cpflex.paging.together.rides", lambda device: True)
+    monkeypatch.setattr("cpflex.paging.together.compares_on", lambda device: True)
     for rank, error in enumerate(run_ranks(lambda group: caught(group, name, 1), 3, timeout=30.0)):
         if name in MISMATCHES or rank != 1:
             assert "the ranks of a decode step do different things" in str(error)

@@ -350,24 +350,23 @@ def check_refusal_before_sending() -> None:
 
 
 def decode_step(
-    group: Any, heads: int = 4, kv_heads: int = 2, head_dim: int = 64, prepare: bool = False
+    group: Any,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    rows: Any = cpflex.everyone,
+    num_sequences: int = 2,
 ) -> list[Tensor]:
-    """Two steps of one token of two sequences; or only what is done before the first."""
-    from cpflex.kernels import Call, prepare_pages
-    from cpflex.mods.trace import trace_mask_mod
-
+    """Two steps of one token of each sequence; ``heads`` on all ranks."""
     pages = cpflex.Pages(16, 64) if group is None else cpflex.Pages(16, 64, group)
     pool = pages.pool(kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
-    for seq in range(2):
+    for seq in range(num_sequences):
         pages.reserve(seq, 300)
         pages.fill(seq, 200)
-    mask = cpflex.causal() & cpflex.sliding_window(100)
-    plan = cpflex.make_decode_plan(cpflex.mask_mod(mask), pages, {0: 1, 1: 1})
-    q, k, v = (torch.zeros(1, h, 2, head_dim, dtype=torch.bfloat16, device="cuda") for h in (heads, kv_heads, kv_heads))
-    if prepare:
-        call = Call(trace_mask_mod(mask), head_dim**-0.5)
-        prepare_pages(q, pool.k, pool.v, plan.work(q.device), call)
-        return []
+    mask = cpflex.mask_mod(cpflex.causal() & cpflex.sliding_window(100))
+    plan = cpflex.make_decode_plan(mask, pages, dict.fromkeys(range(num_sequences), 1), rows=rows)
+    sizes = heads // pages.world_size if plan.steps.rows.by_head else heads, kv_heads, kv_heads
+    q, k, v = (torch.zeros(1, h, plan.num_tokens, head_dim, dtype=torch.bfloat16, device="cuda") for h in sizes)
     for _ in range(2):
         pool.assign(k, v, plan)
         out = cpflex.flex_attention(q, pool.k, pool.v, None, plan, enable_gqa=True)
@@ -376,18 +375,27 @@ def decode_step(
     return []
 
 
-def check_pages_are_prepared() -> None:
-    """All that two ranks launch was compiled before, whatever the heads: no message waits for a compiler."""
-    from cpflex.testing import run_ranks
+def check_pages_are_prepared(heads: int, kv_heads: int, rows: Any, num_sequences: int) -> None:
+    """All that two ranks launch was compiled before the first of them sends anything: no message waits for a compiler."""
+    from cpflex.kernels import ahead
+    from cpflex.testing import ThreadLinks, run_ranks
 
-    for heads, kv_heads in ((4, 2), (3, 1)):  # rows of a message are multiples of 16 bytes, or not
-        with pretending(90, compiles=False) as events:
-            decode_step(None, heads, kv_heads, prepare=True)
-            assert not events.launches
-            prepared = dict(events.variants)
-            run_ranks(lambda group, sizes=(heads, kv_heads): decode_step(group, *sizes), 2)
-            assert {launch.name for launch in events.launches} == {"decode_kernel", "combine_kernel"}
-            assert events.variants == prepared, f"{heads} heads: {prepared}, then {events.variants}"
+    prepared: list[dict[str, int]] = []
+    exchange = ThreadLinks.exchange
+
+    def exchanged(*arguments: Any) -> Any:
+        prepared.append(dict(events.variants))
+        return exchange(*arguments)
+
+    with (
+        pretending(90, compiles=False) as events,
+        mock.patch.object(ThreadLinks, "exchange", exchanged),
+        mock.patch.object(ahead, "attend_pages", wraps=ahead.attend_pages) as compiled,
+    ):
+        run_ranks(lambda group: decode_step(group, heads, kv_heads, rows=rows, num_sequences=num_sequences), 2)
+        assert {launch.name for launch in events.launches} == {"decode_kernel", "combine_kernel"}
+        assert events.variants == prepared[0], f"{prepared[0]}, then {events.variants}"
+        assert all(call.args[0].shape[1] == heads for call in compiled.call_args_list), "what the kernel gets"
 
 
 def check_a_step_copies_nothing_but_its_tables() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import checks
 import pytest
 
+import cpflex
+
 Run = Callable[..., Any]
 
 TABLE = list(itertools.product(checks.CAPABILITIES, checks.HEAD_DIMS, checks.NUM_TABLES))
@@ -57,8 +59,25 @@ def test_a_step_of_decoding_launches_on_its_chip(run: Run, capability: int, head
     assert not failure, failure
 
 
-def test_kernels_of_pages_are_compiled_before_the_first_message(run: Run):
-    run(checks.check_pages_are_prepared)
+HEADS = [(4, 2), (6, 2), (3, 1)]
+"""Rows of a message are multiples of 16 bytes, of 8, or of 4."""
+BEFORE_MESSAGES = [
+    (heads, rows, num_sequences)
+    for heads in HEADS
+    for rows in (cpflex.everyone, cpflex.by_sequence, cpflex.by_head)
+    for num_sequences in (1, 2)
+    if rows is not cpflex.by_head or heads[0] % 2 == 0
+]
+
+
+@pytest.mark.by_day(5)
+@pytest.mark.parametrize(
+    ("heads", "rows", "num_sequences"), BEFORE_MESSAGES, ids=lambda x: getattr(x, "__name__", str(x))
+)
+def test_kernels_of_pages_are_compiled_before_the_first_message(
+    run: Run, heads: tuple[int, int], rows: Any, num_sequences: int
+):
+    run(checks.check_pages_are_prepared, *heads, rows, num_sequences)
 
 
 def test_a_step_of_decoding_waits_for_nothing(run: Run):
