@@ -128,7 +128,8 @@ def combine(
     """One partial of those of each token, in ``into``, whose out may have another dtype. Summed in their order."""
     for row, (first, stride, count) in enumerate(parts.cpu().tolist()):
         at = [first + stride * i for i in range(count)]
-        base = partials.lse[at].amax(dim=0) if at else torch.zeros_like(partials.lse[0])
+        chosen = partials.lse.index_select(0, torch.tensor(at, dtype=torch.int64, device=parts.device))
+        base = chosen.amax(dim=0) if at else torch.zeros_like(partials.lse[0])
         base = torch.where(base == -torch.inf, 0.0, base)
         out, total = torch.zeros_like(partials.out[0]), torch.zeros_like(base)
         for part in at:

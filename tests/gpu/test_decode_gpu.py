@@ -34,6 +34,29 @@ def test_a_step_stays_within_the_budget(step: Step):
     within_budget(kept, kept.attend(kept.plan()))
 
 
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_partials_and_their_sum_are_those_of_the_twins(step: Step):
+    """On the same tables, rows and device; the twins round no probability."""
+    kept = Kept(step)
+    plan = kept.plan(splits=20)
+    kept.pool.assign(*kept.new, plan)
+    work, parts = plan.work(kept.q.device), plan.parts(kept.q.device)
+    score_mod = step.score_mod()
+    mod = None if score_mod is None else cpflex.score_mod(score_mod)
+    score = (None, ()) if mod is None else (mod.mod.graph, tuple(mod.captured))
+    found: dict[str, dict[str, Tensor]] = {}
+    for backend in ("triton", "reference"):
+        call = Call(trace_mask_mod(step.mask_mod()), step.dims[0] ** -0.5, *score, backend=backend)
+        partials = attend_pages(kept.q, kept.pool.k, kept.pool.v, work, call)
+        found[backend] = {"out": partials.out, "lse": partials.lse}
+        whole = combine(partials, parts, backend="triton")
+        twin = combine(partials, parts, backend="reference")
+        verdicts.assert_near_twin(whole._asdict(), twin._asdict(), 1e-5)
+    verdicts.assert_near_twin(
+        found["triton"], found["reference"], {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}[step.dtype]
+    )
+
+
 @pytest.mark.parametrize("splits", [1, 3, 500])
 def test_splits_change_nothing_but_rounding(splits: int):
     kept = Kept(Step("sinks", "softcap"))
@@ -86,6 +109,30 @@ def test_a_step_is_captured_once_and_replayed_while_its_pages_fill():
         found = {"out": into.out.clone(), "lse": into.lse.clone()}
         run()
         verdicts.assert_same_bits(found, {"out": into.out, "lse": into.lse})
+        plan.advance()
+
+
+def test_a_whole_call_is_captured_once_and_replayed():
+    """`flex_attention` asks the device nothing; keys are kept before it, outside of the graph."""
+    kept = Kept(Step("sinks", "alibi", lens=(4001, 70), new=(1, 1)))
+    plan, score_mod, found = kept.plan(), cpflex.score_mod(kept.step.score_mod()), {}
+
+    def run() -> None:
+        out, lse = cpflex.flex_attention(
+            kept.q, kept.pool.k, kept.pool.v, score_mod, plan, enable_gqa=True, return_lse=True
+        )  # type: ignore[misc]
+        found.update(out=out, lse=lse)
+
+    kept.pool.assign(*kept.new, plan)
+    run()
+    replay = verdicts.captured(run)
+    of_graph = dict(found)
+    for _ in range(3):
+        kept.pool.assign(*kept.new, plan)
+        replay()
+        replayed = {name: x.clone() for name, x in of_graph.items()}
+        run()
+        verdicts.assert_same_bits(replayed, found)
         plan.advance()
 
 

@@ -73,6 +73,15 @@ def assert_pages_within_budget(found: dict[str, Tensor], true: dict[str, Tensor]
         assert error <= 2 * allowed + 2 * rounding, f"{name}: {error:.3e}; 2 x ({allowed:.3e} + {rounding:.3e})"
 
 
+def assert_near_twin(found: dict[str, Tensor], twin: dict[str, Tensor], part: float) -> None:
+    """``part`` of a number, and of the largest that is finite; what is not is the same."""
+    assert found.keys() == twin.keys()
+    for name, value in found.items():
+        finite = twin[name].isfinite()
+        assert torch.equal(value.isfinite(), finite), f"{name}: finite where it should not be, or the reverse"
+        assert_near(value[finite], twin[name][finite], part)
+
+
 def captured(run: Callable[[], object]) -> Callable[[], object]:
     """``run`` as one CUDA graph; what its result is written to is written again at each replay."""
     side = torch.cuda.Stream()

@@ -78,5 +78,5 @@ def _judge_by_shape(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(verdicts, "assert_within_budget", of_a_case)
     patch.setattr(verdicts, "assert_pages_within_budget", of_pages)
     patch.setattr(verdicts, "captured", lambda run: run)
-    for name in ("assert_same_bits", "assert_other_bits", "assert_near"):
+    for name in ("assert_same_bits", "assert_other_bits", "assert_near", "assert_near_twin"):
         patch.setattr(verdicts, name, alike)
