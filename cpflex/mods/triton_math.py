@@ -221,18 +221,48 @@ def power(x, y):
 
 
 @triton.jit
+def reciprocal(x):
+    """Of at least 2**-126, within 1 ulp; 0 where that would be below it. A division would compare its divisor first."""
+    if IS_COMPILED and x.dtype == tl.float32:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = 1.0 / x
+    return y
+
+
+@triton.jit
+def exp_or_0(x):
+    """exp x; 0 where that is below 2**-126, which Triton's own compares with first."""
+    if IS_COMPILED and x.dtype == tl.float32:
+        y = tl.exp2(x * 1.4426950408889634)  # which is as exact as the device's exp
+    else:
+        y = tl.exp(x)
+    return y
+
+
+@triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return reciprocal(1.0 + exp_or_0(-x))
 
 
 @triton.jit
 def tanh(x):
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * size))
-    x2 = x * x
-    near = x2 * (-0.3333333 + x2 * (0.13332924 + x2 * (-0.05387514 + x2 * (0.02111621 - x2 * 0.00627638))))
-    near_end = 0.6 if x.dtype == tl.float32 else 0.001
-    return tl.where(size < near_end, x + x * near, tl.where(x < 0, -far, far))
+    """Of fp32: x p(x^2) / q(x^2), a fit up to 9, from where tanh x is 1; no exponential, so nothing cancels near 0, and
+    no comparison, which the elements of a block would wait for one after the other.
+    """
+    if x.dtype == tl.float32:
+        x2 = tl.minimum(x * x, 81.0, propagate_nan=tl.PropagateNan.ALL)
+        above = 1.0 + x2 * (0.1338398 + x2 * (0.0034989954 + x2 * (2.0661251e-5 + x2 * 1.3419807e-8)))
+        below = 1.0 + x2 * (0.467173 + x2 * (0.025890203 + x2 * (0.00032910373 + x2 * 7.804723e-7)))
+        y = x * above * reciprocal(below)
+        y = tl.maximum(y, -1.0, propagate_nan=tl.PropagateNan.ALL)
+        y = tl.minimum(y, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        size, x2 = tl.abs(x), x * x
+        far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * size))
+        near = x + x * x2 * (-0.3333333 + x2 * 0.13332924)
+        y = tl.where(size < 0.001, near, tl.where(x < 0, -far, far))
+    return y
 
 
 @triton.jit
@@ -240,17 +270,17 @@ def expm1(x):
     near = 0.008333182 + x * (0.0013888673 + x * (0.00019962186 + x * 0.000024939742))
     near = 0.5 + x * (0.16666667 + x * (0.041666668 + x * near))
     near_end = 0.5 if x.dtype == tl.float32 else 0.001
-    return tl.where(tl.abs(x) < near_end, x + x * x * near, tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < near_end, x + x * x * near, exp_or_0(x) - 1.0)
 
 
 @triton.jit
 def log1p(x):
     # near 0: 2 atanh(s) = 2 (s + s^3 / 3 + ...)
-    s = x / (2.0 + x)
+    s = x * reciprocal(2.0 + x)
     s2 = s * s
     near = s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7 + s2 * (1.0 / 9 + s2 * (1.0 / 11)))))
     more = 1.0 + x
-    lost = tl.where((more > 0) & (more < 16777216.0), ((more - 1.0) - x) / more, 0.0)
+    lost = tl.where((more > 0) & (more < 16777216.0), ((more - 1.0) - x) * reciprocal(more), 0.0)
     near_end = 0.25 if x.dtype == tl.float32 else 0.001
     return tl.where(tl.abs(x) < near_end, 2.0 * s + 2.0 * s * near, tl.log(more) - lost)
 
