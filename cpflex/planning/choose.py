@@ -108,7 +108,7 @@ def choose(traffic: Traffic, machine: Machine, degree: int = 1, *, enough: float
     by_level = {level: found for level in levels if (found := looks[level]) is not None}
     best_cost = min(map(search.cost, by_level.values()), default=(0, 0))
     for level, typical in by_level.items():
-        if not enough or search.cost(typical) <= (best_cost[0], int(best_cost[1] * CLOSE)):
+        if search.cost(typical) <= (best_cost[0], int(best_cost[1] * CLOSE)):
             _cut_otherwise(search, level, typical, cuts, many, everything=not enough)
     best, *others = search.in_order
     traffic.ways.clear()

@@ -47,20 +47,24 @@ class Prediction:
     """What a schedule is predicted to take on a machine, for one layer."""
 
     name: str
-    timed: Callable[[bool], Timeline] = field(repr=False)
-    """Forward, or backward; the two are run when they are first asked for."""
+    timed: Callable[[], tuple[Timeline, Timeline]] = field(repr=False)
+    """Runs forward and backward."""
     stages: Sequence[Stage]
     machine: Machine
     degree: int = 1
     """Ranks that share a piece of the sequence by heads; stages, timelines and machine are those of one of them."""
 
     @cached_property
-    def forward(self) -> Timeline:
-        return self.timed(False)
+    def _passes(self) -> tuple[Timeline, Timeline]:
+        return self.timed()
 
-    @cached_property
+    @property
+    def forward(self) -> Timeline:
+        return self._passes[0]
+
+    @property
     def backward(self) -> Timeline:
-        return self.timed(True)
+        return self._passes[1]
 
     @cached_property
     def total_us(self) -> int:
@@ -95,13 +99,17 @@ def predict(name: str, traffic: Traffic, machine: Machine, degree: int = 1) -> P
     """
     outer = outer_machine(machine, degree)
     stages = stages_of(name, traffic, outer.topology)
-    sizes: dict[tuple[int, int], np.ndarray] = {}  # what both passes send alike
-    messages: dict[tuple[int, int, int], Messages] = {}
+    tokens, world_size, lead = traffic.local_len // degree, traffic.world_size, machine.device.lead_us * 1e-6
 
-    def timed(backward: bool) -> Timeline:
-        inner = program(stages, outer, backward, sizes=sizes)
-        steps = between_exchanges(inner, traffic.local_len // degree, degree, machine, backward)
-        return run(steps, traffic.world_size, outer.topology, machine.device.lead_us * 1e-6, messages)
+    def timed() -> tuple[Timeline, Timeline]:
+        sizes: dict[tuple[int, int], np.ndarray] = {}  # what both passes send alike
+        messages: dict[tuple[int, int, int], Messages] = {}
+        passes = []
+        for backward in (False, True):
+            inner = program(stages, outer, backward, sizes=sizes)
+            steps = between_exchanges(inner, tokens, degree, machine, backward)
+            passes.append(run(steps, world_size, outer.topology, lead, messages))
+        return passes[0], passes[1]
 
     return Prediction(name, timed, stages, outer, degree)
 
