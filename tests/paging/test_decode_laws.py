@@ -185,6 +185,83 @@ def test_a_tree_of_speculated_tokens_is_a_mask_and_a_crop():
     run_ranks(program, 3)
 
 
+def test_tokens_after_a_speculation_are_those_of_decoding_one_by_one():
+    """What was accepted of a tree is kept at the place that it has in the sequence, by `assign` alone."""
+    parents, accepted, prompt = [-1, 0, 0, 1, 2], [0, 2, 4], 11
+    ancestors = torch.tensor([sum(1 << x for x in path(place, parents)) for place in range(5)])
+    draw = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(1, heads, prompt + 5 + 4, dim, generator=draw) for heads, dim in ((4, 8), (2, 8), (2, 12)))
+    kept = [*range(prompt), *(prompt + place for place in accepted), *range(prompt + 5, prompt + 9)]
+    traced = cpflex.mask_mod(MASKS["sinks and window"])
+
+    def tree(b, h, q, k):
+        inside = (ancestors[(q - prompt).clamp(0, 4)] >> (k - prompt).clamp(0, 4)) & 1
+        return (k < prompt) | ((k >= prompt) & (inside == 1))
+
+    def begun(group: Any) -> Service:
+        service = Service(group)
+        service.reserve("a", 40)
+        plan = cpflex.make_decode_plan(traced, service.pages, {"a": prompt})
+        service.step(plan, MASKS["sinks and window"], new=tuple(x[:, :, :prompt] for x in (q, k, v)))  # type: ignore[arg-type]
+        return service
+
+    def last(service: Service, count: int) -> torch.Tensor:
+        outs = []
+        for at in kept[-count:]:
+            plan = cpflex.make_decode_plan(traced, service.pages, {"a": 1}, horizon=1)
+            new = tuple(x[:, :, at : at + 1] for x in (q, k, v))
+            outs += service.step(plan, MASKS["sinks and window"], new=new)  # type: ignore[arg-type]
+        return torch.cat(outs, dim=2)
+
+    def speculated(group: Any) -> torch.Tensor:
+        service = begun(group)
+        plan = cpflex.make_decode_plan(tree, service.pages, {"a": 5}, horizon=1)
+        service.step(plan, tree, new=tuple(x[:, :, prompt : prompt + 5] for x in (q, k, v)))  # type: ignore[arg-type]
+        service.crop("a", prompt)
+        service.reserve("a", 20)
+        plan = cpflex.make_decode_plan(traced, service.pages, {"a": 3})
+        pool, chosen = service.pools[0], kept[prompt : prompt + 3]
+        pool.assign(k[:, :, chosen], v[:, :, chosen], plan)
+        plan.advance()
+        service.dense["a"] = [tuple(torch.cat([old, x[0, :, chosen]], 1) for old, x in zip(service.dense["a"][0], (k, v), strict=True))]  # type: ignore[list-item]  # fmt: skip
+        return last(service, 4)
+
+    one_by_one = last(begun(None), 7)[:, :, 3:]
+    for found in run_ranks(speculated, 3):
+        torch.testing.assert_close(found, one_by_one, atol=2e-6, rtol=1e-5)
+
+
+def path(place: int, parents: list[int]) -> list[int]:
+    """A token and those before it."""
+    return [place] if parents[place] < 0 else [*path(parents[place], parents), place]
+
+
+OWNERS = {
+    "in turn": None,
+    "the second alone": [1] * 10,
+    "halves": [0] * 5 + [1] * 5,
+    "uneven": [0, 0, 0, 1] * 2 + [0, 0],
+}
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "random"])
+def test_whoever_owns_the_pages_a_step_gives_the_same(mask: str):
+    """To the bit where one rank has them all, and adds nothing to what it has."""
+
+    def outs(group: Any, owners: list[int] | None) -> torch.Tensor:
+        service = Service(group)
+        service.pages.reserve("a", 40, owners=owners)
+        service.reserve("a", 40)
+        plan = cpflex.make_decode_plan(MASKS[mask], service.pages, {"a": 10})
+        return torch.cat([service.step(plan, MASKS[mask], SCORES["softcap"])[0] for _ in range(4)], dim=2)
+
+    alone = outs(None, None)
+    for name, owners in OWNERS.items():
+        for found in run_ranks(lambda group, owners=owners: outs(group, owners), 2):
+            torch.testing.assert_close(found, alone, atol=2e-6, rtol=1e-5)
+            assert name != "the second alone" or torch.equal(found, alone)
+
+
 def test_kinds_of_layers_share_pages_and_have_plans_of_their_own():
     masks = {"sliding": MASKS["window"], "full": MASKS["causal"]}
 

@@ -127,6 +127,8 @@ LOCAL: dict[str, tuple[Callable[[Made], None], type[Exception], str]] = {
     "keys that want gradients": (wants_gradients("k"), NotImplementedError, WITHOUT_GRADIENT),
     "another dtype than the pool's": (each(torch.Tensor.bfloat16), ValueError, "k is torch.bfloat16 on cpu, the pool torch.float32"),
     "a query of another dtype": (one("q", torch.Tensor.half), ValueError, "query is torch.float16 on cpu"),
+    "a query on another device": (one("q", lambda x: x.to("meta")), ValueError, "query is torch.float32 on meta, the pool torch.float32 on cpu"),
+    "keys on another device": (one("k", lambda x: x.to("meta")), ValueError, "k is torch.float32 on meta, the pool torch.float32 on cpu"),
     "too few new tokens": (one("q", lambda x: x[:, :, :2]), ValueError, r"query must be \[1, Hq, 3, 8\].*got \(1, 4, 2, 8\)"),
     "keys of another step": (one("k", lambda x: x[:, :, :1]), ValueError, r"k must be \[1, 2, 3, 8\].*got \(1, 2, 1, 8\)"),
     "keys of other heads": (one("k", lambda x: x[:, :1]), ValueError, "keys must have the 2 heads of the pool; got 1 and 2"),

@@ -171,6 +171,7 @@ def test_pages_are_owned_by_the_ranks_that_are_named():
 REFUSED = {
     "a sequence that holds nothing": (lambda p: p.fork("x", "b"), ValueError, "sequence 'x' holds no pages"),
     "a child that is there": (lambda p: p.fork("a", "a"), ValueError, "sequence 'a' holds pages already"),
+    "more pages than a rank has": (lambda p: p.reserve("b", 200), cpflex.OutOfPages, "rank 0 is out of pages: 200 tokens of sequence 'b' need 16 of its 8, and 7"),
     "more than is kept": (lambda p: p.crop("a", 7), ValueError, "keeps 6 tokens; it cannot be cropped to 7"),
     "a negative count": (lambda p: p.reserve("a", -1), ValueError, "num_tokens must be an integer of at least 0; got -1"),
     "a sequence of 2**31 tokens": (lambda p: p.reserve("a", 2**31), ValueError, "must be shorter than"),
@@ -181,6 +182,7 @@ REFUSED = {
     "a mask by head and no number": (lambda p: p.evict(lambda b, h, q, k: k > q - h), ValueError, "depends on h; pass num_heads="),
     "a pool of float64": (lambda p: p.pool(2, 8, dtype=torch.float64), NotImplementedError, "must be of float32, bfloat16 or float16"),
     "a pool of fp8": (lambda p: p.pool(2, 8, dtype=torch.float8_e4m3fn), NotImplementedError, "got torch.float8_e4m3fn"),
+    "a pool of int8": (lambda p: p.pool(2, 8, dtype=torch.int8), NotImplementedError, "got torch.int8"),
     "heads of MLA": (lambda p: p.pool(1, 576, 512), NotImplementedError, "the latent heads of MLA are not supported"),
     "pools of 2**31 rows": (lambda p: cpflex.Pages(2**25, 64), ValueError, "fewer than 2\\*\\*31 rows"),
     "no pages": (lambda p: cpflex.Pages(0), ValueError, "num_pages must be an integer of at least 1; got 0"),
