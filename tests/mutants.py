@@ -237,6 +237,7 @@ PAGES = [
 PAGING = [
     Mutant("paging: keys kept by the next rank", "paging/steps.py", "np.flatnonzero(owner == self.pages.rank)", "np.flatnonzero(owner == (self.pages.rank + 1) % self.pages.world_size)", "paging/test_decode_laws.py -k tree"),
     Mutant("paging: a horizon one step short", "paging/tables.py", "(limit - start) // count - 1)", "(limit - start) // count - 2)", "paging/test_decode_laws.py -k walked"),
+    Mutant("paging: pages are read that no step sees", "paging/tables.py", "page[mixed] * page_size, page_size) != EMPTY", "page[mixed] * page_size, page_size) != EMPTY - 1", "paging/test_decode_laws.py -k horizon_sees"),
     Mutant("paging: places in the pool taken for positions", "paging/tables.py", "page[begins] * page_size], axis=1)", "slot[begins] * page_size], axis=1)", "paging/test_decode_laws.py -k permutation"),
     Mutant("paging: all splits write one partial", "paging/tables.py", "first_partial = np.cumsum(tokens) - tokens", "first_partial = 0 * tokens", "paging/test_decode_laws.py -k many_sequences"),
     Mutant("paging: a child writes to its parent's page", "paging/pages.py", "            self._copy_last(made, child)\n", "            self._uses[made.owner[-1], made.slot[-1]] += 1\n", "paging/test_sequences_of_pages.py -k fork"),
@@ -244,6 +245,7 @@ PAGING = [
     Mutant("paging: evicted pages read as if they were hidden", "paging/tables.py", "        _require_hidden(mask, blocks, helds, block[gone], page[gone], page_size, names)\n", "", "paging/test_sequences_of_pages.py -k may_see"),
     Mutant("paging: a plan outlives a crop", "paging/steps.py", "if seq not in self.pages or self.pages.held(seq) is not held:", "if seq not in self.pages:", "paging/test_decode_refusals.py -k by_name"),
     Mutant("paging: sampled tokens not compared", "paging/together.py", "steps.num_done, steps.tokens_hash])", "steps.num_done, 0])", "paging/test_decode_refusals.py -k unlike"),
+    Mutant("paging: a rank that refused opens the next step at its own length", "paging/together.py", "    _begun(header, links)[0].wait()\n    links.opening_bytes = 0\n", "    _begun(header, links)[0].wait()\n", "paging/test_decode_refusals.py -k in_flight"),
 ]  # fmt: skip
 MUTANTS = [
     *MASKS,
