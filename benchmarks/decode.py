@@ -7,7 +7,8 @@
 
 Planning: the host's time for one `make_decode_plan` of a long context, by a mask that was traced once, and for each
 step of its horizon (`fits`, `advance` and `evict`), per new token. One thread's CPU time, the least of many plans, each
-of which begins where the one before it ended. `create_block_mask` and torch's PagedAttention are not measured here.
+of which begins where the one before it ended. Beside it, for one step, what torch's own pages ask for at each: its
+`create_block_mask` of the new tokens, and `PagedAttention.convert_logical_block_mask`, on the same thread.
 
 Steps: one new token of one sequence in one layer, by three ways that take turns in the same processes. "pages": every
 rank keeps its pages, partial results travel. "gathered": every rank keeps its part, all keys and values are gathered at
@@ -32,6 +33,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention.experimental._paged_attention import PagedAttention
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 import cpflex
@@ -83,6 +86,26 @@ def planning(name: str, shape: str, world_size: int, repeats: int = 15) -> dict[
         "plan_us_a_token": round(1e6 * min(plans) / tokens, 2),
         "steps_us_a_token": round(1e6 * min(steps) / tokens, 2),
     }
+
+
+def torch_us_a_token(name: str, shape: str, repeats: int = 5) -> float:
+    """Microseconds of a new token, by a block mask of one step that is made anew; of rows of one query."""
+    num_sequences, length = SHAPES[shape]
+    mask = MASKS[name]()
+    paged = PagedAttention(num_sequences * length // PAGE_SIZE, PAGE_SIZE, num_sequences, device="cpu")
+    for seq in range(num_sequences):
+        paged.reserve(torch.tensor(seq), torch.tensor(length))
+
+    def newest(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return mask(b, h, q + length - 1, k)
+
+    spent = []
+    for _ in range(repeats):
+        began = time.thread_time()
+        made = create_block_mask(newest, num_sequences, None, 1, length, "cpu", (1, PAGE_SIZE))
+        paged.convert_logical_block_mask(made)
+        spent.append(time.thread_time() - began)
+    return 1e6 * min(spent) / num_sequences
 
 
 class Counted(ProcessLinks):
@@ -269,15 +292,16 @@ def _cpu() -> str:
 
 def measured_planning(repeats: int) -> list[dict[str, Any]]:
     rows = []
-    print(f"{'mask':18} {'shape':9} ranks   runs  plan, ms  plan, us/token  steps, us/token")
+    print(f"{'mask':18} {'shape':9} ranks   runs  plan, ms  plan, us/token  steps, us/token  torch, us/token")
     for shape in SHAPES:
         for name in MASKS:
+            of_torch = round(torch_us_a_token(name, shape), 1)
             for world_size in (1, 4):
-                row = planning(name, shape, world_size, repeats)
+                row = planning(name, shape, world_size, repeats) | {"torch_us_a_token": of_torch}
                 rows.append(row)
                 print(
                     f"{name:18} {shape:9} {world_size:5} {row['runs']:6} {row['plan_ms']:9.3f}"
-                    f" {row['plan_us_a_token']:14.2f} {row['steps_us_a_token']:16.2f}",
+                    f" {row['plan_us_a_token']:14.2f} {row['steps_us_a_token']:16.2f} {of_torch:16.1f}",
                     flush=True,
                 )
     return rows
