@@ -26,6 +26,7 @@ class TracedMask(MaskMod):
         self.mod: Mod = trace_mask_mod(fn).map_captured(lambda x: x.detach().to("cpu", copy=True))
         self.num_heads = num_heads
         self._on: dict[torch.device, Mod] = {}
+        self._keys: dict[int, str] = {}
 
     @cached_property
     def classifier(self) -> TileClassifier:
@@ -48,9 +49,11 @@ class TracedMask(MaskMod):
 
     def key(self, place: int) -> str:
         """Of what it says about the sequence at a place of a plan."""
-        at = f" b={place}" if self.mod.uses("b") else ""
-        heads = f" of {self.num_heads} heads" if self.mod.uses("h") else ""
-        return self.content_key + at + heads
+        if place not in self._keys:
+            at = f" b={place}" if self.mod.uses("b") else ""
+            heads = f" of {self.num_heads} heads" if self.mod.uses("h") else ""
+            self._keys[place] = self.content_key + at + heads
+        return self._keys[place]
 
     def classify(
         self, q_lo: Any, q_hi: Any, kv_lo: np.ndarray, kv_hi: np.ndarray, *, b: tuple[Any, Any] = (0, 0)
@@ -59,7 +62,6 @@ class TracedMask(MaskMod):
         return self.classifier(q_lo, q_hi, kv_lo, kv_hi, b=b, h=(0, (self.num_heads or 1) - 1))
 
 
-@torch.inference_mode(False)
 def mask_mod(fn: MaskFn, num_heads: int | None = None) -> TracedMask:
     """Trace ``fn(b, h, q_idx, kv_idx) -> bool Tensor`` once and for all, for many plans: tracing takes longer than
     planning a step. Tensors that it captures are copied now: what is written to them later is not seen.
@@ -77,7 +79,8 @@ def mask_mod(fn: MaskFn, num_heads: int | None = None) -> TracedMask:
         return fn
     if num_heads is not None and not is_count(num_heads, 1):
         raise ValueError(f"num_heads must be an integer of at least 1; got {num_heads!r}")
-    made = TracedMask(fn, num_heads)
+    with torch.inference_mode(False):
+        made = TracedMask(fn, num_heads)
     if made.mod.uses("h"):
         if num_heads is None:
             raise ValueError(f"mask {made.__name__!r} depends on h; pass num_heads=")
@@ -87,6 +90,8 @@ def mask_mod(fn: MaskFn, num_heads: int | None = None) -> TracedMask:
 
 def traced_masks(mask: MaskFn | Mapping[str, MaskFn], num_heads: int | None = None) -> dict[str, TracedMask]:
     """Each mask kind traced; a single one is called "mask"."""
+    if isinstance(mask, TracedMask) and num_heads in (None, mask.num_heads):
+        return {"mask": mask}  # at each step
     masks = dict(mask) if isinstance(mask, Mapping) else {"mask": mask}
     if not masks or not all(isinstance(kind, str) for kind in masks):
         raise ValueError(f"mask must name at least one mask kind, by strings; got {masks or 'an empty dict'}")

@@ -59,8 +59,8 @@ class Steps:
         self._place = np.repeat(np.arange(len(self.new)), self._new)
         self._offset = np.arange(self.num_tokens) - np.repeat(np.cumsum(self._new) - self._new, self._new)
         self._brought: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._limit_tables()
-        self._place_tokens()
+        self._place_all()
+        self._begin_step()
 
     @property
     def num_tokens(self) -> int:
@@ -121,7 +121,7 @@ class Steps:
         self.tokens_hash = 0
         self.pages.note("advance", self.number)
         if self.num_done < self.num_steps:
-            self._place_tokens()
+            self._begin_step()
 
     def say_tokens(self, numbers: Sequence[int]) -> None:
         digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
@@ -133,29 +133,30 @@ class Steps:
             self._brought[device] = tuple(torch.from_numpy(x).to(device) for x in self._written)  # type: ignore[assignment]
         return self._brought[device]
 
-    def _limit_tables(self) -> None:
-        """The pages that new tokens come to lie in, [sequences, pages]."""
-        size = self.pages.page_size
-        self._first_page = self._lengths // size
-        width = int((-(-np.array(self.limits) // size) - self._first_page).max())
-        self._owner, self._slot = np.full((2, len(self.new), width), -1, np.int64)
-        for place, held in enumerate(self._helds):
-            begin, end = int(self._first_page[place]), -(-self.limits[place] // size)
-            self._owner[place, : end - begin] = held.owner[begin:end]
-            self._slot[place, : end - begin] = held.slot[begin:end]
+    def _place_all(self) -> None:
+        """Of all steps, [steps, tokens]: positions, and where this rank keeps a token's keys, and in which row."""
+        size, place = self.pages.page_size, self._place
+        first_page = self._lengths // size
+        width = int((-(-np.array(self.limits) // size) - first_page).max())
+        owners, slots = np.full((2, len(self.new), width), -1, np.int64)
+        for one, held in enumerate(self._helds):  # the pages that new tokens come to lie in
+            begin, end = int(first_page[one]), -(-self.limits[one] // size)
+            owners[one, : end - begin] = held.owner[begin:end]
+            slots[one, : end - begin] = held.slot[begin:end]
             assert (held.slot[begin:end] >= 0).all(), "pages that are written are reserved"
-        self._first_of_token = self._first_page[self._place]
+        steps = np.arange(self.num_steps)[:, None]
+        self._positions = (self._lengths[place] + self._offset) + steps * self._new[place]
+        page = self._positions // size - first_page[place]
+        self._is_mine = owners[place, page] == self.pages.rank
+        self._rows = slots[place, page] * size + self._positions % size
         self._q_positions = self.arena.table("q_positions")[: self.num_tokens, 0]
         self._kv_len = self.arena.table("kv_len")[: len(self.new), 0]
 
-    def _place_tokens(self) -> None:
+    def _begin_step(self) -> None:
         """Positions of this step's tokens, lengths with them, and the rows that this rank writes."""
-        self.positions = self._lengths[self._place] + self._offset
-        size = self.pages.page_size
-        page, place = self.positions // size - self._first_of_token, self._place
-        owner, slot = self._owner[place, page], self._slot[place, page]
-        mine = np.flatnonzero(owner == self.pages.rank)
-        self._written = mine, slot[mine] * size + self.positions[mine] % size
+        self.positions = self._positions[self.num_done]
+        mine = np.flatnonzero(self._is_mine[self.num_done])
+        self._written = mine, self._rows[self.num_done][mine]
         self._brought = {}
         self._q_positions[:], self._kv_len[:] = self.positions, self._lengths + self._new
         self.arena.renew(moving=self.num_done > 0)
