@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from serving import ALL_HEADS, MASKS, SCORES, Service
 
 import cpflex
+from cpflex.kernels import attend_pages
 from cpflex.testing import run_ranks
 
 ROWS = [cpflex.everyone, cpflex.by_sequence, cpflex.by_token, cpflex.by_head]
@@ -154,6 +156,27 @@ def test_a_rank_without_visible_pages_has_no_items_to_walk():
         pages.fill("a", 3000)
         idle.append(cpflex.make_decode_plan(MASKS["window"], pages, {"a": 1}, horizon=8).tables.is_idle)
     assert idle == [True, True, False, True]
+
+
+def test_a_rank_without_visible_pages_attends_to_nothing(monkeypatch: pytest.MonkeyPatch):
+    attended: list[str] = []
+
+    def noted(*arguments: Any) -> Any:
+        attended.append(threading.current_thread().name)
+        return attend_pages(*arguments)
+
+    def program(group: Any) -> bool:
+        service = Service(group)
+        service.reserve("a", 60)
+        service.step(cpflex.make_decode_plan(MASKS["causal"], service.pages, {"a": 40}), MASKS["causal"])
+        plan = cpflex.make_decode_plan(MASKS["window"], service.pages, {"a": 1}, horizon=2)
+        service.step(plan, MASKS["window"])
+        return plan.tables.is_idle
+
+    monkeypatch.setattr("cpflex.paging.decode.attend_pages", noted)
+    idle = run_ranks(program, 4)
+    assert True in idle and False in idle
+    assert [attended.count(f"rank{rank}") for rank in range(4)] == [1 if is_idle else 2 for is_idle in idle]
 
 
 def test_a_tree_of_speculated_tokens_is_a_mask_and_a_crop():
