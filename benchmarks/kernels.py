@@ -5,8 +5,9 @@
 
 One process, random normal bf16. In each row the peers take turns, after a warm-up, and the median of the turns counts;
 TFLOP/s count visible pairs only (4 * D a pair forward, 2.5 times that backward), so they compare peers in a row, not
-rows. ``call`` is `cpflex.flex_attention` of one rank with its backward, ``kernel`` the kernels alone. Results of cpflex
-and FlexAttention are compared before they are timed. Writes results/kernels.json and a plot beside it.
+rows. ``call`` is `cpflex.flex_attention` of one rank with its backward, ``kernel`` the kernels alone, ``hopper`` those
+of sm_90 in Gluon. Results of cpflex and FlexAttention are compared before they are timed. Writes results/kernels.json
+and a plot beside it.
 """
 
 from __future__ import annotations
@@ -154,14 +155,14 @@ def cpflex_call(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
     return with_autograd(attend, leaves, grad_out)
 
 
-def cpflex_kernel(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
+def cpflex_kernel(row: Row, leaves: list[Tensor], grad_out: Tensor, backend: str = "triton") -> Peer:
     from cpflex.kernels import Call, attend_and_finish, attend_backward, begin_backward
     from cpflex.ring.handles import resolve
 
     mask, (step,), _ = resolve(cpflex.make_plan(mask_mod_of(row), row.seq_len).handle).on(grad_out.device)
     score_mod = score_mod_of(row)
     mod = None if score_mod is None else cpflex.score_mod(score_mod).mod
-    call = Call(mask, 1 / math.sqrt(row.head_dim), mod and mod.graph, mod.captured if mod else (), backend="triton")
+    call = Call(mask, 1 / math.sqrt(row.head_dim), mod and mod.graph, mod.captured if mod else (), backend=backend)
     q, k, v = (x.detach() for x in leaves)
     kept: dict[str, Tensor] = {"dq": torch.zeros_like(q)}
 
@@ -179,6 +180,16 @@ def cpflex_kernel(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
         return attend_backward(q, k, v, grad_out, kept["lse"], kept["delta"], step.tile_mask, call, kept["dq"], [])
 
     return Peer(forward_alone, backward)
+
+
+def hopper_kernel(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer | None:
+    """Where `tuning.GLUON` has a row for this GPU; passes that have none are the portable ones."""
+    from cpflex.kernels import tuning
+
+    dims = leaves[0].shape[3], leaves[2].shape[3]
+    if tuning.gluon_row("forward", grad_out.device, *dims, grad_out.dtype) is None:
+        return None
+    return cpflex_kernel(row, leaves, grad_out, "gluon")
 
 
 def flex(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
@@ -216,6 +227,7 @@ def sdpa(backend: str) -> Callable[[Row, list[Tensor], Tensor], Peer | None]:
 
 PEERS: dict[str, Callable[[Row, list[Tensor], Tensor], Peer | None]] = {
     "kernel": cpflex_kernel,
+    "hopper": hopper_kernel,
     "call": cpflex_call,
     "flex": flex,
     "cudnn": sdpa("CUDNN_ATTENTION"),

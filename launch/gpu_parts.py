@@ -199,6 +199,25 @@ def of_sanitizer(found: Records) -> list[str]:
     ]
 
 
+# -- the Gluon kernels of sm_90: are they right, and faster?
+
+
+def hopper(day: Day) -> None:
+    module("gpu_hopper", "launch").proof(day)
+
+
+def of_hopper(found: Records) -> list[str]:
+    return module("gpu_hopper", "launch").of_proof(found)
+
+
+def hopper_times(day: Day) -> None:
+    module("gpu_hopper", "launch").times(day)
+
+
+def of_hopper_times(found: Records) -> list[str]:
+    return module("gpu_hopper", "launch").of_times(found)
+
+
 # -- how fast is it?
 
 ROWS = [
@@ -458,6 +477,8 @@ class Part(NamedTuple):
 
 PARTS = {
     "environment": Part(environment, of_environment, 2),
+    "hopper": Part(hopper, of_hopper, 14, workers=4),
+    "hopper_times": Part(hopper_times, of_hopper_times, 26),
     "smoke": Part(smoke, of_smoke, 6),
     "correctness": Part(correctness, of_correctness, 26, workers=4, pretends_itself=True),
     "times": Part(times, of_times, 30),

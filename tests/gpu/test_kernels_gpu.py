@@ -113,10 +113,12 @@ def test_several_ranks_equal_one(case: Case):
     verdicts.assert_within_budget(case, tensors, ranks[0])
 
 
-def attend_shard(case: Case, tensors: list[Tensor], plan: cpflex.Plan) -> dict[str, Tensor]:
+def attend_shard(
+    case: Case, tensors: list[Tensor], plan: cpflex.Plan, options: dict[str, str] = FUSED
+) -> dict[str, Tensor]:
     q, k, v, grad_out = (plan.shard(x, dim=2, pad_value=0.0).detach() for x in tensors)
     local = [x.requires_grad_() for x in (q, k, v)]
-    out, lse = cpflex.flex_attention(*local, None, plan, enable_gqa=True, return_lse=True, kernel_options=FUSED)  # type: ignore[misc]
+    out, lse = cpflex.flex_attention(*local, None, plan, enable_gqa=True, return_lse=True, kernel_options=options)  # type: ignore[misc]
     grads = torch.autograd.grad(out, local, grad_out)
     return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads), strict=True))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import gpu_day
+import gpu_hopper
 import gpu_parts
 from gpu_parts import PARTS, Day, Part
 from patience import patience
@@ -116,6 +117,47 @@ def test_a_step_of_decoding_is_told_beside_a_copy():
     assert lines[2] == "causal p64: flashinfer failed: no"
 
 
+def timed(mask: str, score: str, head_dim: int, hopper: float, cudnn: float | None, pairs: int = 100) -> dict:
+    ms = {"hopper": hopper, "kernel": 2.0} | ({} if cudnn is None else {"cudnn": cudnn})
+    found = {"mask": mask, "score": score, "head_dim": head_dim, "seq_len": 16384, "batch": 2, "heads": 4, "failed": {}}
+    stages = {f"{stage}_ms": ms for stage in ("forward", "backward")} | {"forward_tflops": {}, "backward_tflops": {}}
+    return found | stages | {"row": f"{mask} {score} D{head_dim}", "visited_pairs": pairs}
+
+
+def test_the_goals_and_the_row_to_change_are_told():
+    found = [
+        {"proven": [[128, 128]]},
+        timed("full", "none", 128, 1.0, 1.1), timed("causal", "none", 128, 1.0, 0.7), timed("causal", "softcap", 128, 1.0, None, 95),
+        timed("doc_window", "none", 128, 1.0, None, 80), timed("full", "none", 64, 1.0, 1.0), timed("full", "none", 256, 2.5, 1.0),
+    ]  # fmt: skip
+    lines = gpu_hopper.of_times(found)
+    assert "full none D128 forward: hopper 1.10 x cuDNN; goal 1.0: reached" in lines
+    assert "causal none D128 forward: hopper 0.70 x cuDNN; goal 1.0: MISSED" in lines
+    assert "causal softcap D128 forward: 0.95 of the dense rate per visited tile; goal 0.9: reached" in lines
+    assert "doc_window none D128 forward: 0.80 of the dense rate per visited tile; goal 0.9: MISSED" in lines
+    (row,) = [line for line in lines if '(90, "forward", 128, 128)' in line]
+    assert "2.00 x portable" in row and "is_default=True" in row
+    assert "forward 64, 64 stays asked for: not proven in this run" in lines
+    # as it is, 256 is the slower one; without a time nothing is said
+    assert not [line for line in lines if "(90, " in line and "256" in line]
+    assert gpu_hopper.changes([timed("full", "none", 256, 2.5, 1.0)], [(256, 256)])[0].endswith(
+        "0.80 x portable at least"
+    )
+    assert gpu_hopper.goals([timed("full", "none", 128, 0.0, 0.0)]) == []
+
+
+def test_a_row_is_proven_by_all_of_its_cases_and_a_kernel_that_never_ended_is_named():
+    cases = gpu_hopper.proofs()
+    assert [case.seq_len for case in cases[:3]] == [333] * 3
+    found = [{"begins": str(c)} for c in cases] + [{"case": str(c), "is_right": True} for c in cases]
+    assert set(proven := gpu_hopper.proven_dims(found)) == {c.dims for c in cases} and (128, 128) in proven
+    found[-1] |= {"is_right": False}
+    assert cases[-1].dims not in gpu_hopper.proven_dims(found)
+    assert f"WRONG {cases[-1]}" in gpu_hopper.of_proof(found)
+    found.pop()
+    assert f"NEVER ENDED, or failed: {cases[-1]}" in gpu_hopper.of_proof(found)
+
+
 def dry_run(folder: Path, *options: str, seconds: float) -> dict[str, dict]:
     command = [sys.executable, "launch/gpu_day.py", "--pretend", "90", "--brief", "--folder", str(folder), *options]
     command += ["--seconds", str(patience(seconds))]
@@ -131,8 +173,13 @@ def dry_run(folder: Path, *options: str, seconds: float) -> dict[str, dict]:
 
 @needs_compilers
 def test_parts_run_on_a_pretended_gpu_up_to_each_launch(tmp_path: Path):
-    ran = dry_run(tmp_path, "--parts", "environment", "host", "bandwidth", "ranks", "tuning", "decode", seconds=140)
-    assert [part["outcome"] for part in ran.values()] == ["done"] * 6
+    parts = ("environment", "hopper", "hopper_times", "host", "bandwidth", "ranks", "tuning", "decode")
+    ran = dry_run(tmp_path, "--parts", *parts, seconds=160)
+    assert [part["outcome"] for part in ran.values()] == ["done"] * 8
+    begun, case = gpu_day.records(tmp_path / "hopper.jsonl")
+    assert begun["begins"] == case["case"] and case["is_right"] is None and "error" not in case
+    proven, _, row = gpu_day.records(tmp_path / "hopper_times.jsonl")
+    assert proven == {"proven": []} and row["failed"] == {} and row["forward_ms"].keys() == {"hopper", "kernel"}
     (told,) = [x for x in gpu_day.records(tmp_path / "environment.jsonl") if "gpu" in x]
     assert told["gpu"] == "pretended sm_90"
     (host,) = gpu_day.records(tmp_path / "host.jsonl")
