@@ -16,14 +16,19 @@ asked for them. A second run takes what has not changed from ``--cache``.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
+import multiprocessing
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +45,9 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "kernels"))
 
 from ahead_of_time import Variant, launches_compile
 
+import fa3_binary
 import sass
+from calibration import calibration
 from issue_slots import GPUS, bounds, replay
 
 HERE = Path(__file__).parent
@@ -104,7 +111,9 @@ class Kernel:
     repeats: int = 1
     """Each loop stands so often in the code: once for each consumer."""
     in_turns: bool = False
-    """Two warpgroups take turns, by barriers."""
+    """Warpgroups take turns, by barriers."""
+    is_mixed: bool = False
+    """Other passes are in the same kernel: their loops have other products."""
 
 
 # -- of cpflex
@@ -113,9 +122,7 @@ class Kernel:
 def portable(row: Row) -> Kernel | None:
     if row.which == "onepass":
         return None
-    variants = _compiled(row, forward.attend_and_finish, backward.attend_backward, "triton")
-    name = {"forward": "attend_kernel", "dq": "dq_kernel", "dkdv": "dkdv_kernel"}[row.which]
-    (variant,) = (x for x in variants if x.name == name)
+    variant = _compiled(row, forward.attend_and_finish, backward.attend_backward, "triton")
     config = tuning.rows_for(row.capability, torch.bfloat16)[row.which, row.head_dim]
     return _kernel(variant, variant.kernel.metadata.num_warps // 4, config.block_q * config.block_kv)
 
@@ -124,34 +131,39 @@ CONSUMERS = 2
 
 
 def hopper(row: Row) -> Kernel | None:
-    """None: no kernel of this pass."""
-    if row.capability != 90 or (row.which != "forward" and find_spec("cpflex.kernels.hopper_backward") is None):
+    """None: there is none of this pass, and what would be launched is a portable one."""
+    names = [f"cpflex.kernels.hopper_{part}" for part in ("forward", "backward")]
+    if row.capability != 90 or find_spec(names[row.which != "forward"]) is None:
         return None
-    from cpflex.kernels import hopper_forward
+    attend = getattr(importlib.import_module(names[0]), "attend_and_finish", None)
+    attend_backward = None if row.which == "forward" else importlib.import_module(names[1]).attend_backward
+    variant = _compiled(row, attend, attend_backward, "gluon")
+    if variant is None or variant.kernel.metadata.num_warps != 4 * (CONSUMERS + 1):
+        return None
+    return _kernel(variant, CONSUMERS, None, CONSUMERS)
 
-    if row.which == "forward":
-        variants = _compiled(row, hopper_forward.attend_and_finish, None, "gluon")
-        (variant,) = variants
-        return _kernel(variant, CONSUMERS, None, CONSUMERS)
-    return None
 
-
-def _compiled(row: Row, attend: Callable, attend_backward: Callable | None, backend: str) -> list[Variant]:
-    """The kernels of a step that continues a state, and of its backward."""
+def _compiled(row: Row, attend: Callable, attend_backward: Callable, backend: str) -> Variant | None:
+    """The kernel of a step that continues a state, or of its backward."""
     mods, dim = MODS[row.mods], row.head_dim
     plan = cpflex.make_plan(mods.mask(), SEQ_LEN)
     mask, (step,), _ = resolve(plan.handle).on(torch.device("cpu"))
     score = None if mods.score is None else trace_score_mod(mods.score)
     call = Call(mask, 1 / math.sqrt(dim), score and score.graph, score.captured if score else (), backend=backend)
+    if row.which == "onepass":
+        if "deterministic" not in {x.name for x in fields(Call)}:
+            return None
+        call = replace(call, deterministic=False)
     q, k, v, grad_out = (torch.zeros(1, heads, SEQ_LEN, dim, dtype=torch.bfloat16) for heads in (4, 2, 2, 4))
     lse = torch.zeros(q.shape[:3])
-    only = {"forward": "attend", "dq": "dq", "dkdv": "dkdv"}[row.which]
-    with launches_compile(row.capability, only) as variants:
+    with launches_compile(row.capability, {"forward": "attend", "onepass": ""}.get(row.which, row.which)) as variants:
         if row.which == "forward":
             attend(q, k, v, step.tile_mask, call, empty(q, dim))
         else:
             attend_backward(q, k, v, grad_out, lse, lse, step.tile_mask, call, torch.zeros(q.shape), [])
-    return variants
+    if row.which == "onepass":
+        variants = [x for x in variants if x.name not in ("dq_kernel", "dkdv_kernel")]
+    return variants[0] if variants else None
 
 
 def _kernel(variant: Variant, warps: int, pairs: int | None, repeats: int = 1) -> Kernel:
@@ -160,22 +172,58 @@ def _kernel(variant: Variant, warps: int, pairs: int | None, repeats: int = 1) -
     return Kernel(sass.code_of(made.asm["cubin"]), made.metadata.shared, threads, warps, pairs, repeats)
 
 
+# -- of others
+
+
+def flex(row: Row) -> Kernel | None:
+    """None: not compiled. Of sm_100 only forward: elsewhere the loops of a pass cannot be told from others."""
+    if row.which == "onepass" or (row.capability == 100 and row.which != "forward"):
+        return None
+    made = _of_torch(row.capability, row.head_dim, row.mods)["forward" if row.which == "forward" else "backward"]
+    suffix = {"forward": "", "dq": "2", "dkdv": "1"}[row.which]
+    pairs = made.options[f"BLOCK_M{suffix}"] * made.options[f"BLOCK_N{suffix}"]
+    code, warps = sass.code_of(made.cubin), made.num_warps
+    return Kernel(code, made.shared_bytes, 32 * warps, warps // 4, pairs, is_mixed=row.which != "forward")
+
+
+@functools.cache
+def _of_torch(capability: int, head_dim: int, mods: str) -> dict[str, Any]:
+    import flex_template
+
+    return _process_of(capability).submit(flex_template.kernels, capability, head_dim, mods, SEQ_LEN).result()
+
+
+@functools.cache
+def _process_of(capability: int) -> ProcessPoolExecutor:
+    """Inductor remembers the GPU that it has seen."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def fa3(row: Row, library: Path) -> Kernel | None:
+    if (row.capability, row.which) != (90, "forward"):
+        return None
+    code, warps = fa3_binary.code(library, row.head_dim, row.mods), fa3_binary.CONSUMERS[row.head_dim]
+    return None if code is None else Kernel(code, None, 128 * (warps + 1), warps, in_turns=True)
+
+
 # -- figures
 
 
 def figures(row: Row, kernel: Kernel) -> dict[str, Any]:
     gpu, code = GPUS[row.capability], kernel.code
     blocks = blocks_at_once(kernel, gpu.shared_bytes)
-    loops = [loop for loop in sass.loops(code.instructions) if any(x.base == "MUFU" for x in loop)]
-    loops = loops[: max(1, len(loops) // kernel.repeats)]
     per_pair = PRODUCTS[row.which] * row.head_dim
     found = []
-    for loop in loops:
+    for loop in sass.loops(code.instructions):
         tensor = None
         if row.capability == 100:  # shapes stand in descriptors: by what a block is
             tensor = kernel.pairs * per_pair / 4 / gpu.products / kernel.warps
         busy = bounds(loop, gpu, kernel.warps, tensor)
         pairs = busy["tensor"] * 4 * gpu.products / per_pair
+        if kernel.pairs is None or kernel.is_mixed:
+            is_of_pass = kernel.pairs in (None, round(pairs)) and has_softmax(loop, pairs / kernel.warps)
+            if not is_of_pass:
+                continue
         assert kernel.pairs in (None, round(pairs)), f"{row.name}: {pairs} pairs a turn; blocks have {kernel.pairs}"
         scale = PAIRS / pairs
         cycles = None
@@ -197,8 +245,13 @@ def figures(row: Row, kernel: Kernel) -> dict[str, Any]:
         "stack_bytes": code.stack_bytes,
         "shared_kib": kernel.shared_bytes and round(kernel.shared_bytes / 1024),
         "blocks": blocks,
-        "loops": found,
+        "loops": found[: len(found) // kernel.repeats],
     }
+
+
+def has_softmax(loop: list[sass.Instruction], pairs: float) -> bool:
+    """An exponential for each pair of the warps of a block that share no quarter."""
+    return sum(x.base == "MUFU" for x in loop) >= pairs / 128
 
 
 def blocks_at_once(kernel: Kernel, shared_bytes: int) -> int:
@@ -211,20 +264,21 @@ def blocks_at_once(kernel: Kernel, shared_bytes: int) -> int:
 # -- what has been seen before
 
 
-def fingerprint() -> str:
+@functools.cache
+def fingerprint(who: str) -> str:
     """Of all that figures depend on but a row."""
-    sources = [*HERE.parent.glob("cpflex/**/*.py"), *HERE.glob("*.py"), HERE.parent / "tests/kernels/ahead_of_time.py"]
-    of_benchmark = {"machine_code.py", "sass.py", "issue_slots.py", "flex_template.py"}
+    package = Path(cpflex.__file__).parent
+    own = [*package.glob("kernels/*.py"), *package.glob("mods/*.py"), package / "tile_mask.py"]
+    sources = {"flex": [HERE / "flex_template.py"], "fa3": [HERE / "fa3_binary.py"]}.get(who, sorted(own))
     text = hashlib.sha256(f"{torch.__version__} {triton.__version__}".encode())
-    for path in sorted(sources):
-        if path.parent != HERE or path.name in of_benchmark:
-            text.update(path.read_bytes())
+    for path in [*sources, *(HERE / f"{name}.py" for name in ("machine_code", "sass", "issue_slots"))]:
+        text.update(path.read_bytes())
     return text.hexdigest()[:16]
 
 
 def looked_up(row: Row, make: Callable[[Row], Kernel | None], cache: Path, extra: str) -> dict[str, Any] | None:
     """Figures of a row, or None where there is no such kernel."""
-    path = cache / fingerprint() / f"{row.name} {extra}.json".replace(" ", "_").replace("/", "-")
+    path = cache / fingerprint(row.who) / f"{row.name} {extra}.json".replace(" ", "_").replace("/", "-")
     if path.exists():
         return json.loads(path.read_text())
     kernel = make(row)
@@ -260,28 +314,75 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def peers(fa3: Path | None) -> dict[str, Callable[[Row], Kernel | None]]:
-    return {"portable": portable, "hopper": hopper}
+def changes(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> str:
+    """A line for each row that is not as it was: what the table shows, before and after."""
+    known = {Row(*(row[name] for name in Row._fields)): line(row) for row in before}
+    lines = []
+    for row in after:
+        key = Row(*(row[name] for name in Row._fields))
+        pairs = zip(HEADER, known.get(key, line(row)), line(row), strict=True)
+        changed = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+        if changed:
+            lines.append(f"{key.name}: {'; '.join(changed)}")
+    return "\n".join(lines) or "nothing has changed"
+
+
+def peers(library: Path | None) -> dict[str, Callable[[Row], Kernel | None]]:
+    own = {"portable": portable, "hopper": hopper, "flex": flex}
+    return own if library is None else {**own, "fa3": functools.partial(fa3, library=library)}
+
+
+def found_rows(chosen: Sequence[Row], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    library = fa3_binary.library_of(options.fa3, options.cache)
+    if library is None:
+        print("without FlashAttention-3: pip download fa3-fwd --no-deps, and pass the wheel as --fa3")
+    makers, start = peers(library), time.perf_counter()
+    for i, row in enumerate(chosen):
+        extra = f"{library.stat().st_size}" if row.who == "fa3" and library else ""
+        found = looked_up(row, makers[row.who], options.cache, extra) if row.who in makers else None
+        if found is not None:
+            shown = " / ".join(str(loop["instructions"]) for loop in found["loops"])
+            print(f"{time.perf_counter() - start:6.0f} s {i + 1:4}/{len(chosen)} {row.name}: {shown}", flush=True)
+            yield found
+
+
+def record(rows: list[dict[str, Any]], wheel: Path | None) -> dict[str, Any]:
+    commit = ["git", "-C", str(Path(cpflex.__file__).parent), "describe", "--always", "--dirty"]
+    return {
+        "command": "python " + " ".join(["benchmarks/machine_code.py", *(["--fa3", wheel.name] if wheel else [])]),
+        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cpflex": cpflex.__version__},
+        "model": "cycles and fractions of the peak are those of benchmarks/issue_slots.py, not measured",
+        "calibration": calibration(rows, at_bound_of_tile=PAIRS * 128 / 4 / GPUS[90].products),
+        "rows": rows,
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """JSON, with a line for each row."""
+    rows = ",\n  ".join(json.dumps(row) for row in found["rows"])
+    return json.dumps({**found, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name has all these words")
     parser.add_argument("--quick", action="store_true", help="sm_90, causal, D 128")
-    parser.add_argument("--fa3", type=Path, help="a wheel of fa3-fwd, or the library in it")
+    parser.add_argument("--fa3", type=Path, help="a wheel of fa3-fwd, or the library in it (what is installed)")
+    parser.add_argument("--before", type=Path, help="results of another commit: what has changed since")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cpflex" / "machine_code")
-    parser.add_argument("--json", type=Path, default=None, help="(results/machine_code.json, of all rows)")
+    parser.add_argument("--json", type=Path, help="(results/machine_code.json, where all rows are asked for)")
     options = parser.parse_args()
     words = (options.only + (" sm_90 D128 causal" if options.quick else "")).split()
-    chosen = [row for row in ROWS if set(words) <= set(row.name.split())]
-    makers, rows, start = peers(options.fa3), [], time.perf_counter()
-    for i, row in enumerate(chosen):
-        found = looked_up(row, makers[row.who], options.cache, str(options.fa3)) if row.who in makers else None
-        if found is not None:
-            rows.append(found)
-            shown = " / ".join(str(loop["instructions"]) for loop in found["loops"])
-            print(f"{time.perf_counter() - start:6.0f} s {i + 1:4}/{len(chosen)} {row.name}: {shown}", flush=True)
+    rows = list(found_rows([row for row in ROWS if set(words) <= set(row.name.split())], options))
+    if options.before:
+        print(f"\n{changes(json.loads(options.before.read_text())['rows'], rows)}")
+    for capability in CAPABILITIES:
+        _process_of(capability).shutdown()
     print(f"\n{table(rows)}")
+    if path := options.json or (None if words else RESULTS):
+        path.write_text(as_text(record(rows, options.fa3)))
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":
