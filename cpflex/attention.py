@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
-from cpflex.kernels.call import BACKENDS
+from cpflex.kernels import require_library
+from cpflex.kernels.call import BACKENDS, SEATS
 from cpflex.mods.graph import Mod, table_sizes
 from cpflex.mods.trace import trace_score_mod
 from cpflex.paging.calls import call_of
@@ -93,7 +94,8 @@ def flex_attention(
         kernel_options: {"backend": "triton"}, fused kernels, or {"backend": "reference"}, plain torch on any device;
             torch's spelling, {"BACKEND": "TRITON"}, is the same. None, or {"BACKEND": "AUTO"}: triton for CUDA tensors
             (sm_80 or later, head dims up to 256), reference for others. {"BACKEND": "GLUON"}: on sm_90, the forward
-            kernels written for it, for the head dims that they have; no GPU has run them yet.
+            kernels written for it, for the head dims that they have; no GPU has run them yet. {"BACKEND": "FLASH"}:
+            FlashAttention-4, where flash-attn-4 is installed; no GPU has run it here yet.
         return_aux: ``AuxRequest(lse=True, max_scores=True)``: also return either, or both.
 
     Returns:
@@ -117,6 +119,8 @@ def flex_attention(
     try:
         _check_tensors(query, key, value, plan, enable_gqa)
         backend = _backend(kernel_options)
+        if backend in SEATS and not torch.compiler.is_compiling():
+            require_library(backend, query.device)
         _check_aux(return_lse, return_aux)
         mod = _traced(score_mod)
         if mod is not None:
@@ -160,6 +164,8 @@ def _attention_to_pages(
         mod = _traced(score_mod)
         pool = check_attention(query, key, value, plan, enable_gqa, [] if mod is None else mod.captured)
         backend = _backend(kernel_options)
+        if backend in SEATS:
+            raise NotImplementedError(f"backend {backend!r} has no kernel for pages; pass 'triton', or none")
         _check_aux(return_lse, return_aux)
         if return_aux is not None and return_aux.max_scores:
             raise NotImplementedError("the largest score is not known of an attention to pages; ask for lse alone")
@@ -329,7 +335,7 @@ def _backend(kernel_options: dict[str, Any] | None) -> str:
         return ""
     backend = asked[0].lower() if isinstance(asked[0], str) else asked[0]
     if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be 'triton', 'gluon', 'reference' or 'auto'; got {asked[0]!r}")
+        raise ValueError(f"backend must be 'triton', 'gluon', 'flash', 'reference' or 'auto'; got {asked[0]!r}")
     return "" if backend == "auto" else backend
 
 

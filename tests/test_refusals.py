@@ -143,16 +143,25 @@ LOCAL: dict[str, tuple[Change, type[Exception], str]] = {
         "BLOCK_M.*supported: 'backend'",
     ),
     "an unknown backend": (
-        put(kernel_options={"backend": "flash"}),
-        (ValueError, NotImplementedError),
-        "flash",
+        put(kernel_options={"backend": "cuda"}),
+        ValueError,
+        "backend must be 'triton', .* got 'cuda'",
     ),
     "lse asked for twice": (
         put(return_lse=True, return_aux=AuxRequest(lse=True)),
         ValueError,
         "pass return_lse or return_aux, not both",
     ),
-    "a backend of torch's": (put(kernel_options={"BACKEND": "FLASH"}), ValueError, "or 'auto'; got 'FLASH'"),
+    "a backend of torch's": (
+        put(kernel_options={"BACKEND": "TRITON_DECODE"}),
+        ValueError,
+        "or 'auto'; got 'TRITON_DECODE'",
+    ),
+    "FlashAttention-4 where it cannot run": (
+        put(kernel_options={"BACKEND": "FLASH"}),
+        NotImplementedError,
+        "backend 'flash' needs the package flash-attn-4, which is not installed|backend 'flash' needs sm_90",
+    ),
     "two backends": (
         put(kernel_options={"BACKEND": "TRITON", "backend": "reference"}),
         ValueError,

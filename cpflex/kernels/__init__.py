@@ -4,7 +4,8 @@ backend of the call.
 Two backends, the same functions: plain torch (`reference`, `pages`), the default for CPU tensors, and fused Triton
 kernels (`forward`, `backward`, `decode`, `combining`), the default for CUDA tensors, imported when first needed. What
 the kernels cannot do they refuse; nothing falls back to the other backend. A third, "gluon", is the second with the
-kernels of sm_90 (`hopper_forward`) wherever `tuning.GLUON` has a row for them.
+kernels of sm_90 (`hopper_forward`) wherever `tuning.GLUON` has a row for them. `call.SEATS` are kernels of other
+libraries, which serve `attend` and `attend_backward` where they are installed and asked for.
 
 The code that a mod becomes inside the kernels can be read:
 
@@ -21,6 +22,7 @@ def mask_a34ed1d255(b, h, q_idx, kv_idx, numbers, buffers, sizes):
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor
 
 from cpflex.kernels import pages, reference
-from cpflex.kernels.call import BACKENDS, OTHERWISE, Call, with_whole_rows
+from cpflex.kernels.call import BACKENDS, OTHERWISE, SEATS, Call, with_whole_rows
 from cpflex.kernels.pages import PageWork, Partials, empty_partials, partials_of, tokens_at_once
 from cpflex.kernels.state import State, empty, finish
 from cpflex.tile_mask import TileMask
@@ -52,6 +54,7 @@ __all__ = [
     "partials_of",
     "prepare",
     "prepare_pages",
+    "require_library",
     "require_support",
     "tokens_at_once",
     "with_whole_rows",
@@ -106,6 +109,8 @@ def begin_backward(
     """(lse, delta) as `attend_backward` of the same call takes them: delta = rowsum(out * grad_out) - grad_lse, fp32;
     what lse is, is the backend's affair.
     """
+    if (seat := _seat(call.backend)) is not None:
+        return seat.begin_backward(out, grad_out, grad_lse, lse)
     if _is_fused(out, call.backend):
         from cpflex.kernels import delta
 
@@ -126,10 +131,7 @@ def attend_backward(
     d_captured: list[Tensor],  # fp32, like call.captured at call.wanted, added to in place
 ) -> tuple[Tensor, Tensor]:
     """dk [B, H, K, D] and dv [B, H, K, Dv] of the visiting keys, in the dtype of dq."""
-    if _is_fused(q, call.backend):
-        from cpflex.kernels import backward as backend
-    else:
-        backend = reference
+    backend = _backward(q, call)
     return backend.attend_backward(q, k, v, grad_out, lse, delta, tile_mask, call, dq, d_captured)
 
 
@@ -147,12 +149,15 @@ def require_support(q: Tensor, v_dim: int, call: Call) -> None:
         ValueError: an unknown backend, or "triton" or "gluon" for CPU tensors.
         NotImplementedError: "triton", asked for or chosen, cannot: no Triton, another GPU than NVIDIA's from sm_80 on,
             a head dim above 256, or an operation in a mod that has no Triton form; or "gluon" on another GPU than
-            sm_90, or with a Triton that it was not compiled with.
+            sm_90, or with a Triton that it was not compiled with; or the library of another is not installed, or has no
+            kernel for the call.
     """
     kind = ("supported", q.device, q.shape[3], v_dim)
     if kind in call.decided:
         return
-    if _is_fused(q, call.backend):
+    if (seat := _seat(call.backend)) is not None:
+        seat.require_support(q, v_dim, call)
+    elif _is_fused(q, call.backend):
         from cpflex.kernels import tuning
         from cpflex.mods import triton_source
 
@@ -163,6 +168,21 @@ def require_support(q: Tensor, v_dim: int, call: Call) -> None:
         if call.score_graph is not None:
             triton_source.score_function(call.score_graph)
     call.decided[kind] = True
+
+
+def require_library(backend: str, device: torch.device) -> None:
+    """Raise what `require_support` would raise of a package and its GPUs: one rank alone may lack them.
+
+    Args:
+        backend: one of `call.SEATS`.
+
+    Raises:
+        NotImplementedError: it is not installed, or is a release with other arguments; or it has no kernels for the
+            GPU.
+    """
+    seat = _seat(backend)
+    seat.library()
+    seat.architecture_of(device)
 
 
 def prepare(
@@ -182,9 +202,12 @@ def prepare(
         gradients: their dtype, if `attend_backward` is to be compiled.
 
     Raises:
-        NotImplementedError: the kernels need more shared memory than the GPU has, whatever their row.
+        NotImplementedError: the kernels need more shared memory than the GPU has, whatever their row; or the library of
+            another backend has no kernel for the gradients.
     """
-    if q.is_cuda and _is_fused(q, call.backend):
+    if (seat := _seat(call.backend)) is not None:
+        seat.prepare(q, k, v, tile_mask, call, passes, gradients)
+    elif q.is_cuda and _is_fused(q, call.backend):
         from cpflex.kernels import ahead
 
         ahead.compile_call(_forward(q, v, call), q, k, v, tile_mask, call, passes, gradients)
@@ -257,6 +280,8 @@ def prepare_pages(
 
 def _forward(q: Tensor, v: Tensor, call: Call) -> Any:
     """The module of the forward kernel, as `tuning.GLUON` says."""
+    if (seat := _seat(call.backend)) is not None:
+        return seat
     from cpflex.kernels import tuning
 
     if tuning.is_served_by_gluon("forward", q, v, call.backend):
@@ -268,12 +293,30 @@ def _forward(q: Tensor, v: Tensor, call: Call) -> Any:
     return forward
 
 
+def _backward(q: Tensor, call: Call) -> Any:
+    """The module of the backward kernels."""
+    if (seat := _seat(call.backend)) is not None:
+        return seat
+    if not _is_fused(q, call.backend):
+        return reference
+    from cpflex.kernels import backward
+
+    return backward
+
+
+def _seat(backend: str | None) -> Any:
+    """The module of another library's kernels, if they were asked for."""
+    return import_module(SEATS[backend]) if backend in SEATS else None
+
+
 def _is_fused(q: Tensor, backend: str | None) -> bool:
     backend = backend or ("triton" if q.is_cuda else "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}; got {backend!r}")
     if backend == "reference":
         return False
+    if backend in SEATS:
+        return True
     if find_spec("triton") is None:
         raise NotImplementedError(f"backend {backend!r} needs the package triton, which is not installed" + OTHERWISE)
     if not q.is_cuda:

@@ -12,7 +12,9 @@ from torch import Tensor
 from cpflex.mods.graph import Graph, Mod
 from cpflex.mods.vjp import Vjp, vjp
 
-BACKENDS = ("triton", "gluon", "reference")
+SEATS = {"flash": "cpflex.kernels.flash"}
+"""Backends that call another library, and the modules that do."""
+BACKENDS = ("triton", "gluon", *SEATS, "reference")
 OTHERWISE = '; pass kernel_options={"backend": "reference"}'
 """What to do where the fused kernels cannot."""
 OR_PORTABLE = '; pass kernel_options={"backend": "triton"}'

@@ -151,6 +151,11 @@ LOCAL: dict[str, tuple[Callable[[Made], None], type[Exception], str]] = {
     "the largest score": (options(return_aux=AuxRequest(max_scores=True)), NotImplementedError, "ask for lse alone"),
     "a scale that is no number": (options(scale=float("nan")), ValueError, "scale must be a finite number"),
     "an unknown backend": (options(kernel_options={"backend": "cuda"}), ValueError, "backend must be"),
+    "a backend without kernels for pages": (
+        options(kernel_options={"BACKEND": "FLASH"}),
+        NotImplementedError,
+        "backend 'flash' has no kernel for pages",
+    ),
 }  # fmt: skip
 
 WITHOUT_A_STEP: dict[str, tuple[Callable[[Made], Any], type[Exception], str]] = {
