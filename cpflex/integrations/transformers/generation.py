@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +14,22 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from cpflex import Layout, Pages, balanced, mask_mod
+from cpflex.integrations.transformers.alibi import IMPLEMENTATION, alibi_of
 from cpflex.integrations.transformers.attention import PlanMask
 from cpflex.integrations.transformers.batch import shard_batch
 from cpflex.integrations.transformers.masks import attention_types, compose
-from cpflex.integrations.transformers.paged_cache import NAMES, PagedCache
+from cpflex.integrations.transformers.paged_cache import PagedCache, cache_in, caller
 from cpflex.integrations.transformers.planning import ModelPlan, plan_for
+from cpflex.integrations.transformers.states import PrefillStates, add_layers, keep_states, require_kept
 from cpflex.links.processes import Group
 from cpflex.masks import is_count
 
 # B rows, S tokens of the prompts
 
 PAGE_SIZE = 64
+
+PLACEHOLDER = re.compile(r"(image|video|audio|speech)_token_(id|index)")
+"""How configs call the tokens in the places of other things than text."""
 
 
 @torch.no_grad()
@@ -68,20 +73,25 @@ def prefill(
     )
     options = {"layout": balanced} | options
     planned = plan_for(model.config, group, **described, verified_only=verified_only, **options)
-    _check_model(model.config, planned, tokens.shape[1] + max_new_tokens)
-    cache = _empty_cache(model.config, planned, group, tokens, max_new_tokens, page_size)
+    _check_model(model, planned, tokens.shape[1] + max_new_tokens)
+    config = model.config.get_text_config()
+    cache = _empty_cache(config, planned, group, tokens, max_new_tokens, page_size)
+    add_layers(cache, config)
     batch: dict[str, Any] = {"input_ids": tokens}
     if planned.padding_mask is not None:  # as generate counts them
         counted = planned.padding_mask.long().cumsum(1) - 1
         batch["position_ids"] = counted.masked_fill(~planned.padding_mask, 0).to(tokens.device)
     local = shard_batch(batch, planned, model)
-    masks = {kind: PrefillMask(planned, kind, cache) for kind in planned.windows}
+    masks: dict[str, Any] = {kind: PrefillMask(planned, kind, cache) for kind in planned.windows}
+    if planned.recurrent:
+        keep_states(model)
+        states = PrefillStates(planned.plan, planned.position_ids, planned.padding_mask, cache)
+        masks |= dict.fromkeys(planned.recurrent, states)
     local["attention_mask"] = masks if planned.per_layer_type else next(iter(masks.values()))
     model.base_model(**local)
     for row in range(len(tokens)):
         cache.pages.fill(row, tokens.shape[1] - 1)
     cache.num_kept = tokens.shape[1] - 1
-    cache.add_layers(model.config.num_hidden_layers)
     _watch(model)
     return cache
 
@@ -90,7 +100,8 @@ class PrefillMask(PlanMask):
     """The plan of one kind of layer, while the keys that its layers compute are kept."""
 
     def __init__(self, planned: ModelPlan, layer_type: str, cache: PagedCache) -> None:
-        super().__init__(planned.plan[layer_type], layer_type, planned.windows[layer_type], planned.softcap)
+        window = planned.windows[layer_type]
+        super().__init__(planned.plan[layer_type], layer_type, window, planned.softcap, planned.alibi)
         self.cache = cache
 
     def arranged(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,14 +113,10 @@ class PrefillMask(PlanMask):
         return query, key, value
 
     def _keep(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
-        cache, layer_idx = self.cache, getattr(module, "layer_idx", None)
-        if not isinstance(layer_idx, int) or layer_idx in cache.pools:
-            raise NotImplementedError(
-                f"{type(module).__name__} computes attention twice in a layer, or tells no layer_idx (it is "
-                f"{layer_idx}); its keys cannot be kept"
-            )
+        cache = self.cache
         pool = cache.pages.pool(key.shape[1], key.shape[3], value.shape[3], dtype=key.dtype, device=key.device)
-        cache.pools[layer_idx] = pool
+        cache.pools.append(pool)
+        cache.callers.append(caller(module))
         positions = self.plan.positions.cpu()
         kept = torch.nonzero(positions < self.plan.seq_len - 1).flatten()
         for row in range(cache.num_rows):
@@ -147,7 +154,8 @@ def _empty_cache(
         kind: mask_mod(compose(config, kind, positions, padding, no_functions, one_row=True))
         for kind in sorted(set(attention_types(config)))
     }
-    planned = replace(planned, position_ids=positions, padding_mask=padding)
+    alibi = alibi_of(config, positions, padding)
+    planned = replace(planned, position_ids=positions, padding_mask=padding, alibi=alibi)
     return PagedCache(planned, pages, masks, batch_size, seq_len + max_new_tokens)
 
 
@@ -167,20 +175,17 @@ def _watch(model: nn.Module) -> None:
         model.register_forward_hook(_end, with_kwargs=True)
 
 
-def _cache_in(arguments: Mapping[str, Any]) -> PagedCache | None:
-    found = next((arguments[name] for name in NAMES if arguments.get(name) is not None), None)
-    return found if isinstance(found, PagedCache) else None
-
-
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    if (cache := _cache_in(kwargs)) is None:
+    if (cache := cache_in(kwargs)) is None:
         return None
     input_ids = args[0] if args else kwargs.get("input_ids")
+    if cache.planned.recurrent:
+        require_kept(model)
     return args, kwargs | cache.begin(kwargs, input_ids)
 
 
 def _end(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    if (cache := _cache_in(kwargs)) is not None:
+    if (cache := cache_in(kwargs)) is not None:
         cache.end()
 
 
@@ -193,7 +198,7 @@ def _check_arguments(
     from cpflex.integrations.transformers import NAME
 
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if implementation != NAME or not model.can_generate():
+    if implementation not in (NAME, IMPLEMENTATION) or not model.can_generate():
         raise ValueError(
             f'model must be a language model with attn_implementation="{NAME}"; got {type(model).__name__} with '
             f"{implementation!r}"
@@ -203,6 +208,9 @@ def _check_arguments(
     for name, count in (("max_new_tokens", max_new_tokens), ("page_size", page_size)):
         if not is_count(count, 1):
             raise ValueError(f"{name} must be an integer of at least 1; got {count!r}")
+    placeholders = [value for name, value in vars(model.config).items() if PLACEHOLDER.fullmatch(name)]
+    if torch.isin(tokens, torch.tensor([x for x in placeholders if isinstance(x, int)], device=tokens.device)).any():
+        raise NotImplementedError("tokens hold places of images, videos or sounds; prefill is of text alone")
     if attention_mask is None:
         return
     if attention_mask.shape != tokens.shape:
@@ -213,11 +221,13 @@ def _check_arguments(
         )
 
 
-def _check_model(config: PretrainedConfig, planned: ModelPlan, capacity: int) -> None:
-    refused = {
-        "models of images, or of more than one config": config.get_text_config() is not config,
-        "layers that mix tokens outside of attention": bool(planned.recurrent),
-        "ALiBi": planned.alibi is not None,
+def _check_model(model: Any, planned: ModelPlan, capacity: int) -> None:
+    config = model.config.get_text_config()
+    refused: dict[str, bool] = {
+        "a cache of its class": not model._supports_default_dynamic_cache(),
+        "loops that read the keys of the last one (recurrent_kv_cache_mode)": (
+            getattr(config, "recurrent_kv_cache_mode", "") == "last_loop"
+        ),
         "keys shared between layers, before transformers 5": bool(getattr(config, "num_kv_shared_layers", 0))
         and int(transformers.__version__.split(".")[0]) < 5,
     }

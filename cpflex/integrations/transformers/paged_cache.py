@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import create_causal_mask
 
 from cpflex import DecodePlan, PagePool, Pages, make_decode_plan
+from cpflex.attention import ScoreMod
 from cpflex.integrations.transformers.attention import PlanMask
+from cpflex.integrations.transformers.multimodal import TOKEN_TYPES
 from cpflex.integrations.transformers.planning import ModelPlan
 from cpflex.masks import MaskFn
+
+OF_OTHERS = ("pixel_values", "image_", "video_", "audio_", "input_features", "mm_encoder_outputs")
+"""How arguments begin that tell of more than text."""
 
 # B rows of the batch, n new tokens of each; H query heads, G heads of keys, D head dim
 
@@ -38,8 +43,13 @@ class PagedCache(Cache):
         self.planned, self.pages, self.masks, self.num_rows = planned, pages, masks, num_rows
         self.capacity = capacity
         """Tokens that there is room for in each row."""
-        self.pools: dict[int, PagePool] = {}
-        """Of each layer."""
+        self.pools: list[PagePool] = []
+        """Of each attention of the model, in the order in which it computes them."""
+        self.callers: list[tuple[str, Any]] = []
+        """Who computes each."""
+        self.num_calls = 0
+        """Attentions so far in the step that is under way."""
+        self.biases: dict[torch.device, ScoreMod] = {}
         self.num_kept = 0
         """Tokens of each row."""
         self.num_new = 0
@@ -52,9 +62,11 @@ class PagedCache(Cache):
         """The name under which the models of the installed transformers take a cache."""
         return NAMES[0] if NAMES[0] in inspect.signature(create_causal_mask).parameters else NAMES[1]
 
-    def add_layers(self, count: int) -> None:
-        """As many as the model has."""
-        self.layers.extend(PagedLayer(self) for _ in range(count))
+    def bias_on(self, device: torch.device) -> ScoreMod | None:
+        """What the model adds to its scores, traced once for all steps."""
+        if self.planned.alibi is not None and device not in self.biases:
+            self.biases[device] = self.planned.alibi.score_mod(device)
+        return self.biases.get(device)
 
     # -- a step
 
@@ -81,14 +93,20 @@ class PagedCache(Cache):
             raise
         plan.require_same(input_ids)
         self.num_new = input_ids.shape[1]
-        self.num_steps += 1
-        masks = {kind: PagedMask(self, kind) for kind in self.masks}
+        self.num_steps, self.num_calls = self.num_steps + 1, 0
+        masks: dict[str, PagedMask | None] = {kind: PagedMask(self, kind) for kind in self.masks}
+        masks |= dict.fromkeys(self.planned.recurrent)  # no new token is padding
         mask = masks if self.planned.per_layer_type else next(iter(masks.values()))
         return {"attention_mask": mask}
 
     def end(self) -> None:
         """The model has computed the step."""
         assert self.plan is not None, "a step was begun"
+        if self.num_calls != len(self.pools):
+            raise NotImplementedError(
+                f"the model computed {self.num_calls} attentions, and {len(self.pools)} with the prompt; layers that "
+                "are computed now and then are not supported"
+            )
         self.plan.advance()
         self.num_kept, self.num_new = self.num_kept + self.num_new, 0
 
@@ -105,7 +123,11 @@ class PagedCache(Cache):
 
     def _check(self, arguments: Mapping[str, Any], num_new: int) -> None:
         if arguments.get("use_cache") is False:
-            raise NotImplementedError("use_cache=False with the cache of prefill; leave it out")
+            raise NotImplementedError(
+                "use_cache=False with the cache of prefill; leave it out, or pass use_cache=True where the config of "
+                "the model says otherwise"
+            )
+        refuse_more_than_text(arguments)
         length, given = self.num_kept + num_new, arguments.get("attention_mask")
         padding = self.planned.padding_mask
         expected = torch.ones(self.num_rows, length, dtype=torch.bool) if padding is None else padding[:, :length]
@@ -117,10 +139,16 @@ class PagedCache(Cache):
                 )
         elif given is not None:
             raise NotImplementedError(f"attention_mask must be [B, tokens]; got {type(given).__name__}")
-        if padding is not None and (given is None or arguments.get("position_ids") is None):
+        no_positions = arguments.get("position_ids") is None and self.planned.alibi is None
+        if padding is not None and (given is None or no_positions):
             raise ValueError("prefill was given padding: pass attention_mask and position_ids, as generate does")
 
     # -- what transformers may ask of a cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        while len(self.layers) <= layer_idx:  # of layers that are gone through several times
+            self.layers.append(PagedLayer(self))
+        return cast(PagedLayer, self.layers[layer_idx]).update(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of each row; with those of the step where the layer has them already."""
@@ -168,6 +196,9 @@ class PagedLayer(CacheLayerMixin):
         self.newest_step = 0
         self.is_initialized = True
 
+    def __deepcopy__(self, _: Any) -> PagedLayer:  # of layers that are gone through several times
+        return PagedLayer(self.cache)
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.cache.num_new:
             raise RuntimeError(
@@ -206,7 +237,10 @@ class PagedMask(PlanMask):
         planned = cache.planned
         plan: Any = cache.plan[layer_type]
         super().__init__(plan, layer_type, planned.windows[layer_type], planned.softcap)
-        self.cache = cache
+        self.cache, self.bias = cache, planned.alibi
+
+    def bias_on(self, device: torch.device) -> ScoreMod | None:
+        return self.cache.bias_on(device)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -228,15 +262,17 @@ class PagedMask(PlanMask):
         key: Tensor,  # [B, G, n, D]
         value: Tensor,  # [B, G, n, D]
     ) -> tuple[Tensor, Tensor, Tensor]:  # [1, H, B * n, D] and the layer's pool
-        pool = self.cache.pools.get(getattr(module, "layer_idx", None))  # type: ignore[arg-type]
-        plan: Any = self.plan
-        if pool is None or key.shape[2] != self.cache.num_new:
+        cache, plan = self.cache, cast(DecodePlan, self.plan)
+        index, called = cache.num_calls, caller(module)
+        if cache.callers[index : index + 1] != [called] or key.shape[2] != cache.num_new:
             error = ValueError(
-                f"{type(module).__name__} {getattr(module, 'layer_idx', '')} has keys of {key.shape[2]} tokens, and "
-                f"the step has {self.cache.num_new} new ones; each layer must be prefilled, and give new keys alone"
+                f"{called[0]} {called[1]} has keys of {key.shape[2]} tokens, and the step has {cache.num_new} new "
+                f"ones; attention {index} of the prompt was that of {cache.callers[index : index + 1]}: each layer "
+                "must be prefilled, in the same order, and give new keys alone"
             )
             plan.refuse(error)
             raise error
+        cache.num_calls, pool = index + 1, cache.pools[index]
         query, key, value = (packed(x) for x in (query, key, value))
         pool.assign(key, value, plan)
         return query, pool.k, pool.v
@@ -248,6 +284,30 @@ class PagedMask(PlanMask):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a step of a cache cannot be pickled")
+
+
+def refuse_more_than_text(arguments: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        NotImplementedError: what tells of images, videos or sounds.
+    """
+    types = {name: x for name, x in arguments.items() if name in TOKEN_TYPES and x is not None and x.any()}
+    others = {name for name, x in arguments.items() if name.startswith(OF_OTHERS) and x is not None}
+    if found := sorted(others | set(types)):
+        raise NotImplementedError(
+            f"the cache of prefill is of text alone; got {', '.join(found)}: nothing else is supported"
+        )
+
+
+def caller(module: nn.Module) -> tuple[str, Any]:
+    """Who computes an attention."""
+    return type(module).__name__, getattr(module, "layer_idx", None)
+
+
+def cache_in(arguments: Mapping[str, Any]) -> PagedCache | None:
+    """What a model, or a layer, is called with."""
+    found = next((arguments[name] for name in NAMES if arguments.get(name) is not None), None)
+    return found if isinstance(found, PagedCache) else None
 
 
 def packed(x: Tensor) -> Tensor:  # [B, H, n, D] -> [1, H, B * n, D]

@@ -157,16 +157,9 @@ def attach_recurrent(model: nn.Module, how: Callable[[nn.Module], LayerForward])
         NotImplementedError: ``how`` is not known for one of the layers, or not all are found; none is changed then.
         ValueError: the model has no such layers.
     """
-    layers = {name: module for name, module in model.named_modules() if mixes_tokens(module)}
-    config: Any = model.config
-    expected = len(recurrent_types(config.get_text_config()))
-    if not expected and not layers:
+    if not (layers := recurrent_layers(model)):
+        config: Any = model.config
         raise ValueError(f"{config.model_type} has no layers that mix tokens outside of attention: nothing to attach")
-    if len(layers) != expected:
-        raise NotImplementedError(
-            f"{config.model_type} has {expected} layers that mix tokens outside of attention, by its layer_types; "
-            f"cpflex finds {len(layers)}: {sorted(layers)}"
-        )
     forwards = {name: how(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.forward = partial(forwards[name], layer)
@@ -178,6 +171,23 @@ def detach_recurrent(model: nn.Module) -> None:
     for module in model.modules():
         if mixes_tokens(module):
             vars(module).pop("forward", None)
+
+
+def recurrent_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of a model that mix tokens outside of attention, by name.
+
+    Raises:
+        NotImplementedError: not all are found.
+    """
+    layers = {name: module for name, module in model.named_modules() if mixes_tokens(module)}
+    config: Any = model.config
+    expected = len(recurrent_types(config.get_text_config()))
+    if len(layers) != expected:
+        raise NotImplementedError(
+            f"{config.model_type} has {expected} layers that mix tokens outside of attention, by its layer_types; "
+            f"cpflex finds {len(layers)}: {sorted(layers)}"
+        )
+    return layers
 
 
 def mixes_tokens(module: nn.Module) -> bool:
@@ -201,12 +211,12 @@ def gathered(layer: nn.Module) -> LayerForward:
 @torch.compiler.disable
 def _gathered(layer: nn.Module, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
     mask = mask_of(layer, hidden_states, arguments, keywords)
-    _agree(mask, layer, hidden_states)
+    agree(mask, layer, hidden_states)
     whole = mask.plan.unshard(hidden_states, dim=1)
     rows = whole.split(1) if len(mask.runs) > 1 else (whole,)
     pieces = [row.split([run.num_tokens for run in runs], dim=1) for row, runs in zip(rows, mask.runs, strict=True)]
     outputs = [
-        [_alone(layer, piece) if run.is_heard else None for piece, run in zip(row, runs, strict=True)]
+        [alone(layer, piece) if run.is_heard else None for piece, run in zip(row, runs, strict=True)]
         for row, runs in zip(pieces, mask.runs, strict=True)
     ]
     like, others = next(output for row in outputs for output in row if output is not None)
@@ -220,16 +230,16 @@ def _gathered(layer: nn.Module, hidden_states: Tensor, *arguments: Any, **keywor
     return (local, *others) if others else local
 
 
-def _agree(mask: RecurrentMask, layer: nn.Module, hidden_states: Tensor) -> None:
+def agree(mask: RecurrentMask, layer: nn.Module, hidden_states: Tensor) -> None:
     """With the other ranks, before tokens are sent."""
     tokens = f"{str(hidden_states.dtype).removeprefix('torch.')} {tuple(hidden_states.shape)}"
     facts = {"direction": "forward", "layer": f"{type(layer).__name__}, gathered", "tokens": tokens}
     mask.plan.agree(facts, hidden_states.device)
 
 
-def _alone(layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, tuple[None, ...]]:
+def alone(layer: nn.Module, hidden_states: Tensor, **given: Any) -> tuple[Tensor, tuple[None, ...]]:
     """The layer's own forward on a document: the tokens, and None for whatever else it returns."""
-    out = type(layer).forward(layer, hidden_states, **_nothing(type(layer)))
+    out = type(layer).forward(layer, hidden_states, **_nothing(type(layer)) | given)
     return (out[0], (None,) * (len(out) - 1)) if isinstance(out, tuple) else (out, ())
 
 
