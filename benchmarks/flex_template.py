@@ -98,7 +98,7 @@ def _traced(head_dim: int, mods: str, seq_len: int) -> list[tuple[torch.fx.Graph
 
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table)
     torch._dynamo.reset()
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(flex, "_validate_device", lambda *_: None):
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(flex, "_validate_device", return_value=None):
         mask_mod, score_mod = mods_of(mods, seq_len)
         block_mask = None if mask_mod is None else _block_mask(flex, mask_mod, seq_len // BLOCK)
         sizes = [(1, heads, seq_len, head_dim) for heads in (4, 2, 2)]
@@ -155,7 +155,7 @@ def a_gpu(capability: int) -> Iterator[None]:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer, create=True))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
-        stack.enter_context(mock.patch.object(scheduler, "has_triton", lambda *_: True))
+        stack.enter_context(mock.patch.object(scheduler, "has_triton", return_value=True))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", AbsentGpu(capability)))
         yield
 

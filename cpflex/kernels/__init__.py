@@ -4,8 +4,8 @@ backend of the call.
 Two backends, the same functions: plain torch (`reference`, `pages`), the default for CPU tensors, and fused Triton
 kernels (`forward`, `backward`, `decode`, `combining`), the default for CUDA tensors, imported when first needed. What
 the kernels cannot do they refuse; nothing falls back to the other backend. A third, "gluon", is the second with the
-kernels of sm_90 (`hopper_forward`) wherever `tuning.GLUON` has a row for them. `call.SEATS` are kernels of other
-libraries, which serve `attend` and `attend_backward` where they are installed and asked for.
+kernels of sm_90 (`hopper_forward`, `hopper_backward`) wherever `tuning.GLUON` has a row for them. `call.SEATS` are
+kernels of other libraries, which serve `attend` and `attend_backward` where they are installed and asked for.
 
 The code that a mod becomes inside the kernels can be read:
 
@@ -131,7 +131,7 @@ def attend_backward(
     d_captured: list[Tensor],  # fp32, like call.captured at call.wanted, added to in place
 ) -> tuple[Tensor, Tensor]:
     """dk [B, H, K, D] and dv [B, H, K, Dv] of the visiting keys, in the dtype of dq."""
-    backend = _backward(q, call)
+    backend = _backward(q, v, call)
     return backend.attend_backward(q, k, v, grad_out, lse, delta, tile_mask, call, dq, d_captured)
 
 
@@ -210,7 +210,7 @@ def prepare(
     elif q.is_cuda and _is_fused(q, call.backend):
         from cpflex.kernels import ahead
 
-        ahead.compile_call(_forward(q, v, call), q, k, v, tile_mask, call, passes, gradients)
+        ahead.compile_call(_forward(q, v, call), _backward(q, v, call), q, k, v, tile_mask, call, passes, gradients)
 
 
 def attend_pages(
@@ -293,12 +293,18 @@ def _forward(q: Tensor, v: Tensor, call: Call) -> Any:
     return forward
 
 
-def _backward(q: Tensor, call: Call) -> Any:
-    """The module of the backward kernels."""
+def _backward(q: Tensor, v: Tensor, call: Call) -> Any:
+    """The module of the backward kernels: that of sm_90 if `tuning.GLUON` has a row for one of its passes."""
     if (seat := _seat(call.backend)) is not None:
         return seat
     if not _is_fused(q, call.backend):
         return reference
+    from cpflex.kernels import tuning
+
+    if any(tuning.is_served_by_gluon(which, q, v, call.backend) for which in ("dq", "dkdv")):
+        from cpflex.kernels import hopper_backward
+
+        return hopper_backward
     from cpflex.kernels import backward
 
     return backward

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cpflex.kernels import fitting
-from cpflex.kernels.backward import attend_backward
 from cpflex.kernels.call import Call
 from cpflex.kernels.combining import combine
 from cpflex.kernels.decode import attend_pages
@@ -24,7 +23,8 @@ from cpflex.tile_mask import TileMask
 
 
 def compile_call(
-    forward: Any,  # the module of its kernel
+    forward: Any,  # the modules of its kernels
+    backward: Any,
     q: Tensor,  # [B, Hq, S, D]
     k: Tensor,  # [B, H, S, D]
     v: Tensor,  # [B, H, S, Dv]
@@ -52,11 +52,13 @@ def compile_call(
         if gradients is not None:
             grad_out, lse = unset(*rows, v.shape[-1], dtype=q.dtype), unset(*rows)
             dq, d_captured = unset(*q.shape, dtype=gradients), [unset(*call.captured[i].shape) for i in call.wanted]
-            attend_backward(q, k, v, grad_out, lse, lse, tile_mask, call, dq, d_captured)
+            backward.attend_backward(q, k, v, grad_out, lse, lse, tile_mask, call, dq, d_captured)
 
     functions = (mod.function for mod in generated(call, backward=gradients is not None))
     with on_device_of(q):
-        fitting.fit((*kind, q.device, forward.__name__, call.wanted, call.wants_max, *functions), compile_all)
+        fitting.fit(
+            (*kind, q.device, forward.__name__, backward.__name__, call.wanted, call.wants_max, *functions), compile_all
+        )
     call.decided[kind] = True
 
 

@@ -9,6 +9,9 @@ is wanted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -55,33 +58,56 @@ def attend_backward(
     """
     assert all(x.is_contiguous() for x in (lse, delta, dq)), "they were made by the loop"
     q, k, v, grad_out = with_whole_rows(q), with_whole_rows(k), with_whole_rows(v), with_whole_rows(grad_out)
-    dk, dv = (torch.empty_like(x, dtype=dq.dtype, memory_format=torch.contiguous_format) for x in (k, v))
-    shared = (
-        *(q, k, v, grad_out, lse, delta),
-        *strides_in_units(q, k, v, grad_out),
-        *(q.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
-    )
+    shared = shared_arguments(q, k, v, grad_out, lse, delta, tile_mask)
     with on_device_of(q):
         if call.wanted:
             add_captured_gradients(q, k, v, tile_mask, call, shared, d_captured)
-        decided = decide("dq", q, k, v, call)
-        config = decided.config
-        work = work_by_query(tile_mask, config.block_q, config.block_kv)
-        num_items = work.num_busy if dq.dtype == torch.float32 else work.num_items  # written for all queries, too
-        arguments = (
-            *(*shared, *decided.heads, *decided.mods, work.items, work.runs, num_items),
-            *(*described(config, config.block_kv, k, v), dq),
-        )
-        start(dq_kernel, num_items * q.shape[0] * q.shape[1], arguments, decided)
-        decided = decide("dkdv", q, k, v, call)
-        config = decided.config
-        work = work_by_key(tile_mask, config.block_kv, config.block_q)
-        arguments = (
-            *(*shared, *decided.heads, *decided.mods, work.items, work.runs, work.num_items),
-            *(*described(config, config.block_q, q, grad_out), k.shape[2], dk, dv),
-        )
-        for part in ("dk", "dv") if config.apart else ("both",):
-            start(dkdv_kernel, work.num_items * k.shape[0] * k.shape[1], arguments, decided, PART=part)
+        add_dq(q, k, v, tile_mask, call, shared, dq)
+        return dk_and_dv(q, k, v, grad_out, tile_mask, call, shared, dq.dtype)
+
+
+def shared_arguments(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, tile_mask: TileMask
+) -> tuple[Any, ...]:
+    """The first arguments of all kernels, for tensors `with_whole_rows`."""
+    positions = tile_mask.q_positions, tile_mask.kv_positions
+    return q, k, v, grad_out, lse, delta, *strides_in_units(q, k, v, grad_out), q.shape[2], *positions
+
+
+def add_dq(q: Tensor, k: Tensor, v: Tensor, tile_mask: TileMask, call: Call, shared: Sequence[Any], dq: Tensor) -> None:
+    """The pass of dq alone, on the current device."""
+    decided = decide("dq", q, k, v, call)
+    config = decided.config
+    work = work_by_query(tile_mask, config.block_q, config.block_kv)
+    num_items = work.num_busy if dq.dtype == torch.float32 else work.num_items  # written for all queries, too
+    arguments = (
+        *(*shared, *decided.heads, *decided.mods, work.items, work.runs, num_items),
+        *(*described(config, config.block_kv, k, v), dq),
+    )
+    start(dq_kernel, num_items * q.shape[0] * q.shape[1], arguments, decided)
+
+
+def dk_and_dv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    tile_mask: TileMask,
+    call: Call,
+    shared: Sequence[Any],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The pass of dk and dv alone, on the current device."""
+    dk, dv = (torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (k, v))
+    decided = decide("dkdv", q, k, v, call)
+    config = decided.config
+    work = work_by_key(tile_mask, config.block_kv, config.block_q)
+    arguments = (
+        *(*shared, *decided.heads, *decided.mods, work.items, work.runs, work.num_items),
+        *(*described(config, config.block_q, q, grad_out), k.shape[2], dk, dv),
+    )
+    for part in ("dk", "dv") if config.apart else ("both",):
+        start(dkdv_kernel, work.num_items * k.shape[0] * k.shape[1], arguments, decided, PART=part)
     return dk, dv
 
 

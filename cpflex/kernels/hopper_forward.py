@@ -14,18 +14,16 @@ there is multiplied by 0. As in a dense attention, it must be finite.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from cpflex.kernels import fitting, tuning
-from cpflex.kernels.call import OR_PORTABLE, Call, with_whole_rows
-from cpflex.kernels.launch import FUSED, NOT_SPECIALIZED, Decided, Heads, Mods, on_device_of, padded
+from cpflex.kernels import tuning
+from cpflex.kernels.call import Call
+from cpflex.kernels.hopper import CONSUMERS, ROWS, barrier, blocks_of, copied, decide, start, turned, with_strides
+from cpflex.kernels.launch import NOT_SPECIALIZED, on_device_of
 from cpflex.kernels.state import State
 from cpflex.kernels.work import ITEM_FIELDS, Work, advance, begin_walk, locate, work_of_consecutive_keys
 from cpflex.tile_mask import TileMask
@@ -35,12 +33,6 @@ from cpflex.tile_mask import TileMask
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-3.4028234663852886e38)
-ROWS = gl.constexpr(64)
-"""Queries of a consumer: what one wgmma has."""
-CONSUMERS = gl.constexpr(2)
-
-copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # from Triton 3.8 on; before
-barrier: Any = getattr(gl, "barrier", None) or vars(gl)["thread_barrier"]  # from 3.7 on; before
 
 
 def attend(
@@ -91,70 +83,21 @@ def _launch(
     if k.shape[2] == 0:  # a tensor descriptor has at least one row; nobody sees this one
         k, v = (x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in (k, v))
         kv_positions = torch.zeros(1, dtype=torch.int32, device=k.device)
-    q, k, v = (_with_strides(x) for x in (q, k, v))
-    decided = _decide(q, k, v, call, config)
+    q, k, v = (with_strides(x) for x in (q, k, v))
+    decided = decide("forward", q, k, v, call, config, ("V_DIM", "DIM_COLS", "V_COLS"))
     work: Work = work_of_consecutive_keys(tile_mask, *config.blocks[1:])
     num_items = work.num_busy if out is None else work.num_items  # out is written for queries that see no key, too
     carried = (None, None, None) if state is None else (state.acc, state.m, state.l)
     arguments = (
-        *(_blocks(q, ROWS.value), _blocks(k, config.block_kv), _blocks(v, config.block_kv)),
+        *(blocks_of(q, ROWS.value), blocks_of(k, config.block_kv), blocks_of(v, config.block_kv)),
         *(*carried, out, lse, max_scores, q.shape[2], k.shape[2], tile_mask.q_positions, kv_positions),
         *(work.items, work.runs, num_items, *decided.heads, *decided.mods),
     )
     with on_device_of(q):
-        _start(num_items * q.shape[0] * q.shape[1], arguments, decided)
-
-
-def _decide(q: Tensor, k: Tensor, v: Tensor, call: Call, config: tuning.HopperConfig) -> Decided:
-    """What the launches have in common, step by step and call by call."""
-    shapes = ("hopper forward", q.shape, k.shape, v.shape[3], q.dtype)
-    if (known := call.decided.get(shapes)) is None:
-        mods = Mods.of(call, q.device, backward=False)
-        kind = fitting.Kind("forward", q.device, q.shape[3], v.shape[3], q.dtype, mods.functions)
-        options = {"V_DIM": v.shape[3], "DIM_COLS": padded(q.shape[3]), "V_COLS": padded(v.shape[3])}
-        options |= config.options | FUSED
-        heads = Heads.of(q, k, v, walk="keys")
-        known = call.decided[shapes] = Decided(kind, config, heads, (float(call.scale), *mods), options)
-    return known
-
-
-def _start(num_programs: int, arguments: tuple[Any, ...], decided: Decided) -> None:
-    if not fitting.is_looking():
-        if num_programs:
-            attend_kernel[(num_programs,)](*arguments, **decided.options)
-        return
-    needed = attend_kernel.warmup(*arguments, grid=(1,), **decided.options).metadata.shared
-    if needed > (limit := fitting.shared_memory()):
-        raise NotImplementedError(
-            f"backend 'gluon': with these mods the kernel of head dims {decided.kind.head_dim} and "
-            f"{decided.kind.v_dim} needs {needed >> 10} KiB of shared memory; {decided.kind.device} has "
-            f"{limit >> 10}{OR_PORTABLE}"
-        )
-
-
-def _with_strides(x: Tensor) -> Tensor:
-    """x, copied where a tensor descriptor could not have its strides."""
-    x = with_whole_rows(x)
-    return x.contiguous() if any(n > 1 and stride <= 0 for n, stride in zip(x.shape, x.stride(), strict=True)) else x
-
-
-def _blocks(x: Tensor, rows: int) -> TensorDescriptor:
-    """A tensor descriptor of blocks of rows; zeros beyond the last row and the last column."""
-    cols, unit = padded(x.shape[3]), 16 // x.element_size()
-    strides = [stride if size > 1 else unit for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.element_size(), rank=4)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, cols], layout)
+        start(attend_kernel, num_items * q.shape[0] * q.shape[1], arguments, decided)
 
 
 # -- on the device
-
-
-@gluon.jit
-def turned(at, phase, SIZE: gl.constexpr):
-    """(buffer, phase of its barriers) after a turn of a ring of SIZE buffers."""
-    at += 1
-    phase = gl.where(at == SIZE, phase ^ 1, phase)
-    return gl.where(at == SIZE, 0, at), phase
 
 
 @gluon.jit
@@ -169,12 +112,6 @@ def first_block(item_ptr, kv, kv_end, kv_len, FULL: gl.constexpr):
     else:
         found = num_full, kv, kv_end
     return found
-
-
-@gluon.jit
-def copied(blocks, b, h, first, arrived, buffer):
-    mbarrier.expect(arrived, blocks.block_type.nbytes)
-    copy_in(blocks, [b, h, first, 0], arrived, buffer)
 
 
 @gluon.jit

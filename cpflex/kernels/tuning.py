@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,6 +167,31 @@ class HopperConfig:
         return "query", 128, self.block_kv
 
 
+@dataclass(frozen=True)
+class HopperBackwardConfig:
+    """The same of a kernel of backward, for two consumers of 64 rows each."""
+
+    rows_are: str
+    """"query": dq; "key": dk and dv."""
+    walked: int
+    """Keys, or queries, of a block of what is walked over."""
+    stages: int
+    """Blocks that there are buffers for."""
+    registers: int = 240
+    """A thread of a consumer."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As a launch takes them."""
+        block = {"BLOCK_KV" if self.rows_are == "query" else "BLOCK_Q": self.walked}
+        return block | {"STAGES": self.stages, "REGISTERS": self.registers, "num_warps": 4}
+
+    @property
+    def blocks(self) -> tuple[str, int, int]:
+        """What the rows of its work are, rows and columns of a block: runs of consecutive tokens."""
+        return self.rows_are, 128, self.walked
+
+
 GATED = ((3, 6), (3, 7), (3, 8), (3, 9))
 """Releases of Triton whose Gluon has what the kernels need, and with which tests have compiled them. Another may have
 other names for the same things, or none: Gluon is experimental.
@@ -176,7 +202,8 @@ other names for the same things, or none: Gluon is experimental.
 class GluonRow:
     """A row of GLUON."""
 
-    config: HopperConfig
+    config: Any
+    """A HopperConfig or a HopperBackwardConfig."""
     releases: tuple[tuple[int, ...], ...] = GATED
     """Of Triton, with which this row serves; with others, the portable kernel does."""
     is_default: bool = False
@@ -189,6 +216,13 @@ GLUON: dict[tuple[int, str, int, int], GluonRow] = {  # architecture, pass, head
     (90, "forward", 128, 128): GluonRow(HopperConfig(128, 2, 3)),
     (90, "forward", 192, 128): GluonRow(HopperConfig(64, 2, 3)),
     (90, "forward", 256, 256): GluonRow(HopperConfig(64, 2, 2)),
+    (90, "dkdv", 64, 64): GluonRow(HopperBackwardConfig("key", 64, 2)),
+    (90, "dkdv", 96, 96): GluonRow(HopperBackwardConfig("key", 64, 2)),
+    (90, "dkdv", 128, 128): GluonRow(HopperBackwardConfig("key", 64, 2)),
+    (90, "dq", 64, 64): GluonRow(HopperBackwardConfig("query", 128, 2)),
+    (90, "dq", 96, 96): GluonRow(HopperBackwardConfig("query", 128, 2)),
+    (90, "dq", 128, 128): GluonRow(HopperBackwardConfig("query", 128, 2)),
+    (90, "dq", 192, 128): GluonRow(HopperBackwardConfig("query", 64, 2)),
 }
 """Which kernels of one architecture serve what, in bf16 and fp16. Those of a row that is no default are asked for by
 ``kernel_options={"BACKEND": "GLUON"}``. What has no row, and what asks for "TRITON", is served by the portable kernels.

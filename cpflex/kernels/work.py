@@ -80,6 +80,11 @@ def work_of_consecutive_keys(tile_mask: TileMask, block_q: int, block_kv: int) -
     return _work(tile_mask, Blocks("query", block_q, block_kv, consecutive=True))
 
 
+def work_of_consecutive_queries(tile_mask: TileMask, block_kv: int, block_q: int) -> Work:
+    """Blocks of keys that walk over queries; the positions of a run follow from that of its first query."""
+    return _work(tile_mask, Blocks("key", block_kv, block_q, consecutive=True))
+
+
 def work_by_key(tile_mask: TileMask, block_kv: int, block_q: int) -> Work:
     """Blocks of keys that walk over queries."""
     return _work(tile_mask, Blocks("key", block_kv, block_q))

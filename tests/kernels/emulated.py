@@ -9,17 +9,19 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
-from gluon_emulator import Emulated
+from gluon_emulator import Emulated, Fault
 from torch import Tensor
 
 import cpflex
 from cases import DIMS, DTYPES, Problem
-from cpflex.kernels import Call, attend, attend_and_finish, empty, hopper_forward
+from cpflex.kernels import Call, attend, attend_and_finish, empty, hopper_backward, hopper_forward, tuning
 from cpflex.kernels.launch import generated
 from cpflex.mods.evaluate import evaluate
 from cpflex.mods.trace import trace_score_mod
 from cpflex.tile_mask import TileMask
+from oracle import Attention, assert_within_budget
 
 HOPPER_DIMS = {"h64": (64, 64), "h96": (96, 96), "h128": (128, 128), "h192dv128": (192, 128), "h256": (256, 256)}
 DIMS |= HOPPER_DIMS
@@ -36,7 +38,7 @@ Step = tuple[Tensor, Tensor, TileMask]
 
 def mods_of(call: Call) -> dict[Any, Callable[..., Any]]:
     """Device functions as the graphs that they were made of. That they are the same, other tests prove."""
-    mask_mod, score_mod, _ = generated(call, backward=False)
+    mask_mod, score_mod, score_vjp = generated(call, backward=True)
 
     def positions(b: int, h: int, q_idx: Tensor, kv_idx: Tensor) -> dict[str, Tensor]:
         scalars = {"b": torch.tensor(b), "h": torch.tensor(h)}
@@ -51,7 +53,12 @@ def mods_of(call: Call) -> dict[Any, Callable[..., Any]]:
         inputs = {"score": score} | positions(b, h, q_idx, kv_idx)
         return evaluate(call.score_graph, call.captured, inputs)[0].expand_as(score)
 
-    return {mask_mod.function: mask, score_mod.function: score}
+    def vjp(grad: Tensor, score: Tensor, b: int, h: int, q_idx: Tensor, kv_idx: Tensor, *_: Any) -> tuple[Tensor]:
+        inputs = {"grad": grad, "score": score} | positions(b, h, q_idx, kv_idx)
+        return (evaluate(call.score_vjp.graph, call.captured, inputs)[0].expand_as(score),)  # type: ignore[union-attr]
+
+    forward_mod = generated(call, backward=False)[1]
+    return {mask_mod.function: mask, score_mod.function: score, forward_mod.function: score, score_vjp.function: vjp}
 
 
 @contextlib.contextmanager
@@ -107,6 +114,101 @@ def check(problem: Problem, seeds: Sequence[int]) -> None:
             size = max(1.0, z.abs().max().item()) * (eps if name == "out" else 1e-5)
             allowed = 3 * (y - z).abs().max().item() + size
             torch.testing.assert_close(x, z, rtol=0, atol=allowed, msg=lambda said, name=name: f"{name}: {said}")
+
+
+@contextlib.contextmanager
+def emulating_backward(call: Call) -> Iterator[list[Emulated]]:
+    """Inside, launches of the Gluon kernels of backward run on the CPU."""
+    names, mods = ("dq_kernel", "dkdv_kernel"), mods_of(call)
+    kernels = [Emulated(getattr(hopper_backward, name), 0, STAND_INS, mods) for name in names]
+    with contextlib.ExitStack() as patches:
+        for name, kernel in zip(names, kernels, strict=True):
+            patches.enter_context(mock.patch.object(hopper_backward, name, kernel))
+        patches.enter_context(mock.patch.object(tuning, "capability_of", return_value=90))
+        yield kernels
+
+
+def check_backward(problem: Problem, seeds: Sequence[int]) -> None:
+    """Every rank's steps, in as many interleavings as there are seeds: the same bits in all, within the budget of the
+    dense oracle, and gradients of 0 for what is padding. A rank alone has its gradients in 16 bits.
+    """
+    exact, reference = problem.dense(), problem.dense(torch.float32)
+    exact.d_captured = reference.d_captured = exact.terms.d_captured = []  # type: ignore[union-attr]
+    dtype = DTYPES[problem.dtype]
+    found = Attention(reference.out, reference.lse, *(torch.zeros(problem.tensors[name].shape) for name in "qkv"))
+    for call, q, steps, mine, real in ranks_of(problem):
+        grad_out, lse, delta = (whole[:, :, mine] for whole in _what_backward_reads(problem, exact, len(mine)))
+        first = None
+        with emulating_backward(call) as kernels, torch.no_grad():
+            for seed in seeds:
+                for kernel in kernels:
+                    kernel.seed = seed
+                again = _gradients(problem, call, q, steps, grad_out, lse, delta)
+                first = again if first is None else first
+                for x, y in zip(again, first, strict=True):
+                    assert torch.equal(x, y), f"seed {seed}: other gradients than with seed {seeds[0]}"
+        dq, *visits = first  # type: ignore[misc]
+        assert (dq[:, :, ~real] == 0).all()
+        found.dq[:, :, mine[real]] = dq[:, :, real].float()
+        for total, parts in ((found.dk, visits[::2]), (found.dv, visits[1::2])):
+            for part, (_, _, tile_mask) in zip(parts, steps, strict=True):
+                at = tile_mask.kv_positions.long()
+                inside = at < problem.seq_len
+                assert (part[:, :, ~inside] == 0).all()
+                total.index_add_(2, at[inside], part[:, :, inside].float())
+    for name in ("dq", "dk", "dv"):
+        setattr(found, name, getattr(found, name).to(dtype))
+    assert_within_budget(found, reference, exact)
+
+
+def check_planted(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``new`` in place of ``old`` in the source of the backward kernels, `check_backward` fails."""
+    emulator, is_planted = Emulated, []
+
+    def edited(kernel: Any, *args: Any) -> Emulated:
+        try:
+            made = emulator(kernel, *args, edits={old: new})
+        except AssertionError:  # not in the source of this kernel
+            return emulator(kernel, *args)
+        is_planted.append(kernel)
+        return made
+
+    monkeypatch.setitem(globals(), "Emulated", edited)
+    with pytest.raises((Fault, AssertionError)) as raised:
+        for problem in PLANTED_IN:
+            check_backward(problem, range(3))
+    assert is_planted
+    print(str(raised.value)[:200])
+
+
+PLANTED_IN = [
+    Problem("window_per_head", "none", 140, "mqa", "h64", "bf16", world_size=2, batch_size=1),
+    Problem("full", "none", 450, "mqa", "h64", "bf16", batch_size=1),  # rings of buffers turn
+]
+
+
+def _what_backward_reads(problem: Problem, exact: Attention, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_out, lse, delta) of the whole sequence and its padding, as `kernels.begin_backward` has them."""
+    grad_out, grad_lse = problem.tensors["grad_out"], problem.tensors["grad_lse"]
+    delta = (exact.out.to(grad_out.dtype).double() * grad_out.double()).sum(-1) - grad_lse
+    lse = torch.where(exact.lse == -math.inf, math.inf, exact.lse * math.log2(math.e))
+    pads = num_rows * problem.world_size - problem.seq_len
+    padded = {"value": 0.0}, {"value": math.inf}, {"value": 0.0}
+    made = grad_out, lse.float()[..., None], delta.float()[..., None]
+    x, y, z = (torch.nn.functional.pad(t, (0, 0, 0, pads), **fill) for t, fill in zip(made, padded, strict=True))
+    return x, y[..., 0], z[..., 0]
+
+
+def _gradients(
+    problem: Problem, call: Call, q: Tensor, steps: Sequence[Step], grad_out: Tensor, lse: Tensor, delta: Tensor
+) -> list[Tensor]:
+    """dq of all steps, then dk and dv of each."""
+    lse, delta = lse.contiguous(), delta.contiguous()
+    dq = torch.zeros(q.shape) if problem.world_size > 1 else torch.full(q.shape, math.nan, dtype=q.dtype)
+    visits: list[Tensor] = []
+    for k, v, tile_mask in steps:
+        visits += hopper_backward.attend_backward(q, k, v, grad_out, lse, delta, tile_mask, call, dq, [])
+    return [dq, *visits]
 
 
 def ranks_of(problem: Problem) -> Iterator[tuple[Call, Tensor, list[Step], Tensor, Tensor]]:

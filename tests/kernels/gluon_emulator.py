@@ -465,6 +465,7 @@ class Language:
     int16, int32, int64 = torch.int16, torch.int32, torch.int64
     exp2, log2, abs = staticmethod(torch.exp2), staticmethod(torch.log2), staticmethod(torch.abs)
     NVMMADistributedLayout = SliceLayout = DotOperandLayout = BlockedLayout = staticmethod(lambda *a, **k: None)
+    SwizzledSharedLayout = staticmethod(lambda *a, **k: None)
     static_range = range
 
     @staticmethod
