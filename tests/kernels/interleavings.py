@@ -62,8 +62,8 @@ def begun(path: Path, name: str) -> dict[str, Any]:
     return (recorded if same else nothing) | {"source": source_of(table)}
 
 
-def run_round(name: str, found: dict[str, Any], until: int) -> None:
-    """Each problem up to seed ``until``."""
+def run_round(name: str, found: dict[str, Any], until: int, tell: Callable[[], None]) -> None:
+    """Each problem up to seed ``until``; ``tell`` is called after each."""
     for problem in TABLES[name].problems:
         so_far = found["problems"].setdefault(str(problem), {"interleavings": 0, "programs": 0})
         first, began, ran = so_far["interleavings"], time.process_time(), Emulated.programs_run
@@ -77,8 +77,10 @@ def run_round(name: str, found: dict[str, Any], until: int) -> None:
         so_far["interleavings"] = until
         so_far["programs"] += Emulated.programs_run - ran
         found["cpu_seconds"] = round(found["cpu_seconds"] + time.process_time() - began, 1)
-    found["each"] = min(problem["interleavings"] for problem in found["problems"].values())
-    found["programs"] = sum(problem["programs"] for problem in found["problems"].values())
+        found["programs"] = sum(problem["programs"] for problem in found["problems"].values())
+        if len(found["problems"]) == len(TABLES[name].problems):
+            found["each"] = min(problem["interleavings"] for problem in found["problems"].values())
+        tell()
 
 
 def write(path: Path, each: int, kernels: dict[str, Any]) -> None:
@@ -103,15 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True)  # memory that nobody wrote reads as NaN
     began = time.monotonic()
     kernels = {name: begun(options.record, name) for name in TABLES}
+
+    def tell() -> None:
+        write(options.record, options.each, {name: found for name, found in kernels.items() if found["problems"]})
+
     for name in options.only:
         for until in range(ROUND, options.each + ROUND, ROUND):
             if time.monotonic() - began > options.seconds:
                 break
-            run_round(name, kernels[name], min(until, options.each))
-            write(options.record, options.each, {name: found for name, found in kernels.items() if found["each"]})
-            print(
-                f"{name}: {kernels[name]['each']} interleavings of each of {len(kernels[name]['problems'])}", flush=True
-            )
+            run_round(name, kernels[name], min(until, options.each), tell)
+            print(f"{name}: {kernels[name]['each']} of each of {len(kernels[name]['problems'])} problems", flush=True)
     return 1 if any(found["failures"] for found in kernels.values()) else 0
 
 
