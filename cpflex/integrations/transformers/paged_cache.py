@@ -292,7 +292,7 @@ def refuse_more_than_text(arguments: Mapping[str, Any]) -> None:
         NotImplementedError: what tells of images, videos or sounds.
     """
     types = {name: x for name, x in arguments.items() if name in TOKEN_TYPES and x is not None and x.any()}
-    others = {name for name, x in arguments.items() if name.startswith(OF_OTHERS) and x is not None}
+    others = {name for name, x in arguments.items() if name.startswith(OF_OTHERS) and x is not None and x != {}}
     if found := sorted(others | set(types)):
         raise NotImplementedError(
             f"the cache of prefill is of text alone; got {', '.join(found)}: nothing else is supported"
