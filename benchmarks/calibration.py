@@ -1,11 +1,13 @@
 """What the model of `issue_slots` says about compiled FlexAttention, beside what was measured of it.
 
-One number for each direction, the TFLOP/s of a loop that keeps the tensor cores busy, is chosen by the figure without a
-mask; the causal figures show how far that carries.
+One number for each direction is chosen by it: the TFLOP/s of a loop that keeps the tensor cores busy. It stands between
+what the figures with and without a causal mask ask for; the model knows nothing of what a causal mask costs beyond its
+loops, waves and short programs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,23 +31,21 @@ def calibration(rows: Sequence[dict[str, Any]], at_bound_of_tile: float) -> list
         at_bound_of_tile: cycles of one product of a tile of 128 x 128 pairs and 128 dims, with busy tensor cores.
     """
     loops = {(row["which"], row["mods"]): row["loops"] for row in rows if _is_of_calibration(row)}
-    points, at_bound = [], {}
-    for (direction, mods), measured in MEASURED.items():
-        if not all((which, mods) in loops for which in PASSES[direction]):
-            continue
-        cycles = sum(cycles_of_tile(loops[which, mods], mods) for which in PASSES[direction])
-        fraction = NEEDED[direction] * at_bound_of_tile / cycles
-        if mods == "full":
-            at_bound[direction] = measured / fraction
-        if direction in at_bound:
+    points = []
+    for direction, passes in PASSES.items():
+        masks = [mods for mods in ("full", "causal") if all((which, mods) in loops for which in passes)]
+        cycles = {mods: sum(cycles_of_tile(loops[which, mods], mods) for which in passes) for mods in masks}
+        fractions = {mods: NEEDED[direction] * at_bound_of_tile / cycles[mods] for mods in masks}
+        at_bound = math.prod(MEASURED[direction, mods] / fractions[mods] for mods in masks) ** (1 / max(1, len(masks)))
+        for mods in masks:
             points.append(
                 {
                     "direction": direction,
                     "mods": mods,
-                    "model_fraction": round(fraction, 3),
-                    "tflops_at_bound": round(at_bound[direction]),
-                    "model_tflops": round(at_bound[direction] * fraction),
-                    "measured_tflops": measured,
+                    "model_fraction": round(fractions[mods], 3),
+                    "tflops_at_bound": round(at_bound),
+                    "model_tflops": round(at_bound * fractions[mods]),
+                    "measured_tflops": MEASURED[direction, mods],
                 }
             )
     return points

@@ -98,7 +98,8 @@ def _traced(head_dim: int, mods: str, seq_len: int) -> list[tuple[torch.fx.Graph
 
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table)
     torch._dynamo.reset()
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(flex, "_validate_device", return_value=None):
+    anywhere = mock.patch.object(flex, "_validate_device", lambda *_: None)  # noqa: PT008, as it is traced through
+    with FakeTensorMode(allow_non_fake_inputs=True), anywhere:
         mask_mod, score_mod = mods_of(mods, seq_len)
         block_mask = None if mask_mod is None else _block_mask(flex, mask_mod, seq_len // BLOCK)
         sizes = [(1, heads, seq_len, head_dim) for heads in (4, 2, 2)]

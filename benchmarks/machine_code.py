@@ -10,7 +10,8 @@ Inductor renders and configures it, ``fa3`` FlashAttention-3's published binary 
 library). bf16, two query heads to a key head, a step that continues a state. Loops stand in their order: those with a
 mask first, the full one last; those of the two consumers of ``hopper`` are the same, and stand once. Cycles are those
 of a quarter of a multiprocessor for 128 x 128 pairs of a head, so that blocks of different sizes compare; no GPU was
-asked for them. A second run takes what has not changed from ``--cache``.
+asked for them. For loops of sm_100 there is no model, and of those with softcap the full one is left out: a wait cuts
+it in pieces. A second run takes what has not changed from ``--cache``.
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ def figures(row: Row, kernel: Kernel) -> dict[str, Any]:
             tensor = kernel.pairs * per_pair / 4 / gpu.products / kernel.warps
         busy = bounds(loop, gpu, kernel.warps, tensor)
         pairs = busy["tensor"] * 4 * gpu.products / per_pair
-        if kernel.pairs is None or kernel.is_mixed:
+        if kernel.pairs is None or kernel.is_mixed or row.capability == 100:
             is_of_pass = kernel.pairs in (None, round(pairs)) and has_softmax(loop, pairs / kernel.warps)
             if not is_of_pass:
                 continue
@@ -346,10 +347,11 @@ def found_rows(chosen: Sequence[Row], options: argparse.Namespace) -> Iterator[d
             yield found
 
 
-def record(rows: list[dict[str, Any]], wheel: Path | None) -> dict[str, Any]:
+def record(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    asked = [f'--only "{words}"' for words in options.only] + [f"--fa3 {options.fa3.name}"] * bool(options.fa3)
     commit = ["git", "-C", str(Path(cpflex.__file__).parent), "describe", "--always", "--dirty"]
     return {
-        "command": "python " + " ".join(["benchmarks/machine_code.py", *(["--fa3", wheel.name] if wheel else [])]),
+        "command": " ".join(["python benchmarks/machine_code.py", *asked]),
         "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cpflex": cpflex.__version__},
         "model": "cycles and fractions of the peak are those of benchmarks/issue_slots.py, not measured",
@@ -366,22 +368,23 @@ def as_text(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose name has all these words")
+    parser.add_argument("--only", action="append", default=[], help="rows whose name has all these words; or again")
     parser.add_argument("--quick", action="store_true", help="sm_90, causal, D 128")
     parser.add_argument("--fa3", type=Path, help="a wheel of fa3-fwd, or the library in it (what is installed)")
     parser.add_argument("--before", type=Path, help="results of another commit: what has changed since")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cpflex" / "machine_code")
     parser.add_argument("--json", type=Path, help="(results/machine_code.json, where all rows are asked for)")
     options = parser.parse_args()
-    words = (options.only + (" sm_90 D128 causal" if options.quick else "")).split()
-    rows = list(found_rows([row for row in ROWS if set(words) <= set(row.name.split())], options))
+    wanted = [set(words.split()) for words in options.only + ["sm_90 D128 causal"] * options.quick] or [set()]
+    chosen = [row for row in ROWS if any(words <= set(row.name.split()) for words in wanted)]
+    rows = list(found_rows(chosen, options))
     if options.before:
         print(f"\n{changes(json.loads(options.before.read_text())['rows'], rows)}")
     for capability in CAPABILITIES:
         _process_of(capability).shutdown()
     print(f"\n{table(rows)}")
-    if path := options.json or (None if words else RESULTS):
-        path.write_text(as_text(record(rows, options.fa3)))
+    if path := options.json or (None if any(wanted) else RESULTS):
+        path.write_text(as_text(record(rows, options)))
         print(f"wrote {path}")
 
 
