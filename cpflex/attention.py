@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask
 
 from cpflex.kernels import require_library
-from cpflex.kernels.call import BACKENDS, SEATS
+from cpflex.kernels.call import BACKENDS, OR_PORTABLE, SEATS
 from cpflex.mods.graph import Mod, table_sizes
 from cpflex.mods.trace import trace_score_mod
 from cpflex.paging.calls import call_of
@@ -95,7 +95,8 @@ def flex_attention(
             torch's spelling, {"BACKEND": "TRITON"}, is the same. None, or {"BACKEND": "AUTO"}: triton for CUDA tensors
             (sm_80 or later, head dims up to 256), reference for others. {"BACKEND": "GLUON"}: on sm_90, the forward
             kernels written for it, for the head dims that they have; no GPU has run them yet. {"BACKEND": "FLASH"}:
-            FlashAttention-4, where flash-attn-4 is installed; no GPU has run it here yet.
+            FlashAttention-4, where flash-attn-4 is installed; {"BACKEND": "CUDNN"}: cuDNN's flex_attention, where
+            nvidia-cudnn-frontend is, for masks of one interval a query; no GPU has run either here yet.
         return_aux: ``AuxRequest(lse=True, max_scores=True)``: also return either, or both.
 
     Returns:
@@ -121,6 +122,10 @@ def flex_attention(
         backend = _backend(kernel_options)
         if backend in SEATS and not torch.compiler.is_compiling():
             require_library(backend, query.device)
+            if backend == "cudnn" and plan.row_bounds is None:
+                raise NotImplementedError(
+                    "backend 'cudnn' needs a mask under which each query sees one interval of keys" + OR_PORTABLE
+                )
         _check_aux(return_lse, return_aux)
         mod = _traced(score_mod)
         if mod is not None:
@@ -335,7 +340,9 @@ def _backend(kernel_options: dict[str, Any] | None) -> str:
         return ""
     backend = asked[0].lower() if isinstance(asked[0], str) else asked[0]
     if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be 'triton', 'gluon', 'flash', 'reference' or 'auto'; got {asked[0]!r}")
+        raise ValueError(
+            f"backend must be 'triton', 'gluon', 'flash', 'cudnn', 'reference' or 'auto'; got {asked[0]!r}"
+        )
     return "" if backend == "auto" else backend
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cpflex.mods.graph import Graph, Mod
 from cpflex.mods.vjp import Vjp, vjp
 
-SEATS = {"flash": "cpflex.kernels.flash"}
+SEATS = {"flash": "cpflex.kernels.flash", "cudnn": "cpflex.kernels.cudnn"}
 """Backends that call another library, and the modules that do."""
 BACKENDS = ("triton", "gluon", *SEATS, "reference")
 OTHERWISE = '; pass kernel_options={"backend": "reference"}'

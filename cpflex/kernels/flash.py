@@ -9,7 +9,6 @@ is not fixed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable
@@ -23,14 +22,25 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from cpflex.kernels import reference
 from cpflex.kernels.block_tables import block_tables
 from cpflex.kernels.call import OR_PORTABLE, Call
-from cpflex.kernels.state import State, empty, finish
+from cpflex.kernels.parts import attend_and_finish_by, attend_by, begin_backward, no_gradients, on_device_of
+from cpflex.kernels.state import State
 from cpflex.kernels.tuning import capability_of
 from cpflex.mods import cute
 from cpflex.mods.graph import Graph
 from cpflex.tile_mask import TileMask
+
+__all__ = [
+    "architecture_of",
+    "attend",
+    "attend_and_finish",
+    "attend_backward",
+    "begin_backward",
+    "library",
+    "prepare",
+    "require_support",
+]
 
 # B batch, Hq query heads, H heads of keys and values, S local queries, K visiting keys, D and Dv head dims
 
@@ -71,58 +81,14 @@ BACKWARD += " block_sparse_tensors"
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tile_mask: TileMask, call: Call, state: State) -> None:
     """Continue ``state`` with the visiting keys, in place."""
-    if tile_mask.num_tiles:
-        merge(state, *_attend(q, k, v, tile_mask, call))
+    attend_by(_attend, q, k, v, tile_mask, call, state)
 
 
 def attend_and_finish(
-    q: Tensor,  # [B, Hq, S, D]
-    k: Tensor,  # [B, H, K, D]
-    v: Tensor,  # [B, H, K, Dv]
-    tile_mask: TileMask,
-    call: Call,
-    state: State | None,
+    q: Tensor, k: Tensor, v: Tensor, tile_mask: TileMask, call: Call, state: State | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The last step; without a state it is also the first, and out is as the kernel wrote it.
-
-    Returns:
-        out [B, Hq, S, Dv] in q's dtype, lse [B, Hq, S] fp32, natural log, and [0] in place of the largest scores.
-    """
-    none = q.new_empty(0, dtype=torch.float32)
-    if state is None and tile_mask.num_tiles:
-        return *_attend(q, k, v, tile_mask, call), none
-    state = empty(q, v.shape[-1]) if state is None else state
-    attend(q, k, v, tile_mask, call, state)
-    return *finish(state, q.dtype), none
-
-
-def merge(
-    state: State,
-    out: Tensor,  # [B, Hq, S, Dv]
-    lse: Tensor,  # [B, Hq, S] fp32, natural log; -inf for a query that saw no key, with 0 in out
-) -> None:
-    """A finished attention to other keys, into ``state``, in place: as a softmax whose m is lse and whose l is 1."""
-    m = torch.maximum(state.m, lse)
-    base = m.masked_fill(m == -torch.inf, 0.0)
-    decay, weight = (state.m - base).exp_(), (lse - base).exp_()
-    state.acc.mul_(decay.unsqueeze(-1)).addcmul_(out.float(), weight.unsqueeze(-1))
-    state.l.mul_(decay).add_(weight)
-    state.m.copy_(m)
-
-
-def begin_backward(
-    out: Tensor,  # [B, Hq, S, Dv]
-    grad_out: Tensor,  # [B, Hq, S, Dv]
-    grad_lse: Tensor,  # [B, Hq, S] fp32
-    lse: Tensor,  # [B, Hq, S] fp32
-) -> tuple[Tensor, Tensor]:
-    """lse as it is, contiguous, and delta [B, Hq, S] fp32."""
-    if out.is_cuda:
-        from cpflex.kernels import delta
-
-        return lse.contiguous(), delta.begin_backward(out, grad_out, grad_lse, lse)[1]
-    lse, delta_of_rows = reference.begin_backward(out, grad_out, grad_lse, lse)
-    return lse.contiguous(), delta_of_rows
+    """The last step; without a state it is also the first."""
+    return attend_and_finish_by(_attend, q, k, v, tile_mask, call, state)
 
 
 def attend_backward(
@@ -139,12 +105,10 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor]:
     """dk [B, H, K, D] and dv [B, H, K, Dv] of the visiting keys, in the dtype of dq."""
     if not tile_mask.num_tiles:
-        if dq.dtype == q.dtype:
-            dq.zero_()
-        return k.new_zeros(k.shape, dtype=dq.dtype), v.new_zeros(v.shape, dtype=dq.dtype)
+        return no_gradients(k, v, dq)
     dq_step = dq if dq.dtype == q.dtype else torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-    with _on_device_of(q):
+    with on_device_of(q):
         library().backward(**_backward_arguments(q, k, v, grad_out, lse, delta, tile_mask, call, dq_step, dk, dv))
     if dq_step is not dq:
         dq += dq_step
@@ -210,7 +174,7 @@ def prepare(
     if gradients is not None:
         likes = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         made += [(library().backward, _backward_arguments(q, k, v, out, lse, lse, tile_mask, call, *likes))]
-    with _on_device_of(q), fake:
+    with on_device_of(q), fake:
         for fn, arguments in made:
             fn(**pytree.tree_map_only(Tensor, fake.from_tensor, arguments))
     call.decided[kind] = True
@@ -292,18 +256,13 @@ def blocks_of(architecture: int, head_dim: int, v_dim: int) -> Blocks:
     )
 
 
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Its kernels are launched on the current CUDA device."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 # -- a step as one call
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tile_mask: TileMask, call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, S, Dv] in q's dtype and lse [B, Hq, S] fp32, over the keys of the step."""
     out, lse = _results(q, v)
-    with _on_device_of(q):
+    with on_device_of(q):
         library().forward(**_forward_arguments(q, k, v, tile_mask, call, out, lse))
     return out, lse
 

@@ -70,11 +70,9 @@ def forward(
     for x in (q, k, v, out):
         assert x.dtype in (torch.bfloat16, torch.float16) and x.stride(-1) == 1
     given = Given(q, k, v, softmax_scale, score_mod, mask_mod, aux_tensors)
-    scores = given.scores(given.seen(block_sparse_tensors, by_query=True))
-    found = torch.logsumexp(scores, dim=-1)
-    p = (scores - found.masked_fill(found == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    out.copy_(rearrange(p @ given.v, "b h s d -> b s h d"))
-    lse.copy_(found)
+    found, lse_found = given.attended(given.seen(block_sparse_tensors, by_query=True))
+    out.copy_(rearrange(found, "b h s d -> b s h d"))
+    lse.copy_(lse_found)
 
 
 def backward(
@@ -91,24 +89,18 @@ def backward(
     for x in (q, k, v, out, dout, dq, dk, dv):
         assert x.dtype in (torch.bfloat16, torch.float16) and x.stride(-1) == 1
     given = Given(q, k, v, softmax_scale, score_mod, mask_mod, aux_tensors)
-    scores = given.scores(given.seen(block_sparse_tensors, by_query=False))
-    p = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    out, dout = (rearrange(x.float(), "b s h d -> b h s d") for x in (out, dout))
-    delta = (out * dout).sum(dim=-1) - dlse
-    ds = p * (dout @ given.v.mT - delta.unsqueeze(-1))
-    if score_mod is not None:
-        ds = given.modified(score_mod_bwd, ds, given.raw)
-    group = q.shape[2] // k.shape[2]
-    dq.copy_(rearrange(ds @ given.k * softmax_scale, "b h s d -> b s h d"))
-    for grad, whole in ((dk, ds.mT @ given.q * softmax_scale), (dv, p.mT @ dout)):
-        grad.copy_(rearrange(whole, "b (h g) s d -> b s h g d", g=group).sum(dim=3))
+    seen = given.seen(block_sparse_tensors, by_query=False)
+    found = given.gradients(seen, out, dout, lse, dlse, score_mod_bwd)
+    for grad, value in zip((dq, dk, dv), found, strict=True):
+        grad.copy_(value)
 
 
 class Given:
     """The tensors as [B, Hq, tokens, dim] fp32, and the mods at all their pairs."""
 
     def __init__(self, q, k, v, scale, score_mod, mask_mod, aux_tensors) -> None:
-        group = q.shape[2] // k.shape[2]
+        self.group = group = q.shape[2] // k.shape[2]
+        self.scale = scale
         self.q = rearrange(q.float(), "b s h d -> b h s d")
         self.k, self.v = (repeat(x.float(), "b s h d -> b (h g) s d", g=group) for x in (k, v))
         self.mask_mod, self.score_mod = mask_mod, score_mod
@@ -138,6 +130,25 @@ class Given:
                     place.fill_(verdict)
         masked = self.mask_mod(*self.at, None, self.aux).values
         return (verdicts == 2) | ((verdicts == 1) & masked)
+
+    def attended(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """out [B, Hq, S, Dv] and lse [B, Hq, S]."""
+        scores = self.scores(seen)
+        lse = torch.logsumexp(scores, dim=-1)
+        p = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+        return p @ self.v, lse
+
+    def gradients(self, seen: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor, score_mod_bwd=None) -> Any:
+        """dq, dk and dv, [B, tokens, heads, dim]."""
+        p = (self.scores(seen) - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+        out, dout = (rearrange(x.float(), "b s h d -> b h s d") for x in (out, dout))
+        delta = (out * dout).sum(dim=-1) - dlse
+        ds = p * (dout @ self.v.mT - delta.unsqueeze(-1))
+        if score_mod_bwd is not None:
+            ds = self.modified(score_mod_bwd, ds, self.raw)
+        yield rearrange(ds @ self.k * self.scale, "b h s d -> b s h d")
+        for whole in (ds.mT @ self.q * self.scale, p.mT @ dout):
+            yield rearrange(whole, "b (h g) s d -> b s h g d", g=self.group).sum(dim=3)
 
     def scores(self, seen: Tensor) -> Tensor:
         scores = self.raw if self.score_mod is None else self.modified(self.score_mod, self.raw)

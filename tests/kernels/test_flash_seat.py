@@ -20,6 +20,7 @@ import cpflex
 from another_process import another_process
 from cases import Problem
 from cpflex.kernels import Call, flash
+from cpflex.kernels.parts import merge
 from cpflex.mods.trace import UnsupportedMod, trace_mask_mod, trace_score_mod
 from cpflex.testing import run_ranks
 from oracle import assert_within_budget
@@ -88,7 +89,7 @@ def test_merging_parts_is_attending_to_all_their_keys():
     parts = [part(5, seen=0.2), part(1), part(7, seen=0.0), part(12, seen=0.9)]
     state = cpflex.kernels.empty(torch.zeros(1, 2, 9, 4), 4)
     for _, _, out, lse in parts:
-        flash.merge(state, out, lse)
+        merge(state, out, lse)
     out, lse = cpflex.kernels.finish(state, torch.float32)
     scores, v = torch.cat([x[0] for x in parts], dim=-1), torch.cat([x[1] for x in parts], dim=2)
     torch.testing.assert_close(out, scores.softmax(dim=-1) @ v)
