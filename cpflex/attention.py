@@ -93,10 +93,12 @@ def flex_attention(
         return_lse: also return lse; ``return_aux=AuxRequest(lse=True)`` is torch's newer spelling.
         kernel_options: {"backend": "triton"}, fused kernels, or {"backend": "reference"}, plain torch on any device;
             torch's spelling, {"BACKEND": "TRITON"}, is the same. None, or {"BACKEND": "AUTO"}: triton for CUDA tensors
-            (sm_80 or later, head dims up to 256), reference for others. {"BACKEND": "GLUON"}: on sm_90, the forward
-            kernels written for it, for the head dims that they have; no GPU has run them yet. {"BACKEND": "FLASH"}:
-            FlashAttention-4, where flash-attn-4 is installed; {"BACKEND": "CUDNN"}: cuDNN's flex_attention, where
-            nvidia-cudnn-frontend is, for masks of one interval a query; no GPU has run either here yet.
+            (sm_80 or later, head dims up to 256), reference for others. {"BACKEND": "GLUON"}: on sm_90, the kernels
+            written for it, for the head dims that they have. {"BACKEND": "FLASH"}: FlashAttention-4, where flash-attn-4
+            is installed; {"BACKEND": "CUDNN"}: cuDNN's flex_attention, where nvidia-cudnn-frontend is, for masks of one
+            interval a query; no GPU has run any of the three here yet. {"deterministic": False}: sums of backward may
+            come in another order each time where that is faster: with "GLUON", and not while torch uses deterministic
+            algorithms.
         return_aux: ``AuxRequest(lse=True, max_scores=True)``: also return either, or both.
 
     Returns:
@@ -119,7 +121,7 @@ def flex_attention(
     plan = _plan_of(block_mask, query) if isinstance(block_mask, BlockMask) else _require_plan(block_mask)
     try:
         _check_tensors(query, key, value, plan, enable_gqa)
-        backend = _backend(kernel_options)
+        backend, deterministic = _backend(kernel_options), _is_deterministic(kernel_options)
         if backend in SEATS and not torch.compiler.is_compiling():
             require_library(backend, query.device)
             if backend == "cudnn" and plan.row_bounds is None:
@@ -142,7 +144,8 @@ def flex_attention(
     score_key = "" if mod is None else mod.key
     wants_max = return_aux is not None and return_aux.max_scores
     out, lse, max_scores, _ = attention(
-        query, key, value, captured, plan.handle, score_key, scale, backend, needs_grad, wants_max, plan.ulysses_size
+        *(query, key, value, captured, plan.handle, score_key, scale, backend, deterministic, needs_grad, wants_max),
+        plan.ulysses_size,
     )
     if is_packed:
         out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
@@ -168,7 +171,7 @@ def _attention_to_pages(
     try:
         mod = _traced(score_mod)
         pool = check_attention(query, key, value, plan, enable_gqa, [] if mod is None else mod.captured)
-        backend = _backend(kernel_options)
+        backend, _ = _backend(kernel_options), _is_deterministic(kernel_options)
         if backend in SEATS:
             raise NotImplementedError(f"backend {backend!r} has no kernel for pages; pass 'triton', or none")
         _check_aux(return_lse, return_aux)
@@ -332,8 +335,10 @@ def _backend(kernel_options: dict[str, Any] | None) -> str:
         raise TypeError(f"kernel_options must be a dict or None; got {type(kernel_options).__name__}")
     options = dict(kernel_options or {})
     asked = [options.pop(name) for name in ("backend", "BACKEND") if name in options]
+    options.pop("deterministic", None)
     if options:
-        raise NotImplementedError(f"kernel options {sorted(options, key=repr)} are not supported; supported: 'backend'")
+        names = sorted(options, key=repr)
+        raise NotImplementedError(f"kernel options {names} are not supported; supported: 'backend', 'deterministic'")
     if len(asked) > 1:
         raise ValueError(f"kernel_options must name one backend; got 'backend' and 'BACKEND', {asked}")
     if not asked:
@@ -344,6 +349,14 @@ def _backend(kernel_options: dict[str, Any] | None) -> str:
             f"backend must be 'triton', 'gluon', 'flash', 'cudnn', 'reference' or 'auto'; got {asked[0]!r}"
         )
     return "" if backend == "auto" else backend
+
+
+def _is_deterministic(kernel_options: dict[str, Any] | None) -> bool:
+    """Of options that `_backend` has seen."""
+    asked = (kernel_options or {}).get("deterministic", True)
+    if not isinstance(asked, bool):
+        raise TypeError(f"kernel option 'deterministic' must be True or False; got {asked!r}")
+    return asked
 
 
 def _traced(score_mod: ScoreMod | ScoreFn | None) -> ScoreMod | None:

@@ -306,6 +306,7 @@ MISMATCHES: dict[str, tuple[Change, str]] = {
         "key",
     ),
     "another backend": (put(kernel_options={"backend": "reference"}), "backend"),
+    "another order of sums": (put(kernel_options={"deterministic": False}), "whether it is deterministic"),
     "another scale": (put(scale=0.5), "scale"),
     "another score mod": (put(score_mod=other_softcap), "score_mod"),
     "no score mod": (put(score_mod=None), "score_mod"),

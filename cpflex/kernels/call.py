@@ -36,6 +36,8 @@ class Call:
     """One of BACKENDS; None: triton for CUDA tensors, reference for others."""
     wants_max: bool = False
     """The largest score of each query is wanted."""
+    deterministic: bool = True
+    """Sums have one order; False allows kernels that are faster for having none."""
     packed_mask: Any = None
     """The mask's captured tensors as fused kernels take them, where a plan has them ready."""
     decided: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -28,6 +30,16 @@ CONSUMERS = gl.constexpr(2)
 
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # from Triton 3.8 on; before
 barrier: Any = getattr(gl, "barrier", None) or vars(gl)["thread_barrier"]  # from 3.7 on; before
+
+
+@builtin
+def _add_out(target: Any, at: Any, source: Any, _semantic: Any = None) -> None:
+    at = _semantic._convert_to_ir_values(at, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, target.handle, at, source.handle)
+
+
+add_out: Any = getattr(tma, "async_atomic_add", None) or _add_out
+"""Add a block in shared memory to a tensor, by TMA: before Triton 3.8 Gluon has no name for what its compiler has."""
 
 
 def decide(which: str, q: Tensor, k: Tensor, v: Tensor, call: Call, config: Any, dims: Sequence[str]) -> Decided:

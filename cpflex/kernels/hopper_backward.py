@@ -5,6 +5,9 @@ blocks of keys that walk over the queries of all heads of their group.
     producer    q0 o0, q1 o1, ..                                        o: grad_out
     consumer    k q0 and v o0 | p o0 | ds q0 | k q1 and v o1 | ..       p is made while v o is under way
 
+Where a call allows another order of sums each time, dQ comes in the pass of dK and dV: the consumers give each other ds
+in shared memory, make half of the columns of dQ each, and add them to fp32 by TMA. Five products instead of seven.
+
 Where one consumer makes p or ds, the other has the tensor cores. Scores are [keys, queries] in the pass of dK and dV,
 so that p and ds are operands as they come out of a product. The producer's threads bring lse and delta, which may begin
 where no TMA copy could.
@@ -22,13 +25,31 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from cpflex.kernels import backward, tuning
 from cpflex.kernels.call import Call
 from cpflex.kernels.captured import add_captured_gradients
-from cpflex.kernels.hopper import CONSUMERS, ROWS, blocks_of, copied, copy_in, decide, start, turned, with_strides
-from cpflex.kernels.launch import NOT_SPECIALIZED, on_device_of
+from cpflex.kernels.hopper import (
+    CONSUMERS,
+    ROWS,
+    add_out,
+    barrier,
+    blocks_of,
+    copied,
+    copy_in,
+    decide,
+    start,
+    turned,
+    with_strides,
+)
+from cpflex.kernels.launch import NOT_SPECIALIZED, on_device_of, padded
 from cpflex.kernels.scores import modified, through_score_mod
 from cpflex.kernels.work import (
     ITEM_FIELDS,
@@ -73,13 +94,26 @@ def attend_backward(
     with on_device_of(q):
         if call.wanted:
             add_captured_gradients(q, k, v, tile_mask, call, shared, d_captured)
+        if is_in_one_pass(q, v, call):
+            sums = dq if dq.dtype == torch.float32 else torch.zeros(dq.shape, dtype=torch.float32, device=dq.device)
+            dk, dv = _dk_and_dv("onepass", q, k, v, grad_out, numbers, tile_mask, call, dq.dtype, sums)
+            if sums is not dq:
+                dq.copy_(sums)
+            return dk, dv
         if tuning.is_served_by_gluon("dq", q, v, call.backend):
             _add_dq(q, k, v, grad_out, numbers, tile_mask, call, dq)
         else:
             backward.add_dq(q, k, v, tile_mask, call, shared, dq)
         if tuning.is_served_by_gluon("dkdv", q, v, call.backend):
-            return _dk_and_dv(q, k, v, grad_out, numbers, tile_mask, call, dq.dtype)
+            return _dk_and_dv("dkdv", q, k, v, grad_out, numbers, tile_mask, call, dq.dtype)
         return backward.dk_and_dv(q, k, v, grad_out, tile_mask, call, shared, dq.dtype)
+
+
+def is_in_one_pass(q: Tensor, v: Tensor, call: Call) -> bool:
+    """The call allows it, torch does, and there is a row."""
+    if call.deterministic or torch.are_deterministic_algorithms_enabled():
+        return False
+    return tuning.is_served_by_gluon("onepass", q, v, call.backend)
 
 
 def _add_dq(
@@ -106,6 +140,7 @@ def _add_dq(
 
 
 def _dk_and_dv(
+    which: str,  # "dkdv", or "onepass", in which dq is added to
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -114,15 +149,17 @@ def _dk_and_dv(
     tile_mask: TileMask,
     call: Call,
     dtype: torch.dtype,
+    dq: Tensor | None = None,  # fp32
 ) -> tuple[Tensor, Tensor]:
     dk, dv = (torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (k, v))
-    config = tuning.GLUON[90, "dkdv", q.shape[3], v.shape[3]].config
-    decided = decide("dkdv", q, k, v, call, config, ("HEAD_DIM", "V_DIM", "DIM_COLS", "V_COLS"))
+    config = tuning.GLUON[90, which, q.shape[3], v.shape[3]].config
+    decided = decide(which, q, k, v, call, config, ("HEAD_DIM", "V_DIM", "DIM_COLS", "V_COLS"))
     _, block_kv, block_q = config.blocks
-    work = work_of_consecutive_queries(tile_mask, block_kv, block_q)
+    work = work_of_consecutive_queries(tile_mask, block_kv, block_q, short_are_masked=dq is not None)
+    dq_blocks = None if dq is None else blocks_of(dq, block_q, padded(dq.shape[3]) // CONSUMERS.value)
     arguments = (
         *(blocks_of(q, block_q), blocks_of(grad_out, block_q), blocks_of(k, block_kv), blocks_of(v, block_kv)),
-        *(*numbers, dk, dv, q.shape[2], k.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
+        *(dq_blocks, *numbers, dk, dv, q.shape[2], k.shape[2], tile_mask.q_positions, tile_mask.kv_positions),
         *(work.items, work.runs, work.num_items, *decided.heads, *decided.mods),
     )
     start(dkdv_kernel, work.num_items * k.shape[0] * k.shape[1], arguments, decided)
@@ -380,13 +417,15 @@ def produce_queries(
 def walk_queries(
     consumer: gl.constexpr, item_ptr, runs_ptr, b, kv_h, head, group_size,
     q_rows, grad_out_rows, k_rows, v_rows, lse_rows, delta_rows, kv_full, q_full, grad_out_full, free,
-    dk_ptr, dv_ptr, kv_len, q_positions_ptr, kv_positions_ptr, scale,
+    dq_blocks, ds_rows, dq_rows, ds_full, dk_ptr, dv_ptr, kv_len, q_positions_ptr, kv_positions_ptr, scale,
     mask_mod: gl.constexpr, mask_numbers, mask_buffers, mask_sizes,
     score_mod: gl.constexpr, score_numbers, score_vjp: gl.constexpr, score_buffers, score_sizes,
     HEAD_DIM: gl.constexpr, V_DIM: gl.constexpr, DIM_COLS: gl.constexpr, V_COLS: gl.constexpr, BLOCK_Q: gl.constexpr,
     STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of 64 keys: of each block of queries k q and v grad_out, p grad_out and ds q."""
+    """dk and dv of 64 keys: of each block of queries k q and v grad_out, p grad_out and ds q. With ``dq_blocks``
+    also ds k, over the keys of both consumers, for half of its columns.
+    """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM_COLS, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_COLS, 16])
@@ -400,7 +439,12 @@ def walk_queries(
     dk = gl.full([ROWS, DIM_COLS], 0.0, gl.float32, layout=dk_layout)
     dv = gl.full([ROWS, V_COLS], 0.0, gl.float32, layout=dv_layout)
     nothing = gl.full([ROWS, BLOCK_Q], 0.0, gl.float32, layout=s_layout)
-    k = k_rows.reshape((CONSUMERS * ROWS, DIM_COLS)).slice(consumer * ROWS, ROWS, 0)
+    both_k = k_rows.reshape((CONSUMERS * ROWS, DIM_COLS))
+    k = both_k.slice(consumer * ROWS, ROWS, 0)
+    HALF: gl.constexpr = DIM_COLS // CONSUMERS
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    no_dq = gl.full([BLOCK_Q, HALF], 0.0, gl.float32, layout=dq_layout)
+    turn, turn_phase = 0, 0
     v = v_rows.reshape((CONSUMERS * ROWS, V_COLS)).slice(consumer * ROWS, ROWS, 0)
     mbarrier.wait(kv_full.index(0), 0)
     buffer, phase = 0, 0
@@ -418,24 +462,49 @@ def walk_queries(
             s = warpgroup_mma_wait(1, deps=(s,))
             lse = gl.expand_dims(lse_rows.index(buffer).load(columns_layout), 0)
             q_idx = gl.expand_dims(indices(q_positions_ptr, at, at_end, columns, FULL == 0), 0)
+            inside = gl.expand_dims(columns < at_end - at, 0)
+            if dq_blocks is not None:
+                inside = inside & gl.expand_dims(rows < end - first, 1)
             p, p_vjp = probabilities(
-                s, lse, gl.expand_dims(columns < at_end - at, 0), b, h, q_idx, kv_idx, scale,
+                s, lse, inside, b, h, q_idx, kv_idx, scale,
                 mask_mod, mask_numbers, mask_buffers, mask_sizes,
                 score_mod, score_numbers, score_vjp, score_buffers, score_sizes, FULL == 0,
             )  # fmt: skip
             dp = warpgroup_mma_wait(0, deps=(dp,))
             delta = gl.expand_dims(delta_rows.index(buffer).load(columns_layout), 0)
             dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), p_layout), grad_out, dv, is_async=True)
-            ds = gl.convert_layout((p_vjp * (dp - delta)).to(DTYPE), ds_layout)
-            dk = warpgroup_mma(ds, q, dk, is_async=True)
-            dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
-            mbarrier.arrive(free.index(buffer))
+            ds = (p_vjp * (dp - delta)).to(DTYPE)
+            if dq_blocks is not None:
+                # the other consumer is done with ds of the block before last: it has given that of the last, for which
+                # this one waited
+                ds_rows.index(turn).slice(consumer * ROWS, ROWS, 0).store(ds)
+                fence_async_shared()
+                mbarrier.arrive(ds_full.index(turn))
+            dk = warpgroup_mma(gl.convert_layout(ds, ds_layout), q, dk, is_async=True)
+            if dq_blocks is None:
+                dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+                mbarrier.arrive(free.index(buffer))
+            else:
+                mbarrier.wait(ds_full.index(turn), turn_phase)
+                both_ds, half_k = ds_rows.index(turn).permute((1, 0)), both_k.slice(consumer * HALF, HALF, 1)
+                dq = warpgroup_mma(both_ds, half_k, no_dq, use_acc=False, is_async=True)
+                dv, dk = warpgroup_mma_wait(1, deps=(dv, dk))
+                mbarrier.arrive(free.index(buffer))
+                tma.store_wait(0)
+                dq = warpgroup_mma_wait(0, deps=(dq,))
+                dq_rows.index(consumer).reshape((BLOCK_Q, HALF)).store(dq * scale)
+                fence_async_shared()
+                barrier()
+                add_out(dq_blocks, [b, h, at, consumer * HALF], dq_rows.index(consumer))
+                turn, turn_phase = turned(turn, turn_phase, 2)
             buffer, phase = turned(buffer, phase, STAGES)
-            if FULL == 0 or score_mod is not None:
+            if FULL == 0 or score_mod is not None or dq_blocks is not None:
                 at, at_end, next_run, next_at, next_end, anew = advance(
                     at, at_end, next_run, next_at, next_end, runs_ptr, first_run, end_run, BLOCK_Q
                 )
                 h += gl.where(anew, 1, 0)
+    if dq_blocks is not None:
+        tma.store_wait(0)
     at = gl.cast(head, gl.int64) * kv_len + first
     store_rows(dk_ptr, dk * scale, at, end - first, dk_layout, HEAD_DIM, DIM_COLS)
     store_rows(dv_ptr, dv, at, end - first, dv_layout, V_DIM, V_COLS)
@@ -455,6 +524,7 @@ def dkdv_kernel(
     grad_out_blocks,
     k_blocks,
     v_blocks,
+    dq_blocks,  # of dq [B, Hq, S, D], fp32, added to in no order; or None
     lse_ptr,  # [B, Hq, S] fp32, base 2, inf for a query that sees no key; this and all below contiguous
     delta_ptr,  # [B, Hq, S] fp32
     dk_ptr,  # [B, H, K, D]
@@ -498,6 +568,14 @@ def dkdv_kernel(
     numbers_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lse_rows = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], numbers_layout)
     delta_rows = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], numbers_layout)
+    ds_rows, dq_rows, ds_full = None, None, None
+    if dq_blocks is not None:
+        ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        ds_rows = gl.allocate_shared_memory(DTYPE, [2, CONSUMERS * ROWS, BLOCK_Q], ds_layout)
+        dq_rows = gl.allocate_shared_memory(gl.float32, [CONSUMERS] + dq_blocks.block_type.shape, dq_blocks.layout)
+        ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(ds_full.index(i), count=CONSUMERS)
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     grad_out_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -523,7 +601,7 @@ def dkdv_kernel(
             (walk_queries, (
                 gl.constexpr(0), item_ptr, runs_ptr, b, kv_h, head, group_size,
                 q_rows, grad_out_rows, k_rows, v_rows, lse_rows, delta_rows,
-                kv_full, q_full, grad_out_full, free,
+                kv_full, q_full, grad_out_full, free, dq_blocks, ds_rows, dq_rows, ds_full,
                 dk_ptr, dv_ptr, kv_len, q_positions_ptr, kv_positions_ptr, scale,
                 mask_mod, mask_numbers, mask_buffers, mask_sizes,
                 score_mod, score_numbers, score_vjp, score_buffers, score_sizes,
@@ -532,7 +610,7 @@ def dkdv_kernel(
             (walk_queries, (
                 gl.constexpr(1), item_ptr, runs_ptr, b, kv_h, head, group_size,
                 q_rows, grad_out_rows, k_rows, v_rows, lse_rows, delta_rows,
-                kv_full, q_full, grad_out_full, free,
+                kv_full, q_full, grad_out_full, free, dq_blocks, ds_rows, dq_rows, ds_full,
                 dk_ptr, dv_ptr, kv_len, q_positions_ptr, kv_positions_ptr, scale,
                 mask_mod, mask_numbers, mask_buffers, mask_sizes,
                 score_mod, score_numbers, score_vjp, score_buffers, score_sizes,

@@ -38,6 +38,8 @@ class Blocks(NamedTuple):
     cols: int
     consecutive: bool = False
     """Columns of a run have consecutive positions: one that goes on in another chunk is cut in two."""
+    short_are_masked: bool = False
+    """Blocks of fewer rows have no full walk: their mask is evaluated everywhere, and with it where rows end."""
 
 
 class Work(NamedTuple):
@@ -80,9 +82,11 @@ def work_of_consecutive_keys(tile_mask: TileMask, block_q: int, block_kv: int) -
     return _work(tile_mask, Blocks("query", block_q, block_kv, consecutive=True))
 
 
-def work_of_consecutive_queries(tile_mask: TileMask, block_kv: int, block_q: int) -> Work:
+def work_of_consecutive_queries(
+    tile_mask: TileMask, block_kv: int, block_q: int, short_are_masked: bool = False
+) -> Work:
     """Blocks of keys that walk over queries; the positions of a run follow from that of its first query."""
-    return _work(tile_mask, Blocks("key", block_kv, block_q, consecutive=True))
+    return _work(tile_mask, Blocks("key", block_kv, block_q, True, short_are_masked))
 
 
 def work_by_key(tile_mask: TileMask, block_kv: int, block_q: int) -> Work:
@@ -107,9 +111,10 @@ def add_work(siblings: Siblings, wanted: Sequence[Blocks], device: torch.device)
 def foreseen_blocks(device: torch.device) -> list[Blocks]:
     """What the kernels of 16-bit tensors may ask for on a device."""
     found, capability = [], tuning.capability_of(device)
-    for (architecture, *_), row in tuning.GLUON.items():
+    for (architecture, which, *_), row in tuning.GLUON.items():
         if architecture == capability and tuning.triton_release() in row.releases:
-            found.append(Blocks(*row.config.blocks, consecutive=True))
+            rows_are, rows, cols = row.config.blocks
+            found.append(Blocks(rows_are, rows, cols, consecutive=True, short_are_masked=which == "onepass"))
     for (which, *_), config in tuning.rows_for(capability, torch.bfloat16).items():
         if which in tuning.PAGE_PASSES:
             continue
@@ -213,6 +218,9 @@ def _work_table(side: _Side, blocks: Blocks) -> WorkTable:
     full_row, full_first, full_end = side.full
     partial_row, partial_first, partial_end = side.partial
     whole_end = full_end - (full_end - full_first) % blocks.cols
+    if blocks.short_are_masked:
+        is_short = (side.end_row - side.first_row) % blocks.rows != 0
+        whole_end = np.where(is_short[full_row], full_first, whole_end)
 
     whole, rest = whole_end > full_first, full_end > whole_end
     masked = (

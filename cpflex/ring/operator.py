@@ -82,6 +82,7 @@ def attention(
     score_key: str,
     scale: float,
     backend: str,
+    deterministic: bool,
     needs_grad: bool,
     wants_max: bool,
     ulysses_size: int,
@@ -95,12 +96,14 @@ def attention(
     _refuse_capture(q.device)
     bound: Bound = resolve(plan)
     if bound.has_peers:
-        bound.agree(_facts("forward", q, k, v, captured, score_key, scale, backend, needs_grad), q.device)
+        bound.agree(
+            _facts("forward", q, k, v, captured, score_key, scale, backend, deterministic, needs_grad), q.device
+        )
     kv_heads = k.shape[1]
     if ulysses_size > 1:
         with bound.in_words():
             q, k, v = bound.heads.to_heads(q, k, v)
-    call, steps, idle = _call(bound, captured, score_key, scale, backend, (), q, wants_max)
+    call, steps, idle = _call(bound, captured, score_key, scale, backend, deterministic, (), q, wants_max)
     after = None
     if needs_grad:
         wanted = tuple(slot for slot, x in enumerate(captured) if x.requires_grad)
@@ -118,7 +121,7 @@ def attention(
 
 
 @torch.library.register_fake("cpflex::attention", lib=_library)
-def _(q, k, v, captured, plan, score_key, scale, backend, needs_grad, wants_max, ulysses_size):
+def _(q, k, v, captured, plan, score_key, scale, backend, deterministic, needs_grad, wants_max, ulysses_size):
     def lse_and_out(rows: Sequence[int]) -> list[Tensor]:
         return [q.new_empty(*rows, v.shape[-1]), q.new_empty(rows, dtype=torch.float32)]
 
@@ -147,6 +150,7 @@ def attention_backward(
     score_key: str,
     scale: float,
     backend: str,
+    deterministic: bool,
     wanted: Sequence[int],
     ulysses_size: int,
     kv_heads: int,
@@ -160,11 +164,11 @@ def attention_backward(
     _refuse_capture(q.device)
     bound: Bound = resolve(plan)
     if bound.has_peers:
-        bound.agree(_facts("backward", q, k, v, captured, score_key, scale, backend, True), q.device)
+        bound.agree(_facts("backward", q, k, v, captured, score_key, scale, backend, deterministic, True), q.device)
     if ulysses_size > 1:
         with bound.in_words():
             grad_out, grad_lse = bound.heads.to_heads(grad_out, grad_lse)
-    call, steps, idle = _call(bound, captured, score_key, scale, backend, tuple(wanted), q)
+    call, steps, idle = _call(bound, captured, score_key, scale, backend, deterministic, tuple(wanted), q)
     k, v = (_without(x, idle.keys) for x in (k, v))
     if idle.queries.numel():
         q, grad_out, grad_lse = (_without(x, idle.queries) for x in (q, grad_out, grad_lse.unsqueeze(-1)))
@@ -184,7 +188,24 @@ def attention_backward(
 
 
 @torch.library.register_fake("cpflex::attention_backward", lib=_library)
-def _(grad_out, grad_lse, q, k, v, out, lse, captured, plan, score_key, scale, backend, wanted, ulysses_size, kv_heads):
+def _(
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    captured,
+    plan,
+    score_key,
+    scale,
+    backend,
+    deterministic,
+    wanted,
+    ulysses_size,
+    kv_heads,
+):
     batch, num_heads, length = grad_lse.shape
     kv_len = k.shape[2] // ulysses_size
     parts = ((q, num_heads, length), (k, kv_heads, kv_len), (v, kv_heads, kv_len))
@@ -195,14 +216,16 @@ def _(grad_out, grad_lse, q, k, v, out, lse, captured, plan, score_key, scale, b
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, score_key, scale, backend, needs_grad, wants_max, ulysses_size, *captured):
+    def forward(
+        ctx, q, k, v, plan, score_key, scale, backend, deterministic, needs_grad, wants_max, ulysses_size, *captured
+    ):
         with torch._C._AutoDispatchBelowAutograd():
             out, lse, max_scores, kept = attention(
-                q, k, v, captured, plan, score_key, scale, backend, needs_grad, wants_max, ulysses_size
+                q, k, v, captured, plan, score_key, scale, backend, deterministic, needs_grad, wants_max, ulysses_size
             )
         ctx.mark_non_differentiable(max_scores)
         ctx.save_for_backward(*(kept or (q, k, v, out, lse)), plan, *captured)
-        ctx.score_key, ctx.scale, ctx.backend = score_key, scale, backend
+        ctx.score_key, ctx.scale, ctx.backend, ctx.deterministic = score_key, scale, backend, deterministic
         ctx.ulysses_size, ctx.kv_heads = ulysses_size, k.shape[1]
         ctx.score_mod = _score_mods.get(score_key)  # alive until backward
         ctx.wanted = [slot for slot, tensor in enumerate(captured) if tensor.requires_grad]
@@ -217,13 +240,13 @@ class _Attention(torch.autograd.Function):
         grad_out = out.new_zeros(*rows, out.shape[3]) if grad_out is None else grad_out
         grad_lse = lse.new_zeros(rows) if grad_lse is None else grad_lse
         dq, dk, dv, *d_captured = attention_backward(
-            *(grad_out, grad_lse, q, k, v, out, lse, captured, plan, ctx.score_key, ctx.scale, ctx.backend, ctx.wanted),
-            *(ctx.ulysses_size, ctx.kv_heads),
+            *(grad_out, grad_lse, q, k, v, out, lse, captured, plan, ctx.score_key, ctx.scale, ctx.backend),
+            *(ctx.deterministic, ctx.wanted, ctx.ulysses_size, ctx.kv_heads),
         )
         by_slot: list[Tensor | None] = [None] * len(captured)
         for slot, grad in zip(ctx.wanted, d_captured, strict=True):
             by_slot[slot] = grad
-        return dq, dk, dv, None, None, None, None, None, None, None, *by_slot
+        return dq, dk, dv, *[None] * 8, *by_slot
 
 
 class _Backward(torch.autograd.Function):
@@ -275,6 +298,7 @@ def _facts(
     score_key: str,
     scale: float,
     backend: str,
+    deterministic: bool,
     needs_grad: bool,
 ) -> dict[str, Any]:
     """What all ranks must do alike in a call."""
@@ -286,6 +310,7 @@ def _facts(
         "score_mod": (score_key, *map(_signature, captured)),
         "scale": scale,
         "backend": backend,
+        "whether it is deterministic": deterministic,
         "whether gradients are needed": needs_grad,
         "device": q.device.type,
     }
@@ -297,13 +322,14 @@ def _call(
     score_key: str,
     scale: float,
     backend: str,
+    deterministic: bool,
     wanted: tuple[int, ...],
     q: Tensor,
     wants_max: bool = False,
 ) -> tuple[Call, Sequence[Step], Idle]:
     device, num_heads = q.device, q.shape[1]
     steps, tables = bound.tables_on(device)
-    kind = (device, score_key, scale, backend, wanted, wants_max, num_heads)
+    kind = (device, score_key, scale, backend, deterministic, wanted, wants_max, num_heads)
     if (call := bound.decided.get(kind)) is None:
         score_graph, brought = None, _brought(captured, device)
         if score_key:
@@ -311,6 +337,7 @@ def _call(
         call = Call(
             *(tables.mask, scale, score_graph, brought, wanted, backend or None, wants_max),
             packed_mask=tables.packed_mask,
+            deterministic=deterministic,
         )
         if not captured:
             bound.decided[kind] = call

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from gluon_emulator import Emulated, Fault
+from gluon_emulator import Emulated, Fault, Tma
 from torch import Tensor
 
 import cpflex
@@ -29,8 +29,9 @@ DIMS |= HOPPER_DIMS
 STAND_INS: Mapping[str, Callable[..., Any]] = {
     "packed": lambda p, dtype: p.to(dtype),
     "unpacked": lambda both, dtype, layout: both,
+    "_add_out": Tma.async_atomic_add,
 }
-"""Two 16-bit numbers in a register are inline assembly."""
+"""Two 16-bit numbers in a register are inline assembly; the name of the last is `hopper`'s, with older releases."""
 
 Step = tuple[Tensor, Tensor, TileMask]
 """k, v and the mask of a step."""
@@ -125,12 +126,15 @@ def emulating_backward(call: Call) -> Iterator[list[Emulated]]:
         for name, kernel in zip(names, kernels, strict=True):
             patches.enter_context(mock.patch.object(hopper_backward, name, kernel))
         patches.enter_context(mock.patch.object(tuning, "capability_of", return_value=90))
+        if not call.deterministic:  # for the NaNs of the tests
+            patches.enter_context(mock.patch.object(torch, "are_deterministic_algorithms_enabled", return_value=False))
         yield kernels
 
 
-def check_backward(problem: Problem, seeds: Sequence[int]) -> None:
+def check_backward(problem: Problem, seeds: Sequence[int], deterministic: bool = True) -> None:
     """Every rank's steps, in as many interleavings as there are seeds: the same bits in all, within the budget of the
-    dense oracle, and gradients of 0 for what is padding. A rank alone has its gradients in 16 bits.
+    dense oracle, and gradients of 0 for what is padding. A rank alone has its gradients in 16 bits. Of dq in one pass,
+    where sums have no order, the last bits may be others.
     """
     exact, reference = problem.dense(), problem.dense(torch.float32)
     exact.d_captured = reference.d_captured = exact.terms.d_captured = []  # type: ignore[union-attr]
@@ -138,14 +142,17 @@ def check_backward(problem: Problem, seeds: Sequence[int]) -> None:
     found = Attention(reference.out, reference.lse, *(torch.zeros(problem.tensors[name].shape) for name in "qkv"))
     for call, q, steps, mine, real in ranks_of(problem):
         grad_out, lse, delta = (whole[:, :, mine] for whole in _what_backward_reads(problem, exact, len(mine)))
-        first = None
+        first, call = None, replace(call, deterministic=deterministic)
         with emulating_backward(call) as kernels, torch.no_grad():
             for seed in seeds:
                 for kernel in kernels:
                     kernel.seed = seed
                 again = _gradients(problem, call, q, steps, grad_out, lse, delta)
                 first = again if first is None else first
-                for x, y in zip(again, first, strict=True):
+                if not deterministic:
+                    near = 2 * torch.finfo(first[0].dtype).eps * max(1.0, first[0].abs().max().item())
+                    torch.testing.assert_close(again[0], first[0], rtol=0, atol=near)
+                for x, y in zip(again[not deterministic :], first[not deterministic :], strict=True):
                     assert torch.equal(x, y), f"seed {seed}: other gradients than with seed {seeds[0]}"
         dq, *visits = first  # type: ignore[misc]
         assert (dq[:, :, ~real] == 0).all()
@@ -161,7 +168,7 @@ def check_backward(problem: Problem, seeds: Sequence[int]) -> None:
     assert_within_budget(found, reference, exact)
 
 
-def check_planted(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_planted(old: str, new: str, monkeypatch: pytest.MonkeyPatch, deterministic: bool = True) -> None:
     """With ``new`` in place of ``old`` in the source of the backward kernels, `check_backward` fails."""
     emulator, is_planted = Emulated, []
 
@@ -176,7 +183,7 @@ def check_planted(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "Emulated", edited)
     with pytest.raises((Fault, AssertionError)) as raised:
         for problem in PLANTED_IN:
-            check_backward(problem, range(3))
+            check_backward(problem, range(3), deterministic)
     assert is_planted
     print(str(raised.value)[:200])
 

@@ -465,7 +465,7 @@ class Language:
     int16, int32, int64 = torch.int16, torch.int32, torch.int64
     exp2, log2, abs = staticmethod(torch.exp2), staticmethod(torch.log2), staticmethod(torch.abs)
     NVMMADistributedLayout = SliceLayout = DotOperandLayout = BlockedLayout = staticmethod(lambda *a, **k: None)
-    SwizzledSharedLayout = staticmethod(lambda *a, **k: None)
+    SwizzledSharedLayout = NVMMASharedLayout = staticmethod(lambda *a, **k: None)
     static_range = range
 
     @staticmethod
@@ -761,6 +761,8 @@ class _Translator:
     def of(self, value: Any) -> Any:
         if isinstance(value, JITFunction):
             return self(value)
+        if isinstance(value, types.FunctionType) and value.__name__ in self.stand_ins:
+            return self.stand_ins[value.__name__]
         if isinstance(value, gluon_language.constexpr | triton.language.constexpr):
             return value.value
         return self.known.get(id(value), value)

@@ -18,12 +18,14 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import emulated  # noqa: E402
+import test_hopper_backward  # noqa: E402
 import test_hopper_forward  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -31,7 +33,7 @@ from gluon_emulator import Emulated  # noqa: E402
 
 import cpflex  # noqa: E402
 from cases import Problem  # noqa: E402
-from cpflex.kernels import hopper_forward  # noqa: E402
+from cpflex.kernels import hopper_backward, hopper_forward  # noqa: E402
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "hopper_interleavings.json"
 ROUND = 50
@@ -47,6 +49,10 @@ class Table(NamedTuple):
 
 TABLES = {
     "forward": Table(test_hopper_forward.PROBLEMS, emulated.check, hopper_forward),
+    "backward": Table(test_hopper_backward.PROBLEMS, emulated.check_backward, hopper_backward),
+    "onepass": Table(
+        test_hopper_backward.PROBLEMS, partial(emulated.check_backward, deterministic=False), hopper_backward
+    ),
 }
 
 

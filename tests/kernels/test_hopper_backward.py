@@ -86,6 +86,81 @@ def test_faults_planted_in_backward_are_found(name: str, monkeypatch: pytest.Mon
     emulated.check_planted(*PLANTED[name], monkeypatch)
 
 
+@pytest.mark.by_day(6)
+@pytest.mark.parametrize("problem", SMALL, ids=str)
+def test_every_interleaving_of_one_pass_equals_the_oracle(problem: Problem):
+    emulated.check_backward(problem, range(INTERLEAVINGS), deterministic=False)
+
+
+@pytest.mark.by_day(46)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_one_pass_of_the_kernels_table_equals_the_oracle(problem: Problem):
+    emulated.check_backward(problem, range(2), deterministic=False)
+
+
+PLANTED_IN_ONE_PASS = {
+    "no fence after ds": ("                fence_async_shared()\n                mbarrier.arrive(ds_full.index(turn))\n", "                mbarrier.arrive(ds_full.index(turn))\n"),
+    "no fence after dq": ("store(dq * scale)\n                fence_async_shared()\n", "store(dq * scale)\n"),
+    "dq is not scaled": ("store(dq * scale)", "store(dq)"),
+    "no wait for the other's ds": ("                mbarrier.wait(ds_full.index(turn), turn_phase)\n", ""),
+    "one buffer of ds": ("turn, turn_phase = turned(turn, turn_phase, 2)", "turn_phase = turn_phase ^ 1"),
+    "dq overwritten while it is added": ("                tma.store_wait(0)\n                dq = warp", "                dq = warp"),
+    "the last dq is not waited for": ("    if dq_blocks is not None:\n        tma.store_wait(0)\n", ""),
+    "Q is freed under its product": ("                dv, dk = warpgroup_mma_wait(1, deps=(dv, dk))\n                mbarrier.arrive(free.index(buffer))\n", "                mbarrier.arrive(free.index(buffer))\n                dv, dk = warpgroup_mma_wait(1, deps=(dv, dk))\n"),
+    "keys of the next item are added": ("inside = inside & gl.expand_dims(rows < end - first, 1)", "inside = inside & gl.expand_dims(rows < 64, 1)"),
+    "both make the same columns": ("consumer * HALF, HALF, 1)", "0, HALF, 1)"),
+}  # fmt: skip
+
+
+@pytest.mark.by_day(5)
+@pytest.mark.parametrize("name", PLANTED_IN_ONE_PASS)
+def test_faults_planted_in_one_pass_are_found(name: str, monkeypatch: pytest.MonkeyPatch):
+    emulated.check_planted(*PLANTED_IN_ONE_PASS[name], monkeypatch, deterministic=False)
+
+
+def test_full_runs_of_short_items_are_walked_with_a_mask():
+    """Else keys of the next item would be added to dq."""
+    plan = cpflex.make_plan(cpflex.full(), 300)
+    _, (step,), _ = resolve(plan.handle).on(torch.device("cpu"))
+    work = work_of_consecutive_queries(step.tile_mask, 128, 64, short_are_masked=True)
+    for first, end, _, _, masked, _, _, whole in work.items.view(-1, 8).tolist():
+        assert (whole == 0) == (end - first < 128)
+        assert (masked + whole) * 64 >= 300
+
+
+@pytest.mark.parametrize(
+    ("backend", "deterministic", "torch_is", "head_dim", "expected"),
+    [
+        ("gluon", False, False, 128, True),
+        ("gluon", True, False, 128, False),
+        ("gluon", False, True, 128, False),
+        ("gluon", False, False, 80, False),
+        ("triton", False, False, 128, False),
+    ],
+)
+def test_one_pass_is_where_the_call_and_torch_allow_it_and_there_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, backend: str, deterministic: bool, torch_is: bool, head_dim: int, expected: bool
+):
+    monkeypatch.setattr(tuning, "capability_of", lambda device: 90)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: torch_is)
+    mask, _, _ = resolve(cpflex.make_plan(cpflex.causal(), 128).handle).on(torch.device("cpu"))
+    q = torch.zeros(1, 1, 128, head_dim, dtype=torch.bfloat16)
+    call = Call(mask, 1.0, backend=backend, deterministic=deterministic)
+    assert hopper_backward.is_in_one_pass(q, q, call) is expected
+
+
+def test_the_option_is_a_bool_and_changes_nothing_where_there_is_one_order():
+    plan, found = cpflex.make_plan(cpflex.causal(), 128), []
+    q = torch.randn(1, 1, 128, 16)
+    for options in (None, {"deterministic": False}, {"deterministic": True, "backend": "reference"}):
+        leaf = q.clone().requires_grad_()
+        cpflex.flex_attention(leaf, leaf, leaf, block_mask=plan, kernel_options=options).sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    with pytest.raises(TypeError, match="'deterministic' must be True or False; got 'no'"):
+        cpflex.flex_attention(q, q, q, block_mask=plan, kernel_options={"deterministic": "no"})
+
+
 def test_heads_of_q_alone_have_dq_by_gluon_and_the_rest_by_the_portable_kernel():
     """192 with 128: dk and dv of 64 keys would not fit the registers of a consumer."""
     problem = Problem("causal", "softcap", 100, "mha", "h192dv128", "bf16", batch_size=1)

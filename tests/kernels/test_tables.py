@@ -119,7 +119,11 @@ def test_all_blocks_that_tuning_may_choose_are_foreseen(capability: int):
             by_key = Blocks("key", config.block_kv, config.block_q)
             wanted = {"dkdv": {by_key}, "captured": {by_query, by_key}}.get(which, {by_query})
             assert wanted <= foreseen, (which, dim)
-        of_gluon = {Blocks(*row.config.blocks, True) for key, row in tuning.GLUON.items() if key[0] == capability}
+        of_gluon = {
+            Blocks(*row.config.blocks, True, which == "onepass")
+            for (architecture, which, *_), row in tuning.GLUON.items()
+            if architecture == capability
+        }
         assert {blocks for blocks in foreseen if blocks.consecutive} == of_gluon
 
 
