@@ -19,7 +19,15 @@ from torch import Tensor
 
 from cpflex.kernels.call import Call, with_whole_rows
 from cpflex.kernels.captured import add_captured_gradients
-from cpflex.kernels.launch import NOT_SPECIALIZED, decide, described, on_device_of, start, strides_in_units
+from cpflex.kernels.launch import (
+    NOT_SPECIALIZED,
+    decide,
+    described,
+    on_device_of,
+    rows_are_near,
+    start,
+    strides_in_units,
+)
 from cpflex.kernels.scores import (
     add_product,
     load_piece,
@@ -84,7 +92,8 @@ def add_dq(q: Tensor, k: Tensor, v: Tensor, tile_mask: TileMask, call: Call, sha
         *(*shared, *decided.heads, *decided.mods, work.items, work.runs, num_items),
         *(*described(config, config.block_kv, k, v), dq),
     )
-    start(dq_kernel, num_items * q.shape[0] * q.shape[1], arguments, decided)
+    narrow = config.narrow and rows_are_near(*shared[:4])  # with grad_out
+    start(dq_kernel, num_items * q.shape[0] * q.shape[1], arguments, decided, NARROW=narrow)
 
 
 def dk_and_dv(
@@ -160,6 +169,7 @@ def dq_kernel(
     DIM_COLS: tl.constexpr,
     V_COLS: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    NARROW: tl.constexpr,  # offsets within a block are int32; those of dkdv_kernel would spill
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
@@ -180,8 +190,8 @@ def dq_kernel(
     grad_out_stride_s *= UNIT
 
     q_idx = load_vector(q_positions_ptr, first, end, 0, BLOCK_Q, True)[:, None]
-    q = load_rows(q_ptr, q_stride_s, first, end, HEAD_DIM, BLOCK_Q, DIM_COLS, True)
-    grad_out = load_rows(grad_out_ptr, grad_out_stride_s, first, end, V_DIM, BLOCK_Q, V_COLS, True)
+    q = load_rows(q_ptr, q_stride_s, first, end, HEAD_DIM, BLOCK_Q, DIM_COLS, True, NARROW)
+    grad_out = load_rows(grad_out_ptr, grad_out_stride_s, first, end, V_DIM, BLOCK_Q, V_COLS, True, NARROW)
     lse = load_vector(lse_ptr + before, first, end, float("inf"), BLOCK_Q, True)[:, None]
     delta = load_vector(delta_ptr + before, first, end, 0.0, BLOCK_Q, True)[:, None]
     dq = zeros(BLOCK_Q, DIM_COLS)
@@ -192,8 +202,14 @@ def dq_kernel(
         for _ in range(num_blocks):
             # positions come first, as in the forward kernel
             kv_idx = load_vector(kv_positions_ptr, kv, kv_end, 0, BLOCK_KV, FULL == 0)[None, :]
-            k = load_walked(k_ptr, k_stride_s, k_blocks, b, kv_h, kv, kv_end, HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0)
-            v = load_walked(v_ptr, v_stride_s, v_blocks, b, kv_h, kv, kv_end, V_DIM, BLOCK_KV, V_COLS, FULL == 0)
+            k = load_walked(
+                *(k_ptr, k_stride_s, k_blocks, b, kv_h, kv, kv_end),
+                *(HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0, NARROW),
+            )
+            v = load_walked(
+                *(v_ptr, v_stride_s, v_blocks, b, kv_h, kv, kv_end),
+                *(V_DIM, BLOCK_KV, V_COLS, FULL == 0, NARROW),
+            )
             s = products(q, k, INTERPRETED)
             dp = products(grad_out, v, INTERPRETED)
             x, unit = modified(s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_mod)

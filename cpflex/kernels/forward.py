@@ -13,7 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from cpflex.kernels.call import Call, with_whole_rows
-from cpflex.kernels.launch import NOT_SPECIALIZED, decide, described, on_device_of, start, strides_in_units
+from cpflex.kernels.launch import (
+    NOT_SPECIALIZED,
+    decide,
+    described,
+    on_device_of,
+    rows_are_near,
+    start,
+    strides_in_units,
+)
 from cpflex.kernels.scores import (
     LN2,
     LOG2E,
@@ -97,7 +105,8 @@ def _launch(
         *(work.items, work.runs, num_items, *decided.heads, *decided.mods),
     )
     with on_device_of(q):
-        start(attend_kernel, num_items * q.shape[0] * q.shape[1], arguments, decided)
+        narrow = config.narrow and rows_are_near(q, k, v)
+        start(attend_kernel, num_items * q.shape[0] * q.shape[1], arguments, decided, NARROW=narrow)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -148,6 +157,7 @@ def attend_kernel(
     DIM_COLS: tl.constexpr,
     V_COLS: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    NARROW: tl.constexpr,  # offsets within a block are int32
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
@@ -165,7 +175,7 @@ def attend_kernel(
     v_stride_s *= UNIT
 
     q_idx = load_vector(q_positions_ptr, first, end, 0, BLOCK_Q, True)[:, None]
-    q = load_rows(q_ptr, q_stride_s, first, end, HEAD_DIM, BLOCK_Q, DIM_COLS, True)
+    q = load_rows(q_ptr, q_stride_s, first, end, HEAD_DIM, BLOCK_Q, DIM_COLS, True, NARROW)
     acc = zeros(BLOCK_Q, V_COLS)
     m = tl.full([BLOCK_Q], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)  # noqa: E741
@@ -177,7 +187,10 @@ def attend_kernel(
             # positions come first: a mask that looks tokens up by position needs them a stage before the rows, and
             # Triton fits the stage of the walk to the first line that reads it
             kv_idx = load_vector(kv_positions_ptr, kv, kv_end, 0, BLOCK_KV, FULL == 0)[None, :]
-            k = load_walked(k_ptr, k_stride_s, k_blocks, b, kv_h, kv, kv_end, HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0)
+            k = load_walked(
+                *(k_ptr, k_stride_s, k_blocks, b, kv_h, kv, kv_end),
+                *(HEAD_DIM, BLOCK_KV, DIM_COLS, FULL == 0, NARROW),
+            )
             s = products(q, k, INTERPRETED)
             s, unit = modified(s, scale, b, h, q_idx, kv_idx, score_numbers, score_buffers, score_sizes, score_mod)
             if FULL == 0:
@@ -187,7 +200,10 @@ def attend_kernel(
             m_new = tl.maximum(m, tl.max(s, 1) * unit)
             p = tl.exp2(s * unit - m_new[:, None])
             decay = tl.exp2(m - m_new)
-            v = load_walked(v_ptr, v_stride_s, v_blocks, b, kv_h, kv, kv_end, V_DIM, BLOCK_KV, V_COLS, FULL == 0)
+            v = load_walked(
+                *(v_ptr, v_stride_s, v_blocks, b, kv_h, kv, kv_end),
+                *(V_DIM, BLOCK_KV, V_COLS, FULL == 0, NARROW),
+            )
             l = l * decay + tl.sum(p, 1)  # noqa: E741
             acc = add_product(p.to(v[0].dtype), v, scaled(acc, decay), INTERPRETED)
             m = m_new

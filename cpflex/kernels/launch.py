@@ -20,6 +20,7 @@ from cpflex.kernels.call import Call
 from cpflex.kernels.scores import identity
 from cpflex.mods import triton_source
 from cpflex.mods.triton_source import Generated
+from cpflex.tile_mask import TILE
 
 STRIDES = [f"{x}_stride_{axis}" for x in ("q", "k", "v", "grad_out") for axis in "bhs"]
 NOT_SPECIALIZED = [
@@ -114,6 +115,13 @@ def strides_in_units(*tensors: Tensor) -> list[int]:
         if x.shape[3] % unit:
             return [*strides, 1]
     return [*[stride // unit for stride in strides], unit]
+
+
+def rows_are_near(*tensors: Tensor) -> bool:
+    """Whether the elements of a tile of rows of each tensor are less than 2**31 apart: offsets within a block, which is
+    no more, are int32 then. The block itself may be anywhere.
+    """
+    return all(x.shape[2] == 1 or x.stride(2) * (TILE - 1) + padded(x.shape[3]) <= 1 << 31 for x in tensors)
 
 
 def described(config: tuning.KernelConfig, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:

@@ -13,31 +13,51 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_rows(
-    ptr, stride, first, end, DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BOUNDED: tl.constexpr
+    ptr,
+    stride,
+    first,
+    end,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    NARROW: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):
     """Rows ``first : first + ROWS`` of a matrix with DIM columns, in pieces: a tuple of blocks [ROWS, COLS[0]] and, if
-    there are two COLS, [ROWS, COLS[1]]; zeros beyond DIM and, if BOUNDED, from row ``end`` on.
+    there are two COLS, [ROWS, COLS[1]]; zeros beyond DIM and, if BOUNDED, from row ``end`` on. If NARROW, the elements
+    of a block are less than 2**31 apart (`launch.rows_are_near`).
     """
-    left = load_block(ptr, stride, first, end, DIM, ROWS, COLS[0], BOUNDED)
+    left = load_block(ptr, stride, first, end, DIM, ROWS, COLS[0], BOUNDED, NARROW)
     if len(COLS) == 1:
         rows = (left,)
     else:
-        rows = (left, load_block(ptr + COLS[0], stride, first, end, DIM - COLS[0], ROWS, COLS[1], BOUNDED))
+        rows = (left, load_block(ptr + COLS[0], stride, first, end, DIM - COLS[0], ROWS, COLS[1], BOUNDED, NARROW))
     return rows
 
 
 @triton.jit
 def load_block(
-    ptr, stride, first, end, DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BOUNDED: tl.constexpr
+    ptr,
+    stride,
+    first,
+    end,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """One piece, [ROWS, COLS].
 
-    Each row's address is one multiplication, made anew for each block: offsets kept in registers over a loop would
-    spill accumulators.
+    If NARROW, the offsets from the first row are int32, and stay in registers over a loop. Else each row's address is
+    one multiplication in int64, made anew for each block, also where those registers would spill accumulators.
     """
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
-    ptrs = ptr + (first + rows).to(tl.int64) * stride + cols
+    if NARROW:
+        ptrs = (ptr + first.to(tl.int64) * stride) + (rows * stride + cols)
+    else:
+        ptrs = ptr + (first + rows).to(tl.int64) * stride + cols
     if BOUNDED and DIM < COLS:
         block = tl.load(ptrs, mask=(rows < end - first) & (cols < DIM), other=0.0)
     elif BOUNDED:
@@ -62,12 +82,13 @@ def load_walked(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BOUNDED: tl.constexpr,
+    NARROW: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):
     """`load_rows`; whole blocks come by ``blocks``, a descriptor of the tensor of which ``ptr`` is a head, if there is
     one. A masked walk keeps to pointers: a descriptor knows where the tensor ends, not where a run does.
     """
     if blocks is None or BOUNDED:
-        rows = load_rows(ptr, stride, first, end, DIM, ROWS, COLS, BOUNDED)
+        rows = load_rows(ptr, stride, first, end, DIM, ROWS, COLS, BOUNDED, NARROW)
     else:
         LEFT: tl.constexpr = COLS[0]
         rows = (tl.reshape(blocks.load([batch, head, first, 0]), (ROWS, LEFT)),)

@@ -37,6 +37,11 @@ class KernelConfig:
     Fewer products and less shared memory; where it takes more instructions or spills, rows are padded.
     """
 
+    narrow: bool = False
+    """Offsets within a block are int32 and stay in registers, where they fit (`launch.rows_are_near`). Fewer
+    instructions; where the registers are missed more, addresses are made anew, in int64. Forward and dq.
+    """
+
     @property
     def options(self) -> dict[str, int]:
         """As a launch takes them."""
@@ -54,13 +59,13 @@ Rows = dict[tuple[str, int], KernelConfig]
 
 SM80: Rows = {  # A100: 163 KiB of shared memory, mma from registers
     ("forward", 64): KernelConfig(128, 64, 8, 3),
-    ("forward", 128): KernelConfig(64, 64, 4, 2, pieces=True),  # two programs fit; 128 queries would spill
+    ("forward", 128): KernelConfig(64, 64, 4, 2, pieces=True, narrow=True),  # two programs fit; 128 queries would spill
     ("forward", 256): KernelConfig(64, 64, 8, 2),
     ("dq", 64): KernelConfig(64, 64, 4, 2),
-    ("dq", 128): KernelConfig(64, 64, 8, 2),
+    ("dq", 128): KernelConfig(64, 64, 4, 2, narrow=True),  # two programs fit, as for dk and dv
     ("dq", 256): KernelConfig(64, 32, 8, 2),
     ("dkdv", 64): KernelConfig(64, 64, 4, 3),
-    ("dkdv", 128): KernelConfig(64, 64, 8, 2),  # 128 keys would spill: dk and dv take 128 registers a thread
+    ("dkdv", 128): KernelConfig(64, 64, 4, 2),  # with 8 warps nothing spills, but only one program fits
     ("dkdv", 256): KernelConfig(32, 64, 8, 2),
     ("captured", 64): KernelConfig(64, 64, 4, 2),
     ("captured", 128): KernelConfig(64, 64, 4, 2),
@@ -74,17 +79,19 @@ SM80: Rows = {  # A100: 163 KiB of shared memory, mma from registers
 }
 SM86: Rows = SM80 | {  # RTX 30, 40 and 50, L4, L40: 99 KiB of shared memory
     ("forward", 256): KernelConfig(64, 32, 8, 2),
+    ("dq", 128): KernelConfig(64, 64, 8, 2),  # one program fits, whatever its warps
+    ("dkdv", 128): KernelConfig(64, 64, 8, 2),
     ("dq", 256): KernelConfig(32, 32, 4, 2),
     ("dkdv", 256): KernelConfig(32, 32, 4, 2),
     ("captured", 256): KernelConfig(32, 32, 4, 2),
     ("captured_by_pair", 256): KernelConfig(32, 32, 4, 2),
 }
-SM90: Rows = {  # H100, H200: 227 KiB, wgmma; two warpgroups of 64 rows each
-    ("forward", 64): KernelConfig(128, 64, 8, 3),  # 128 keys at once spill with Triton 3.6
-    ("forward", 128): KernelConfig(128, 64, 8, 3),
+SM90: Rows = {  # H100, H200: 227 KiB, wgmma; warpgroups of 64 rows each
+    ("forward", 64): KernelConfig(64, 64, 4, 3),  # one warpgroup: two or three programs fit
+    ("forward", 128): KernelConfig(128, 64, 8, 3, narrow=True),
     ("forward", 256): KernelConfig(128, 32, 8, 2),  # 64 queries are no wgmma of two warpgroups
     ("dq", 64): KernelConfig(128, 64, 8, 3),
-    ("dq", 128): KernelConfig(128, 64, 8, 3),
+    ("dq", 128): KernelConfig(128, 64, 8, 3, narrow=True),
     ("dq", 256): KernelConfig(128, 32, 8, 2),
     ("dkdv", 64): KernelConfig(64, 128, 8, 3),
     ("dkdv", 128): KernelConfig(64, 128, 8, 3),  # every register is taken
@@ -232,7 +239,7 @@ GLUON: dict[tuple[int, str, int, int], GluonRow] = {  # architecture, pass, head
 ``launch/gpu_day.py`` proves and times the rows on a GPU, and prints those to change.
 """
 
-INTERPRETED = KernelConfig(64, 64, 4, 1, pieces=True)
+INTERPRETED = KernelConfig(64, 64, 4, 1, pieces=True, narrow=True)
 """On the CPU: two blocks to a tile, on both axes, so that tests see them."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton._C.libtriton import interpreter as _interpreter
+from triton.runtime.interpreter import GridExecutor
 
 import cpflex
 from another_process import another_process
@@ -29,15 +31,18 @@ from cpflex.kernels import (
     attend,
     attend_and_finish,
     attend_backward,
+    backward,
     begin_backward,
     empty,
     finish,
+    forward,
     gradient_dtype,
     reference,
     tuning,
 )
 from cpflex.kernels.captured import scatter
-from cpflex.kernels.launch import columns, described
+from cpflex.kernels.launch import columns, described, rows_are_near
+from cpflex.kernels.scores import load_rows
 from cpflex.mods.graph import Mod
 from cpflex.mods.trace import trace_score_mod
 from cpflex.ring.handles import resolve
@@ -204,6 +209,45 @@ def check_strides() -> None:
     backwards = torch.randn(1, 1, 16, 144).mT
     _same(call, tile_mask, packed[:, :2], packed[:, 2:3], packed[:, 3:], torch.ones(()).expand(1, 2, 144, 16))
     _same(call, tile_mask, spread, backwards, backwards, spread.mT.contiguous().mT)
+
+
+@triton.jit
+def load_rows_kernel(x_ptr, y_ptr, stride, first, NARROW: tl.constexpr):
+    (rows,) = load_rows(x_ptr, stride, first, 72, 16, 64, (16,), False, NARROW)
+    tl.store(y_ptr + tl.arange(0, 64)[:, None] * 16 + tl.arange(0, 16)[None, :], rows)
+
+
+def check_far_rows() -> None:
+    """Rows so far apart that their offsets from the first of a block are no int32."""
+    far, rows = 1 << 26, torch.randn(72, 16)
+    flags = (
+        mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+    )  # MAP_NORESERVE of Linux: nothing is taken but what is touched
+    memory = torch.frombuffer(mmap.mmap(-1, 72 * far * 4, flags=flags), dtype=torch.float32)
+    spread = memory.as_strided((72, 16), (far, 1))
+    spread.copy_(rows)
+    for x in (rows, spread):
+        is_near = rows_are_near(x[None, None])
+        assert is_near == (x is rows)
+        found = torch.zeros(64, 16)
+        with mock.patch.object(GridExecutor, "_restore_args_dev"):  # which would touch all memory, though on the CPU
+            load_rows_kernel[(1,)](x, found, x.stride(0), 8, is_near)
+        assert torch.equal(found, rows[8:])
+
+
+def check_wide_offsets() -> None:
+    """Offsets in int64 give the bits of those in int32."""
+    mask, tile_mask = tile_mask_of(cpflex.causal(), 144)
+    tensors = _tensors(144)
+    near = one_step(Call(mask, 0.25), tile_mask, *tensors, "triton")
+    with (
+        mock.patch.object(forward, "rows_are_near", return_value=False) as in_forward,
+        mock.patch.object(backward, "rows_are_near", return_value=False) as in_backward,
+    ):
+        far = one_step(Call(mask, 0.25), tile_mask, *tensors, "triton")
+    assert in_forward.called and in_backward.called
+    for name, x in far.items():
+        assert torch.equal(x, near[name]), name
 
 
 def check_public_call() -> None:

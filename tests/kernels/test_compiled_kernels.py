@@ -7,11 +7,41 @@ import itertools
 import ahead_of_time
 import pytest
 import torch
-from ahead_of_time import CAPABILITIES, HEAD_DIMS, MODS, OTHER_HEAD_DIMS, launches_compile
+from ahead_of_time import CAPABILITIES, HEAD_DIMS, MODS, OTHER_HEAD_DIMS, Report, launches_compile
 
 import cpflex
 from cpflex.kernels import Call, backward, delta, empty, forward, tuning
 from cpflex.ring.handles import resolve
+
+INSTRUCTIONS = {  # of the masked and of the full loop; Triton 3.7.1, bf16
+    (80, 128, "causal", "none", "attend_kernel"): (936, 715),
+    (80, 128, "causal", "none", "dq_kernel"): (816, 566),
+    (80, 128, "causal", "none", "dkdv_kernel"): (1044, 822),
+    (80, 128, "doc_causal", "alibi", "attend_kernel"): (1172, 893),
+    (80, 128, "doc_causal", "alibi", "dq_kernel"): (1079, 744),
+    (80, 128, "doc_causal", "alibi", "dkdv_kernel"): (1434, 1018),
+    (80, 128, "doc_causal", "softcap", "attend_kernel"): (1591, 1293),
+    (80, 128, "doc_causal", "softcap", "dq_kernel"): (1624, 1272),
+    (80, 128, "doc_causal", "softcap", "dkdv_kernel"): (2054, 1568),
+    (90, 64, "causal", "none", "attend_kernel"): (535, 337),
+    (90, 64, "doc_causal", "alibi", "attend_kernel"): (760, 532),
+    (90, 64, "doc_causal", "softcap", "attend_kernel"): (1193, 914),
+    (90, 128, "causal", "none", "attend_kernel"): (556, 372),
+    (90, 128, "causal", "none", "dq_kernel"): (542, 318),
+    (90, 128, "doc_causal", "alibi", "attend_kernel"): (797, 565),
+    (90, 128, "doc_causal", "alibi", "dq_kernel"): (797, 511),
+    (90, 128, "doc_causal", "softcap", "attend_kernel"): (1232, 952),
+    (90, 128, "doc_causal", "softcap", "dq_kernel"): (1351, 1029),
+}
+TOLERATED = 1.03
+"""Of the instructions of a loop."""
+
+
+def spills_in_loops_allowed(row: Report, capability: int, head_dim: int) -> int:
+    """Instructions of both loops that dq, dk and dv of sm_80 up to 128 dims pay for a second program (docs/kernels.md)."""
+    if capability != 80 or not 64 < head_dim <= 128:
+        return 0
+    return {"attend_kernel": 0, "dq_kernel": 2, "dkdv_kernel": 56}[row.name]
 
 
 @pytest.mark.by_day(6)
@@ -30,8 +60,13 @@ def test_kernels_use_tensor_cores_do_not_spill_and_do_not_wait(capability: int, 
         assert row.tensor_core_ops > 0, row
         assert len(row.instructions) >= 2, f"the masked and the full loop are not both there: {row}"
         assert not row.is_serialised, row
-        assert row.spilled_bytes <= 8, row  # dk, dv of sm_90, D 128 with softcap
-        assert row.spills_in_loops == 0, row
+        may_spill = spills_in_loops_allowed(row, capability, head_dim)
+        assert row.spilled_bytes <= (160 if may_spill > 2 else 8), row  # 8: dk, dv of sm_90, D 128 with softcap
+        assert row.spills_in_loops <= may_spill, row
+        figures = INSTRUCTIONS.get((capability, head_dim, mask, score, row.name))
+        if figures is not None and tuning.triton_release() == (3, 7):
+            for found, known in zip(row.instructions, figures, strict=True):
+                assert found <= TOLERATED * known, row
 
 
 @pytest.mark.by_day(6)
@@ -41,8 +76,9 @@ def test_kernels_that_write_gradients_in_their_own_dtype_do_not_spill_in_a_loop(
     for row in ahead_of_time.compile_all(capability, head_dim, "doc_causal", "alibi", only="d", alone=True):
         assert row.tensor_core_ops > 0, row
         assert not row.is_serialised, row
-        assert row.spilled_bytes <= 24, row  # dk, dv of sm_90, D 128
-        assert row.spills_in_loops == 0, row
+        may_spill = spills_in_loops_allowed(row, capability, head_dim)
+        assert row.spilled_bytes <= (160 if may_spill > 2 else 24), row  # 24: dk, dv of sm_90, D 128
+        assert row.spills_in_loops <= may_spill, row
 
 
 @pytest.mark.by_day(30)
@@ -58,7 +94,7 @@ def test_other_head_dims_use_tensor_cores_and_spill_nothing_in_a_loop(
 ):
     for row in ahead_of_time.compile_all(capability, head_dim, mask, score):
         assert row.tensor_core_ops > 0, row
-        assert row.spills_in_loops == 0, row
+        assert row.spills_in_loops <= spills_in_loops_allowed(row, capability, head_dim), row
         assert not row.is_serialised, row
 
 

@@ -16,6 +16,7 @@ from cases import Problem, pairwise
 from chunk_cases import ChunkProblem
 from cpflex import kernels
 from cpflex.kernels import Call, require_support, tuning
+from cpflex.kernels.launch import rows_are_near
 from cpflex.testing import run_ranks
 
 Run = Callable[..., Any]
@@ -74,6 +75,22 @@ def test_heads_of_later_ranks_are_shifted_in_fused_kernels_too(run: Run, check: 
 
 def test_any_strides_are_accepted(run: Run):
     run(interpreted.check_strides)
+
+
+def test_rows_may_be_further_apart_than_an_int32(run: Run):
+    run(interpreted.check_far_rows)
+    run(interpreted.check_wide_offsets)
+
+
+@pytest.mark.parametrize(
+    ("stride", "rows", "is_near"),
+    [(16, 300, True), (16909319, 300, True), (16909320, 300, False), (1 << 40, 1, True), (0, 300, True)],
+)
+def test_offsets_within_a_block_are_int32_up_to_the_last_that_fits(stride: int, rows: int, is_near: bool):
+    """Of 128 rows, with the 16 columns that a block has at least."""
+    x = torch.empty_strided((1, 1, rows, 8), (0, 0, stride, 1), device="meta")
+    assert rows_are_near(x) == is_near
+    assert is_near == (rows == 1 or 127 * stride + 15 < 2**31)
 
 
 @pytest.mark.parametrize(
