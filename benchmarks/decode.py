@@ -4,6 +4,7 @@
     python benchmarks/decode.py --steps --out benchmarks/results/decode.json
     python benchmarks/decode.py --planning
     python benchmarks/decode.py --planning --out benchmarks/results/decode_planning.json
+    python benchmarks/decode.py --travel                 # counts, of no machine; half a minute
 
 Planning: the host's time for one `make_decode_plan` of a long context, by a mask that was traced once, and for each
 step of its horizon (`fits`, `advance` and `evict`), per new token. One thread's CPU time, the least of many plans, each
@@ -14,6 +15,9 @@ Steps: one new token of one sequence in one layer, by three ways that take turns
 rank keeps its pages, partial results travel. "gathered": every rank keeps its part, all keys and values are gathered at
 each step, then torch's SDPA on those that the mask shows. "whole": every rank keeps everything, and nothing travels.
 Their results are compared before any time is shown. A time is that of the slowest rank, the least of the turns.
+
+Travel: what a chunk of one prompt moves in a layer if its queries travel, and if keys do, where ranks have equal parts
+of the chunk; counted from the tables of the plans, as ranks do that choose.
 """
 
 from __future__ import annotations
@@ -117,6 +121,32 @@ class Counted(ProcessLinks):
         self.num_exchanges += 1
         self.num_bytes += sum(x.numel() * x.element_size() for _, x in receives)
         return super().exchange(sends, receives)
+
+
+TRAVEL_RANKS, TRAVEL_HEADS = 4, cpflex.Heads(64, 8, 128)
+TRAVEL_CHUNKS, TRAVEL_KEPT = (1, 256, 2048, 8192), (0, 8192, 32768, 131072)
+
+
+def travel() -> list[dict[str, Any]]:
+    """MiB that all ranks together receive, of queries with their partials, and of keys; and which is chosen."""
+    rows = []
+    print(f"{'mask':12} {'chunk':>6} {'kept':>7} {'queries, MiB':>13} {'keys, MiB':>10}  travel")
+    for name in ("causal", "window 4096"):
+        mask = cpflex.mask_mod(MASKS[name]())
+        for chunk in TRAVEL_CHUNKS:
+            for kept in TRAVEL_KEPT:
+                pages = cpflex.Pages((chunk + kept) // PAGE_SIZE + 1, PAGE_SIZE, rank=0, world_size=TRAVEL_RANKS)
+                pages.reserve("one", chunk + kept)
+                pages.fill("one", kept)
+                plan = cpflex.make_decode_plan(
+                    mask, pages, {"one": chunk}, horizon=1, rows=cpflex.by_token, heads=TRAVEL_HEADS
+                )
+                (q,), (k,) = plan.traffic.costs.queries_bytes, plan.traffic.costs.keys_bytes
+                row = {"mask": name, "chunk": chunk, "kept": kept, "queries_bytes": q, "keys_bytes": k}
+                row["travel"] = "keys" if plan.traffic.keys[0] else "queries"
+                rows.append(row)
+                print(f"{name:12} {chunk:6} {kept:7} {q / 2**20:13.2f} {k / 2**20:10.2f}  {row['travel']}", flush=True)
+    return rows
 
 
 NUM_RANKS, HEADS, KV_HEADS, DIM = 2, 16, 4, 128
@@ -264,6 +294,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--planning", action="store_true")
     what.add_argument("--steps", action="store_true")
+    what.add_argument("--travel", action="store_true")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of --steps: tokens that are kept")
     parser.add_argument("--repeats", type=int, help="plans, 15 if None; turns of each way, 3 if None")
     parser.add_argument("--out", type=Path)
@@ -274,11 +305,15 @@ def main() -> None:
         rows = measured_steps(arguments.lengths, arguments.repeats or 3)
         sizes |= {"ranks": NUM_RANKS, "heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM, "dtype": "float32"}
         sizes |= {"cpu": _cpu(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    elif arguments.travel:
+        rows = travel()
+        sizes |= {"ranks": TRAVEL_RANKS, "heads": 64, "kv_heads": 8, "dim": 128, "dtype": "bfloat16"}
     else:
         rows = measured_planning(arguments.repeats or 15)
         sizes |= {"horizon": HORIZON}
     if arguments.out:
-        command = "python benchmarks/decode.py " + ("--steps" if arguments.steps else "--planning")
+        way = "--steps" if arguments.steps else "--travel" if arguments.travel else "--planning"
+        command = f"python benchmarks/decode.py {way}"
         found = {"command": command, "torch": torch.__version__, "python": platform.python_version()}
         found |= {"machine": platform.machine(), **sizes, "rows": rows}
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -10,6 +10,7 @@ from cpflex.paging.mask import mask_mod
 from cpflex.paging.pages import OutOfPages, Pages
 from cpflex.paging.pool import PagePool
 from cpflex.paging.rows import by_head, by_sequence, by_token, everyone
+from cpflex.paging.travel import keys, queries
 from cpflex.planning.choose import auto
 from cpflex.planning.cross import cached, cross
 from cpflex.planning.make import make_plan
@@ -56,11 +57,13 @@ __all__ = [
     "flex_attention",
     "full",
     "gather",
+    "keys",
     "make_decode_plan",
     "make_plan",
     "mask_mod",
     "pack",
     "prefix_lm",
+    "queries",
     "relay",
     "ring",
     "ring_both",

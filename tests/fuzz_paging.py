@@ -27,10 +27,24 @@ sys.path.append(str(Path(__file__).parent / "paging"))
 from serving import LONGEST, MASKS, SCORES, Service
 
 import cpflex
-from cpflex.paging import tables
+from cpflex.paging import tables, traffic
+from cpflex.paging.travel import Costs
 from cpflex.testing import run_ranks
 
-ROWS = {"everyone": cpflex.everyone, "by_sequence": cpflex.by_sequence, "by_head": cpflex.by_head}
+ROWS = {
+    "everyone": cpflex.everyone,
+    "by_sequence": cpflex.by_sequence,
+    "by_token": cpflex.by_token,
+    "by_head": cpflex.by_head,
+}
+
+
+def mixed(costs: Costs) -> list[bool]:
+    """Of some sequences keys travel, as their costs have it; the same on every rank."""
+    return [(q + k) % 3 == 0 for q, k in zip(costs.queries_bytes, costs.keys_bytes, strict=True)]
+
+
+TRAVEL = {"queries": cpflex.queries, "keys": cpflex.keys, "mixed": mixed, "cheaper": None}
 OPERATIONS = ("reserve", *["append"] * 10, "fork", "crop", "erase", "evict", "evict")
 
 
@@ -44,6 +58,8 @@ class Program:
     score: str = field(init=False)
     other: str = field(init=False)
     rows: str = field(init=False)
+    travel: str = field(init=False)
+    rows_at_once: int = field(init=False)
     num_pages: int = field(init=False)
     page_size: int = field(init=False)
     horizon: int = field(init=False)
@@ -61,6 +77,8 @@ class Program:
             "score": draw.choice(list(SCORES)),
             "other": draw.choice(["", "", "", "window", "causal"]),
             "rows": rows,
+            "travel": draw.choice(list(TRAVEL)) if rows in ("by_sequence", "by_token") else "",
+            "rows_at_once": draw.choice([1, 16, traffic.ROWS_AT_ONCE]),
             "num_pages": draw.choice([8, 20, 40]),
             "page_size": draw.choice([1, 4, 4, 7]),
             "horizon": draw.choice([1, 3, 8, 64]),
@@ -84,7 +102,8 @@ class Program:
             AssertionError: an attention differs from the dense one, or pages are lost.
         """
         # small enough that sequences are many groups of pages, or one
-        with mock.patch.object(tables, "GROUP", (2, 64)[self.seed % 2]):
+        small = mock.patch.object(tables, "GROUP", (2, 64)[self.seed % 2])
+        with small, mock.patch.object(traffic, "ROWS_AT_ONCE", self.rows_at_once):
             results = run_ranks(lambda group: Run(self, group).result(), self.world_size, timeout=120.0)
         assert all(found == results[0] for found in results), f"ranks did different things: {results}"
         return results[0]
@@ -179,7 +198,8 @@ class Run:
             chosen = ready[: draw.randint(1, min(len(ready), 8))]
             new = {seq: draw.randint(1, min(8, pages.capacity(seq) - pages.length(seq))) for seq in chosen}
             into = self.plan if draw.random() < 0.3 else None
-            options = {"rows": ROWS[self.program.rows], "splits": self.program.splits, "into": into}
+            options: dict[str, Any] = {"rows": ROWS[self.program.rows], "splits": self.program.splits, "into": into}
+            options["travel"] = TRAVEL.get(self.program.travel)
             try:
                 self.plan = cpflex.make_decode_plan(self.traced, pages, new, self.program.horizon, **options)
             except ValueError as error:  # cropped, or at another place, so that evicted pages may be seen
@@ -190,6 +210,10 @@ class Run:
             self.done["plan"] += 1
         self.service.step(self.plan, self.program.masks, SCORES[self.program.score])
         self.done["step"] += 1
+        for one in self.plan.steps.traffic.values():
+            self.done["keys travelled"] += bool(one.keys.any())
+            self.done["queries travelled"] += one.returns
+            self.done["keys in several waves"] += one.num_waves > 1
 
     def all_kept(self, seq: str) -> bool:
         return bool((self.service.pages.held(seq).slot >= 0).all())
@@ -239,7 +263,7 @@ def run(seeds: range) -> Report:
     report = Report()
     for seed in seeds:
         program = Program(seed)
-        for name in ("world_size", "mask", "score", "rows", "page_size", "dtype"):
+        for name in ("world_size", "mask", "score", "rows", "travel", "page_size", "dtype"):
             report.drawn.setdefault(name, Counter())[str(getattr(program, name))] += 1
         try:
             report.done += program.run()

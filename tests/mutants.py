@@ -246,6 +246,12 @@ PAGING = [
     Mutant("paging: a plan outlives a crop", "paging/steps.py", "if seq not in self.pages or self.pages.held(seq) is not held:", "if seq not in self.pages:", "paging/test_decode_refusals.py -k by_name"),
     Mutant("paging: sampled tokens not compared", "paging/together.py", "steps.num_done, steps.tokens_hash])", "steps.num_done, 0])", "paging/test_decode_refusals.py -k unlike"),
     Mutant("paging: a rank that refused opens the next step at its own length", "paging/together.py", "    _begun(header, links)[0].wait()\n    links.opening_bytes = 0\n", "    _begun(header, links)[0].wait()\n", "paging/test_decode_refusals.py -k in_flight"),
+    Mutant("paging: of the keys that travel one page is left out", "paging/traffic.py", "& (at // at_once == wave) & (at >= 0)", "& (at // at_once == wave) & (at > 0)", "paging/test_travel.py -k token_by_token"),
+    Mutant("paging: what travels is the dearer", "paging/travel.py", "tuple(k < q for q, k in", "tuple(k > q for q, k in", "paging/test_travel.py -k cheaper_of_the_two"),
+    Mutant("paging: where keys travel, rows of an earlier step are read as new", "paging/divided.py", "        _put(fetched, [x.index_select(1, parcels.met) for x in (k, v)], parcels.met_rows)\n", "", "paging/test_travel.py -k token_by_token"),
+    Mutant("paging: later waves of keys that travel lack new ones", "paging/parcels.py", "if new_ones_travel and wave == 0 else", "if new_ones_travel else", "paging/test_travel.py -k bounded"),
+    Mutant("paging: what travels is not compared", "paging/decode_plan.py", "{kind: one.in_words for kind, one in traffic.items()}", "{}", "paging/test_travel.py -k told"),
+    Mutant("paging: queries that travel to a rank without their keys count", "paging/divided.py", "            partials_of(memory, num_heads).lse.fill_(-torch.inf)\n", "            partials_of(memory, num_heads).lse.fill_(0.0)\n", "paging/test_travel.py -k equal_dense"),
 ]  # fmt: skip
 MUTANTS = [
     *MASKS,

@@ -31,8 +31,8 @@ FLOORS = (
 )
 """The rooms from the top. A room knows those on the floors below it, and no neighbour on its own."""
 
-REACHES_UP = {("planning.plan", "seeing.explain")}
-"""Inside a function, when it is called: `Plan.explain` and `Plan.plot`."""
+REACHES_UP = {("planning.plan", "seeing.explain"), ("paging.decode_plan", "seeing.explain_steps")}
+"""Inside a function, when it is called: `Plan.explain` and `Plan.plot`, `DecodePlan.explain`."""
 
 MUST_NOT_KNOW = {
     "sharding.layout": {"masks", "mods", "links", "tile_mask"},
@@ -48,6 +48,9 @@ MUST_NOT_KNOW = {
     "kernels": {"links", "masks"},
     "paging.pages": {"kernels", "ring", "paging.decode_plan"},
     "paging.tables": {"kernels", "links", "ring"},
+    "paging.travel": {"paging", "kernels", "links", "ring", "masks", "mods"},
+    "paging.traffic": {"kernels", "links", "ring", "masks"},
+    "paging.divided": {"links", "masks", "mods", "ring"},
     "paging.decode": {"links", "masks", "mods", "ring"},
     "loss": {"masks", "mods", "tile_mask"},
     "planning.plan": {"planning.make", "masks", "planning.needs", "planning.squares", "planning.tables"},

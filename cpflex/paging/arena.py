@@ -59,5 +59,7 @@ class Arena:
 
 
 def _rounded_up(count: int) -> int:
-    """To a power of two: tables of nearly one size share one arena."""
-    return 1 << max(0, count - 1).bit_length()
+    """To a power of two, so that tables of nearly one size share one arena; to 4 at least, so that each begins at a
+    multiple of 16 bytes, as compiled kernels expect.
+    """
+    return max(4, 1 << max(0, count - 1).bit_length())

@@ -5,7 +5,8 @@
     all      = exchange(mine)
     out, lse = combine(all)               of all ranks, in their order
 
-Keys that a rank has no page for are not known to it: it sends -inf, and its part counts for nothing.
+Keys that a rank has no page for are not known to it: it sends -inf, and its part counts for nothing. Where ranks have
+different tokens, queries go to keys before that, or keys come to queries instead: `divided`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from cpflex.kernels import (
     Call,
-    PageWork,
     Partials,
     attend_pages,
     combine,
@@ -27,8 +27,10 @@ from cpflex.kernels import (
     require_support,
 )
 from cpflex.paging.decode_plan import DecodePlan
+from cpflex.paging.divided import attend_divided
 from cpflex.paging.gathered import gathered, num_bytes
 from cpflex.paging.pool import PagePool
+from cpflex.paging.reading import read
 from cpflex.paging.together import HEADER_BYTES, Meeting
 
 # N new tokens of all ranks, n of this one; Hq query heads in all, h of this rank; P ranks
@@ -52,10 +54,14 @@ def decode(
         partials = attend_pages(q, pool.k, pool.v, work, call)
         return _as_asked(combine(partials, plan.parts(q.device), q.dtype, backend=call.backend))
     if steps.rows.is_everyone:
-        return _to_everyone(q, pool, plan, work, call, facts)
+        return _to_everyone(q, pool, plan, call, facts)
+    if not steps.rows.by_head:
+        meeting = Meeting(steps, facts, q.device, HEADER_BYTES)
+        return _as_asked(attend_divided(q, pool, plan, call, meeting))
     meeting = Meeting(steps, facts, q.device, num_bytes(q, pool, plan))
     mine = torch.empty(steps.num_tokens, num_heads * (pool.v.shape[3] + 1), dtype=torch.float32, device=q.device)
-    _own(gathered(q, pool, plan, meeting), pool, plan, work, call, partials_of(mine, num_heads))
+    whole = gathered(q, pool, plan, meeting)
+    read(whole, pool.k, pool.v, plan, call, partials_of(mine, num_heads))
     arrived = _sent_home(mine, num_heads, plan, meeting)  # [P, n, h * (Dv + 1)]
     tokens = arrived.shape[1]
     theirs = partials_of(arrived.flatten(0, 1), q.shape[1])
@@ -63,7 +69,7 @@ def decode(
 
 
 def _to_everyone(
-    q: Tensor, pool: PagePool, plan: DecodePlan, work: PageWork, call: Call, facts: dict[str, Any]
+    q: Tensor, pool: PagePool, plan: DecodePlan, call: Call, facts: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Each rank's partials to all others: one message, which begins with a header."""
     pages, num_tokens, num_heads, v_dim = plan.steps.pages, plan.steps.num_tokens, q.shape[1], pool.v.shape[3]
@@ -72,25 +78,12 @@ def _to_everyone(
     meeting = Meeting(plan.steps, facts, q.device, 4 * message)
     memory = torch.empty(pages.world_size, message, dtype=torch.float32, device=q.device)
     mine = memory[pages.rank]
-    _own(q, pool, plan, work, call, partials_of(mine[room:].view(num_tokens, row), num_heads))
+    read(q, pool.k, pool.v, plan, call, partials_of(mine[room:].view(num_tokens, row), num_heads))
     meeting.exchange_first(mine, list(memory))
     unit = math.gcd(room, row)  # of where rows begin
     rows = memory.as_strided(((memory.numel() - row) // unit + 1, row), (unit, 1))
     parts = _rows(plan, num_tokens, row // unit, message // unit, q, first=room // unit)
     return _as_asked(combine(partials_of(rows, num_heads), parts, q.dtype, backend=call.backend))
-
-
-def _own(q: Tensor, pool: PagePool, plan: DecodePlan, work: PageWork, call: Call, into: Partials) -> None:
-    """This rank's partial of each token, over its own pages."""
-    tables = plan.tables
-    if tables.is_idle:
-        into.lse.fill_(-torch.inf)
-        into.out.zero_()
-    elif tables.is_whole:
-        attend_pages(q, pool.k, pool.v, work, call, into)
-    else:
-        splits = attend_pages(q, pool.k, pool.v, work, call)
-        combine(splits, plan.parts(q.device), into=into, backend=call.backend)
 
 
 def _sent_home(

@@ -14,10 +14,14 @@ from cpflex.kernels import PageWork
 from cpflex.masks import MaskFn, is_count
 from cpflex.paging.arena import Arena
 from cpflex.paging.mask import TracedMask, require_tables, traced_masks
-from cpflex.paging.pages import Pages
+from cpflex.paging.pages import Held, Pages
+from cpflex.paging.parcels import Parcels, Returns, parcels_of, returns_of
 from cpflex.paging.rows import Rows, RowsFn, everyone
 from cpflex.paging.steps import Steps
-from cpflex.paging.tables import BLOCK, Tables, blocks_of, kept_pages, tables_of
+from cpflex.paging.tables import BLOCK, Blocks, Kept, Tables, blocks_of, kept_pages, tables_of
+from cpflex.paging.traffic import AllPages, Needs, Traffic, num_waves_of, tables_of_rank, traffic_of
+from cpflex.paging.travel import Costs, TravelFn, bytes_of_a_message, bytes_of_rows, cheaper
+from cpflex.topology import Heads, Topology
 from cpflex.version import __version__
 
 
@@ -117,6 +121,14 @@ class DecodePlan:
 
         refuse(self.steps, error)
 
+    def explain(self) -> str:
+        """In words, of the steps that are left: who keeps and reads what, what travels, and what the other way would
+        cost.
+        """
+        from cpflex.seeing.explain_steps import explain
+
+        return explain(self)
+
     # -- for the pool and the step
 
     @property
@@ -153,26 +165,64 @@ class DecodePlan:
         """The new tokens whose keys this rank keeps, of all packed, and their rows of the pool, int64 both."""
         return self.steps.written(device)
 
-    def work(self, device: torch.device) -> PageWork:
-        """What the kernels of this rank compute, on a device."""
-        asked = "work", self.one_kind, device
-        if asked not in self.steps.made:
-            self.steps.made[asked] = self._work(device)
-        return self.steps.made[asked]
+    @property
+    def traffic(self) -> Traffic:
+        """What ranks that have different tokens compute for one another, and fetch."""
+        return self.steps.traffic[self.one_kind]
 
-    def _work(self, device: torch.device) -> PageWork:
-        steps, kind, tables = self.steps, self.one_kind, self.tables
+    def name_of(self, wave: int | None = None) -> str:
+        """Of tables: over the pages that a rank keeps, or over those fetched in a wave."""
+        return self.one_kind if wave is None else _name(self.one_kind, wave)
+
+    def tables_of(self, wave: int | None = None) -> Tables:
+        """Those of this rank, as `name_of` has them."""
+        return self.steps.tables[self.name_of(wave)]
+
+    def work(self, device: torch.device, wave: int | None = None) -> PageWork:
+        """What the kernels of this rank compute, on a device."""
+        asked, tables = ("work", self.name_of(wave), device), self.tables_of(wave)
+        made = (
+            self.steps.made if tables.tokens is None else self.steps.made_for_step
+        )  # of some tokens, positions are copied
+        if asked not in made:
+            made[asked] = self._work(device, wave)
+        return made[asked]
+
+    def _work(self, device: torch.device, wave: int | None) -> PageWork:
+        steps, name, tables = self.steps, self.name_of(wave), self.tables_of(wave)
         whole = device.type != "cpu"  # there a launch of one size serves the next plan, too
-        items, runs = (steps.arena.on(device, f"{name} of {kind}") for name in ("items", "runs"))
+        items, runs = (steps.arena.on(device, f"{table} of {name}") for table in ("items", "runs"))
         if not whole:
             items, runs = items[: len(tables.items)], runs[: len(tables.runs)]
         positions = steps.arena.on(device, "q_positions")[: steps.num_tokens, 0]
+        if tables.tokens is not None:
+            positions = positions.index_select(0, self._tokens(device, name, tables.tokens))
         lengths = steps.arena.on(device, "kv_len")[: len(steps.new), 0]
         return PageWork(items, runs, positions, lengths, min(BLOCK, max(steps.new)), tables.num_partials)
 
-    def parts(self, device: torch.device) -> Tensor:
+    def _tokens(self, device: torch.device, name: str, tokens: np.ndarray) -> Tensor:
+        kind = "tokens", name, device
+        if kind not in self.steps.made:
+            self.steps.made[kind] = torch.from_numpy(tokens).to(device)
+        return self.steps.made[kind]
+
+    def parts(self, device: torch.device, wave: int | None = None) -> Tensor:
         """The partials of each token, int32 [N, 3]."""
-        return self.steps.arena.on(device, f"parts of {self.one_kind}")[: self.steps.num_tokens]
+        return self.steps.arena.on(device, f"parts of {self.name_of(wave)}")[: len(self.tables_of(wave).parts)]
+
+    def parcels(self, device: torch.device, *, new_ones_travel: bool) -> Parcels:
+        """What this rank sends and receives in this step."""
+        kind, made = ("parcels", self.one_kind, device, new_ones_travel), self.steps.made_for_step
+        if kind not in made:
+            made[kind] = parcels_of(self.traffic, self.steps, device, new_ones_travel=new_ones_travel)
+        return made[kind]
+
+    def returns(self, device: torch.device) -> Returns:
+        """Where partials of this rank's tokens lie, and go."""
+        kind, made = ("returns", self.one_kind, device), self.steps.made
+        if kind not in made:
+            made[kind] = returns_of(self.traffic, self.pages.rank, device)
+        return made[kind]
 
     def __repr__(self) -> str:
         steps = self.steps
@@ -194,6 +244,9 @@ def make_decode_plan(
     *,
     num_heads: int | None = None,
     splits: int | None = None,
+    travel: TravelFn | None = None,
+    heads: Heads | None = None,
+    topology: Topology | None = None,
 ) -> DecodePlan:
     """Decide what the next steps read and write. Pure: never communicates.
 
@@ -205,9 +258,14 @@ def make_decode_plan(
         horizon: tokens of each sequence that the plan lasts for, if so many are reserved; a step at least.
         rows: `everyone`, `by_sequence`, `by_token` or `by_head`: who has which queries, and gets their results.
         into: a plan that is over, whose memory is taken for this one.
-        num_heads: query heads, if a mask depends on ``h``.
+        num_heads: query heads, if a mask depends on ``h``, and to count what travels.
         splits: parts into which the pages of a rank are cut, for as many programs; what keeps the device of the pools
             busy if None.
+        travel: where ranks have different tokens, `queries` travel to keys or `keys` to queries; what moves fewer
+            bytes if None, for each sequence and mask kind.
+        heads: the shape of the attention, to count those bytes; that of all pools so far if None, with ``num_heads``
+            query heads, or as many for each head of keys as `Heads` has.
+        topology: of the links, to weigh messages against bytes; without it, bytes alone count.
 
     >>> plan = cpflex.make_decode_plan(mask, pages, {"chat 7": 1, "chat 9": 1})
 
@@ -219,39 +277,119 @@ def make_decode_plan(
     masks = traced_masks(mask, num_heads)
     counts = counts_of(new)
     _check(pages, counts, horizon, rows, into, splits)
+    _check_travel(travel, heads, topology)
     helds = [pages.held(seq) for seq in counts]
-    starts, limits = [one.length for one in helds], []
-    for (seq, count), held in zip(counts.items(), helds, strict=True):
-        capacity = len(held.slot) * pages.page_size
-        if held.length + count > capacity:
-            raise ValueError(
-                f"sequence {seq!r} keeps {held.length} tokens and has pages for {capacity}; {count} new ones need "
-                f"pages.reserve({seq!r}, {count}) first"
-            )
-        limits.append(min(held.length + max(horizon, count), capacity))
+    starts, limits = [one.length for one in helds], _limits(pages, counts, horizon)
     for one in masks.values():
         require_tables(one, len(counts), max(limits))
         if one.lengths and (wrong := [pair for pair in one.lengths if min(pair) < max(limits)]):
             raise ValueError(
                 f"{one!r} was made for {sorted(wrong)} (queries, keys), and the plan reaches {max(limits)}"
             )
-    chosen = rows(tuple(counts.values()), pages.world_size)
+    chosen = _chosen(rows, travel, tuple(counts.values()), pages.world_size)
+    new_tokens, is_divided = list(counts.values()), chosen.counts is not None and pages.world_size > 1
+    cut = _splits(pages) if splits is None else splits
+    blocks, names, size = blocks_of(starts, new_tokens, limits), list(counts), pages.page_size
+    kept = {kind: kept_pages(one, blocks, helds, size, names) for kind, one in masks.items()}
+    read, tables, traffic = [(blocks, one) for one in kept.values()], {}, {}
+    shapes = _shapes(pages, num_heads) if heads is None else [heads]
+    if is_divided:
+        bounds = np.cumsum([0, *chosen.counts])  # type: ignore[misc]
+        of_ranks = blocks_of(starts, new_tokens, limits, bounds.tolist())
+        all_pages = AllPages.of(helds, limits, size)
+        for kind, one in masks.items():
+            read.append((of_ranks, kept_pages(one, of_ranks, helds, size, names)))
+            needs = Needs(all_pages, bounds, (blocks, kept[kind]), read[-1])
+            costs = _costs(needs, np.array(starts), np.array(new_tokens), pages, shapes, topology)
+            traffic[kind] = traffic_of(
+                needs, _travelling(travel, costs), np.array(new_tokens), pages.num_pages, size, costs
+            )
+            own, *waves = tables_of_rank(needs, traffic[kind], pages.rank, pages.num_pages, size, cut)
+            tables |= {kind: own} | {_name(kind, number): wave for number, wave in enumerate(waves)}
+    else:
+        tables = {kind: tables_of(one, blocks, pages.rank, size, cut) for kind, one in kept.items()}
+    arena = _arena(tables, len(counts), sum(new_tokens), into)
+    pages.num_plans += 1
+    _note_read(read, helds, pages.num_plans)
+    facts = _facts(pages, counts, limits, chosen, masks, traffic)
+    pages.note("plan", pages.num_plans)
+    steps = Steps(pages, counts, helds, limits, chosen, masks, tables, traffic, arena, facts)
+    steps.shapes, steps.topology = shapes, topology
+    return DecodePlan(steps, None)
+
+
+def _limits(pages: Pages, counts: Mapping[Hashable, int], horizon: int) -> list[int]:
+    """Tokens of each sequence at the end of the plan."""
+    limits = []
+    for seq, count in counts.items():
+        length, capacity = pages.length(seq), pages.capacity(seq)
+        if length + count > capacity:
+            raise ValueError(
+                f"sequence {seq!r} keeps {length} tokens and has pages for {capacity}; {count} new ones need "
+                f"pages.reserve({seq!r}, {count}) first"
+            )
+        limits.append(min(length + max(horizon, count), capacity))
+    return limits
+
+
+def _chosen(rows: RowsFn, travel: TravelFn | None, counts: tuple[int, ...], world_size: int) -> Rows:
+    chosen = rows(counts, world_size)
     if not isinstance(chosen, Rows):
         raise TypeError(f"rows must be a function such as cpflex.everyone; got {rows!r}")
-    blocks = blocks_of(starts, list(counts.values()), limits)
-    kept = {kind: kept_pages(one, blocks, helds, pages.page_size, list(counts)) for kind, one in masks.items()}
-    cut = _splits(pages) if splits is None else splits
-    tables = {kind: tables_of(one, blocks, pages.rank, pages.page_size, cut) for kind, one in kept.items()}
-    arena = _arena(tables, len(counts), sum(counts.values()), into)
-    pages.num_plans += 1
+    if travel is not None and chosen.counts is None:
+        raise ValueError(
+            f"travel= is for ranks that have different tokens, rows=cpflex.by_token or cpflex.by_sequence; got "
+            f"rows={chosen.name}"
+        )
+    return chosen
+
+
+def _name(kind: str, wave: int) -> str:
+    return f"{kind}, wave {wave}"
+
+
+def _note_read(read: Sequence[tuple[Blocks, Kept]], helds: Sequence[Held], number: int) -> None:
+    """Let sequences know what their newest plan reads."""
     for place, held in enumerate(helds):
-        read = np.zeros(len(held.slot), bool)
-        for one in kept.values():
-            read[one.page[blocks.place[one.block] == place] if len(helds) > 1 else one.page] = True
-        held.planned_from, held.newest_plan, held.read = held.length, pages.num_plans, read
-    facts = _facts(pages, counts, limits, chosen, masks)
-    pages.note("plan", pages.num_plans)
-    return DecodePlan(Steps(pages, counts, helds, limits, chosen, masks, tables, arena, facts), None)
+        found = np.zeros(len(held.slot), bool)
+        for blocks, kept in read:
+            found[kept.page[blocks.place[kept.block] == place] if len(helds) > 1 else kept.page] = True
+        held.planned_from, held.newest_plan, held.read = held.length, number, found
+
+
+def _costs(
+    needs: Needs,
+    lengths: np.ndarray,
+    new: np.ndarray,
+    pages: Pages,
+    shapes: Sequence[Heads],
+    topology: Topology | None,
+) -> Costs:
+    query_bytes, key_bytes = bytes_of_rows(shapes)
+    asked, given, sent = needs.rows(lengths, new, pages.page_size)
+    return Costs(
+        tuple(int(x) for x in asked * query_bytes + given * key_bytes),
+        tuple(int(x) for x in sent * key_bytes),
+        num_waves_of(needs, pages.page_size),
+        bytes_of_a_message(topology, pages.world_size),
+    )
+
+
+def _shapes(pages: Pages, num_heads: int | None) -> list[Heads]:
+    """Of the attentions of all pools so far; those of `Heads` before there is one."""
+    found = []
+    for kv_heads, dim, v_dim, element_bytes in pages.shapes or [(Heads.kv, Heads.dim, Heads.dim, Heads.element_bytes)]:
+        group_size = Heads.query // Heads.kv if num_heads is None else -(-num_heads // kv_heads)
+        found.append(Heads(group_size * kv_heads, kv_heads, dim, v_dim, element_bytes))
+    return found
+
+
+def _travelling(travel: TravelFn | None, costs: Costs) -> np.ndarray:
+    """Of each sequence: whether keys travel."""
+    found = list((travel or cheaper)(costs))
+    if len(found) != len(costs.keys_bytes) or not all(isinstance(one, bool | np.bool_) for one in found):
+        raise ValueError(f"travel must give a bool for each of {len(costs.keys_bytes)} sequences; got {found}")
+    return np.array(found, bool)
 
 
 def counts_of(new: Mapping[Hashable, Any]) -> dict[Hashable, int]:
@@ -280,6 +418,14 @@ def _check(pages: Pages, counts: dict, horizon: int, rows: RowsFn, into: DecodeP
         raise ValueError("into must be a decode plan of the same pages, that is no longer used")
 
 
+def _check_travel(travel: TravelFn | None, heads: Heads | None, topology: Topology | None) -> None:
+    if travel is not None and not callable(travel):
+        raise TypeError(f"travel must be cpflex.queries, cpflex.keys, a function like them or None; got {travel!r}")
+    for name, value, kind in (("heads", heads, Heads), ("topology", topology, Topology)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} must be a cpflex.{kind.__name__}; got {type(value).__name__}")
+
+
 def _splits(pages: Pages) -> int:
     """Items that keep the device of the pools busy: on a GPU two for each multiprocessor, with all heads of keys."""
     for pool in pages.pools.values():
@@ -304,7 +450,12 @@ def _arena(tables: Mapping[str, Tables], num_sequences: int, num_tokens: int, in
 
 
 def _facts(
-    pages: Pages, counts: Mapping[Hashable, int], limits: Sequence[int], rows: Rows, masks: Mapping[str, TracedMask]
+    pages: Pages,
+    counts: Mapping[Hashable, int],
+    limits: Sequence[int],
+    rows: Rows,
+    masks: Mapping[str, TracedMask],
+    traffic: Mapping[str, Traffic],
 ) -> dict[str, Any]:
     """Equal on two ranks iff their plans belong together."""
     new = [(pages.held(seq).number, count, limit) for (seq, count), limit in zip(counts.items(), limits, strict=True)]
@@ -315,6 +466,7 @@ def _facts(
         "what was done to the pages": pages.history,
         "sequences and new tokens": f"{len(new)} with {sum(counts.values())} new tokens, {digest}",
         "rows": f"{rows.name} {rows.counts or ''}",
+        "what travels": {kind: one.in_words for kind, one in traffic.items()},
         "masks": {kind: f"{one.__name__}, graph {one.mod.key}" for kind, one in masks.items()},
         "tensors captured by the masks": [one.content_key for one in masks.values()],
     }

@@ -104,6 +104,8 @@ class Pages:
         self.num_plans = 0
         self.pools: WeakValueDictionary[int, PagePool] = WeakValueDictionary()
         """By the id of their keys."""
+        self.shapes: dict[tuple[int, int, int, int], None] = {}
+        """Heads, head dims of keys and of values, and bytes of a number, of all pools so far."""
         self._held: dict[Hashable, Held] = {}
         self._free = [list(range(num_pages)) for _ in range(self.world_size)]  # heaps: low slots first, in long runs
         self._uses = np.zeros((self.world_size, num_pages), np.int32)
@@ -315,6 +317,7 @@ class Pages:
 
         made = PagePool(self, num_kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, dtype, device)
         self.pools[id(made.k)] = made
+        self.shapes[num_kv_heads, head_dim, made.v.shape[3], dtype.itemsize] = None
         return made
 
     def pool_of(self, k: Tensor, v: Tensor) -> PagePool | None:

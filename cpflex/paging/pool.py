@@ -90,11 +90,16 @@ class PagePool:
     def write(self, k: Tensor, v: Tensor, plan: DecodePlan) -> None:
         """All heads of all new tokens: those that this rank owns are kept."""
         tokens, rows = plan.written(k.device)
+        self.keep(k, v, tokens, rows)
+
+    @torch.no_grad()
+    def keep(self, k: Tensor, v: Tensor, chosen: Tensor, rows: Tensor) -> None:
+        """All heads of the tokens at ``chosen``, in these rows: the step's that this rank owns. Both int64."""
         for pool, new in ((self.k, k), (self.v, v)):
             if len(rows) == new.shape[2]:
                 pool[0].index_copy_(1, rows, new[0])
             elif len(rows):
-                pool[0].index_copy_(1, rows, new[0].index_select(1, tokens))
+                pool[0].index_copy_(1, rows, new[0].index_select(1, chosen))
         self.pending = None
 
     @torch.no_grad()

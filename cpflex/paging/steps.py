@@ -15,6 +15,8 @@ from cpflex.paging.mask import TracedMask
 from cpflex.paging.pages import Held, Pages
 from cpflex.paging.rows import Rows
 from cpflex.paging.tables import Tables
+from cpflex.paging.traffic import Traffic
+from cpflex.topology import Heads, Topology
 
 
 class Steps:
@@ -29,11 +31,12 @@ class Steps:
         rows: Rows,
         masks: Mapping[str, TracedMask],
         tables: Mapping[str, Tables],
+        traffic: Mapping[str, Traffic],
         arena: Arena,
         facts: dict[str, Any],
     ) -> None:
         self.pages, self.rows, self.masks = pages, rows, masks
-        self.tables, self.arena, self.facts = tables, arena, facts
+        self.tables, self.traffic, self.arena, self.facts = tables, traffic, arena, facts
         self.sequences, self.new, self.limits = tuple(counts), tuple(counts.values()), tuple(limits)
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         self.number = pages.num_plans
@@ -49,15 +52,23 @@ class Steps:
         """That were made, as `together` compares them."""
         self.first_messages: Any = None
         """Bytes of those that began with a header: sent and received, by rank."""
+        self.shapes: Sequence[Heads] = ()
+        """Of the attentions whose bytes were counted, one layer of each."""
+        self.topology: Topology | None = None
         self.made: dict[Any, Any] = {}
         """What the first attention of a kind made for the next ones."""
+        self.made_for_step: dict[Any, Any] = {}
+        """The same, of this step."""
         self._helds = list(helds)
         self._versions = [(one.version, one.num_evictions) for one in helds]
         self._epoch = pages.epoch
-        self._new = np.array(self.new, np.int64)
-        self._lengths = np.array([one.length for one in helds], np.int64)
-        self._place = np.repeat(np.arange(len(self.new)), self._new)
-        self._offset = np.arange(self.num_tokens) - np.repeat(np.cumsum(self._new) - self._new, self._new)
+        self.counts_of_new = np.array(self.new, np.int64)
+        self.lengths = np.array([one.length for one in helds], np.int64)
+        """Tokens that each sequence keeps, without those of this step."""
+        self.place = np.repeat(np.arange(len(self.new)), self.counts_of_new)
+        """Of each new token: its sequence."""
+        begins = np.cumsum(self.counts_of_new) - self.counts_of_new
+        self._offset = np.arange(self.num_tokens) - begins[self.place]
         self._brought: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._place_all()
         self._begin_step()
@@ -65,7 +76,7 @@ class Steps:
     @property
     def num_tokens(self) -> int:
         """New tokens of a step, on all ranks."""
-        return len(self._place)
+        return len(self.place)
 
     @property
     def first(self) -> int:
@@ -89,7 +100,7 @@ class Steps:
 
     def sequences_between(self, first: int, end: int) -> tuple[Hashable, ...]:
         """Those of new tokens ``first`` to ``end - 1`` among all."""
-        return tuple(self.sequences[place] for place in np.unique(self._place[first:end]).tolist())
+        return tuple(self.sequences[place] for place in np.unique(self.place[first:end]).tolist())
 
     def why_over(self) -> str:
         """Why no step is left; empty if one is."""
@@ -104,7 +115,7 @@ class Steps:
                 if self.over:
                     return self.over
             self._epoch = self.pages.epoch
-        for seq, held, length in zip(self.sequences, self._helds, self._lengths.tolist(), strict=True):
+        for seq, held, length in zip(self.sequences, self._helds, self.lengths.tolist(), strict=True):
             if held.length != length:
                 return f"sequence {seq!r} keeps {held.length} tokens, and this step begins at {length}"
         if self.num_done >= self.num_steps:
@@ -116,7 +127,7 @@ class Steps:
             raise RuntimeError(f"this decode plan is over: {why}; make another with cpflex.make_decode_plan")
         for held, count in zip(self._helds, self.new, strict=True):
             held.length += count
-        self._lengths += self._new
+        self.lengths += self.counts_of_new
         self.num_done += 1
         self.tokens_hash = 0
         self.pages.note("advance", self.number)
@@ -134,9 +145,9 @@ class Steps:
         return self._brought[device]
 
     def _place_all(self) -> None:
-        """Of all steps, [steps, tokens]: positions, and where this rank keeps a token's keys, and in which row."""
-        size, place = self.pages.page_size, self._place
-        first_page = self._lengths // size
+        """Of all steps, [steps, tokens]: positions, and the rank that keeps a token's keys, and in which row."""
+        size, place = self.pages.page_size, self.place
+        first_page = self.lengths // size
         width = int((-(-np.array(self.limits) // size) - first_page).max())
         owners, slots = np.full((2, len(self.new), width), -1, np.int64)
         for one, held in enumerate(self._helds):  # the pages that new tokens come to lie in
@@ -145,9 +156,9 @@ class Steps:
             slots[one, : end - begin] = held.slot[begin:end]
             assert (held.slot[begin:end] >= 0).all(), "pages that are written are reserved"
         steps = np.arange(self.num_steps)[:, None]
-        self._positions = (self._lengths[place] + self._offset) + steps * self._new[place]
+        self._positions = (self.lengths[place] + self._offset) + steps * self.counts_of_new[place]
         page = self._positions // size - first_page[place]
-        self._is_mine = owners[place, page] == self.pages.rank
+        self._owners = owners[place, page]
         self._rows = slots[place, page] * size + self._positions % size
         self._q_positions = self.arena.table("q_positions")[: self.num_tokens, 0]
         self._kv_len = self.arena.table("kv_len")[: len(self.new), 0]
@@ -155,8 +166,10 @@ class Steps:
     def _begin_step(self) -> None:
         """Positions of this step's tokens, lengths with them, and the rows that this rank writes."""
         self.positions = self._positions[self.num_done]
-        mine = np.flatnonzero(self._is_mine[self.num_done])
-        self._written = mine, self._rows[self.num_done][mine]
+        self.owner, self.row = self._owners[self.num_done], self._rows[self.num_done]
+        mine = np.flatnonzero(self.owner == self.pages.rank)
+        self._written = mine, self.row[mine]
         self._brought = {}
-        self._q_positions[:], self._kv_len[:] = self.positions, self._lengths + self._new
+        self.made_for_step = {}
+        self._q_positions[:], self._kv_len[:] = self.positions, self.lengths + self.counts_of_new
         self.arena.renew(moving=self.num_done > 0)

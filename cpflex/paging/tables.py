@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -32,17 +33,24 @@ class Blocks:
     q_hi: np.ndarray
     limit: np.ndarray  # tokens of the sequence at the end of the plan
 
+    def at(self, chosen: np.ndarray) -> Blocks:
+        """Those at some indices."""
+        return Blocks(*(x[chosen] for x in (self.place, self.first, self.end, self.q_lo, self.q_hi, self.limit)))
 
-def blocks_of(starts: Sequence[int], new: Sequence[int], limits: Sequence[int]) -> Blocks:
+
+def blocks_of(
+    starts: Sequence[int], new: Sequence[int], limits: Sequence[int], bounds: Sequence[int] | None = None
+) -> Blocks:
     """
     Args:
         starts: tokens that each sequence keeps; ``new``: of each step; ``limits``: what it keeps in the end at most.
+        bounds: tokens, of all packed, at which a block must begin, too.
     """
     rows, token = [], 0
     for place, (start, count, limit) in enumerate(zip(starts, new, limits, strict=True)):
         last_step = start + ((limit - start) // count - 1) * count
-        for first in range(0, count, BLOCK):
-            end = min(first + BLOCK, count)
+        firsts = {*range(0, count, BLOCK), *(bound - token for bound in bounds or () if token < bound < token + count)}
+        for first, end in pairwise([*sorted(firsts), count]):
             rows.append((place, token + first, token + end, start + first, last_step + end - 1, limit))
         token += count
     return Blocks(*np.array(rows, np.int64).T)
@@ -136,6 +144,8 @@ class Tables(NamedTuple):
     """No page of this rank is read."""
     is_whole: bool
     """Each token has one partial, in its own row."""
+    tokens: np.ndarray | None = None
+    """Of all packed, those that the blocks are of; all if None."""
 
 
 def tables_of(kept: Kept, blocks: Blocks, rank: int, page_size: int, splits: int) -> Tables:

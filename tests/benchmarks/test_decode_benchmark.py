@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,29 @@ def test_the_record_holds_every_length_mask_and_way():
     assert len(record["rows"]) == 27
     assert {row["tokens"] for row in record["rows"]} == {4096, 16384, 65536}
     assert {row["received_bytes"] for row in record["rows"] if row["way"] == "pages"} == {PARTIALS}
+
+
+def test_the_record_of_what_travels_is_counted_anew(capsys: pytest.CaptureFixture[str]):
+    record = json.loads((BENCHMARKS / "results" / "decode_travel.json").read_text())
+    assert record["command"] == "python benchmarks/decode.py --travel"
+    benchmark = runpy.run_path(str(BENCHMARKS / "decode.py"))
+    benchmark["travel"].__globals__.update(TRAVEL_CHUNKS=(256, 2048), TRAVEL_KEPT=(0, 8192))
+    rows = benchmark["travel"]()
+    assert len(rows) == 8 and all(row in record["rows"] for row in rows)
+    assert "window 4096" in capsys.readouterr().out
+
+
+def test_the_documented_table_is_of_the_record():
+    rows = json.loads((BENCHMARKS / "results" / "decode_travel.json").read_text())["rows"]
+    said = (BENCHMARKS.parent / "docs" / "serving.md").read_text()
+    by_mask = {(row["mask"], row["chunk"], row["kept"]): row for row in rows if row["kept"] or row["chunk"] > 1}
+    for (mask, chunk, kept), row in by_mask.items():
+        if mask == "causal":
+            other = by_mask["window 4096", chunk, kept]
+            cells = [
+                f"{one[way] / 2**20:.1f}"
+                for one, way in ((row, "queries_bytes"), (row, "keys_bytes"), (other, "keys_bytes"))
+            ]
+            names = row["travel"], other["travel"]
+            line = f"| {chunk:,} | {kept:,} | {cells[0]} | {cells[1]} | {names[0]} | {cells[2]} | {names[1]} |"
+            assert line in said, line

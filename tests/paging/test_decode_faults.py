@@ -22,23 +22,28 @@ from faulty import die, leave, stall
 from patience import patience
 
 TIMEOUT = 5.0
-MOMENTS = ["before it meets the others", "between its two messages", "after a step"]
+MOMENTS = ["before it meets the others", "between its two messages", "after a step", "while keys travel"]
+EVERYONE, QUERIES, KEYS = (cpflex.everyone, None), (cpflex.by_sequence, cpflex.queries), (cpflex.by_token, cpflex.keys)
 FAULTS = [
-    (die, MOMENTS[0], 4, cpflex.everyone),
-    (die, MOMENTS[1], 2, cpflex.by_sequence),
-    (stall, MOMENTS[0], 2, cpflex.everyone),
+    (die, MOMENTS[0], 4, EVERYONE),
+    (die, MOMENTS[1], 2, QUERIES),
+    (stall, MOMENTS[0], 2, EVERYONE),
+    (die, MOMENTS[3], 2, KEYS),
 ]
 MORE = [
-    (action, moment, 4, rows)
-    for action in (die, leave, stall)
-    for moment in MOMENTS
-    for rows in (cpflex.everyone, cpflex.by_sequence)
+    *(
+        (action, moment, 4, form)
+        for action in (die, leave, stall)
+        for moment in MOMENTS[:3]
+        for form in (EVERYONE, QUERIES)
+    ),
+    *((action, moment, 4, KEYS) for action in (die, leave, stall) for moment in MOMENTS[2:]),
 ]
 
 
 def decode_until(rank: int, world_size: int, folder: str, fault: Any, connection: Connection) -> None:
     """Six steps of two sequences; the culprit's fault comes in the third. What the others say is sent home."""
-    action, moment, rows, culprit, timeout = fault
+    action, moment, (rows, travel), culprit, timeout = fault
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -51,11 +56,13 @@ def decode_until(rank: int, world_size: int, folder: str, fault: Any, connection
     pool = pages.pool(2, 8)
     for seq in range(world_size):
         pages.reserve(seq, 20)
-    plan = cpflex.make_decode_plan(cpflex.causal(), pages, dict.fromkeys(range(world_size), 1), rows=rows)
+    plan = cpflex.make_decode_plan(
+        cpflex.causal(), pages, dict.fromkeys(range(world_size), 1), rows=rows, travel=travel
+    )
     try:
         for step in range(6):
             if step == 2 and rank == culprit:
-                arm(pages.links, moment, rows, action, connection)
+                arm(pages.links, moment, (rows, travel), action, connection)
             x = torch.randn(1, 2, plan.num_tokens, 8)
             pool.assign(x, x, plan)
             cpflex.flex_attention(x, pool.k, pool.v, block_mask=plan)
@@ -66,10 +73,10 @@ def decode_until(rank: int, world_size: int, folder: str, fault: Any, connection
     connection.send(("", time.monotonic()))
 
 
-def arm(links: Any, moment: str, rows: Any, action: Callable[[], None], connection: Connection) -> None:
-    """Let it happen at a call of `exchange`: one a step of `everyone`, else two."""
-    one_step = 1 if rows is cpflex.everyone else 2
-    exchange, last = links.exchange, {MOMENTS[0]: 1, MOMENTS[1]: 2, MOMENTS[2]: one_step + 1}[moment]
+def arm(links: Any, moment: str, form: Any, action: Callable[[], None], connection: Connection) -> None:
+    """Let it happen at a call of `exchange`: one a step of `everyone`, else headers, rows, and partials of queries."""
+    one_step = {EVERYONE: 1, QUERIES: 3, KEYS: 2}[form]
+    exchange, last = links.exchange, dict(zip(MOMENTS, (1, 3, one_step + 1, 2), strict=True))[moment]
     calls = iter(range(1, 100))
 
     def armed(*arguments):
@@ -82,7 +89,7 @@ def arm(links: Any, moment: str, rows: Any, action: Callable[[], None], connecti
 
 
 def endings(
-    action: Callable[[], None], moment: str, world_size: int, rows: Any, timeout: float
+    action: Callable[[], None], moment: str, world_size: int, form: Any, timeout: float
 ) -> list[tuple[str, float]]:
     """(error, seconds since the fault) of every rank; empty of the culprit."""
     culprit = world_size // 2
@@ -90,7 +97,7 @@ def endings(
     context.set_forkserver_preload(["torch", "torch.distributed", "cpflex", "pytest"])
     with tempfile.TemporaryDirectory(prefix="cpflex-decode-") as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
-        fault = action, moment, rows, culprit, timeout
+        fault = action, moment, form, culprit, timeout
         processes = [
             context.Process(target=decode_until, args=(rank, world_size, folder, fault, pipes[rank][1]))
             for rank in range(world_size)
@@ -116,15 +123,19 @@ def endings(
                 process.join()
 
 
+def name_of(x: Any) -> str:
+    return getattr(x, "__name__", str(x)).replace(" ", "_")
+
+
 @pytest.mark.by_day(3)
 @pytest.mark.parametrize(
-    ("action", "moment", "world_size", "rows"),
+    ("action", "moment", "world_size", "form"),
     [*FAULTS, *(pytest.param(*fault, marks=pytest.mark.slow) for fault in MORE)],
-    ids=lambda x: getattr(x, "__name__", str(x)).replace(" ", "_"),
+    ids=lambda x: "_".join(map(name_of, x)) if isinstance(x, tuple) else name_of(x),
 )
-def test_every_other_rank_ends_with_an_error_that_says_where(action, moment: str, world_size: int, rows: Any):
+def test_every_other_rank_ends_with_an_error_that_says_where(action, moment: str, world_size: int, form: Any):
     timeout, culprit = patience(TIMEOUT), world_size // 2
-    found = endings(action, moment, world_size, rows, timeout)
+    found = endings(action, moment, world_size, form, timeout)
     where = re.compile(
         r"ConnectionError: group rank \d, attention \d of a decode plan, in its step \d: the message (to|from) group rank \d"
     )

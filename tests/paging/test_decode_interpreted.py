@@ -20,14 +20,17 @@ def run() -> Iterator[Callable[..., Any]]:
 
 @pytest.mark.by_day(4)
 @pytest.mark.parametrize(
-    ("mask", "score", "rows"),
+    ("mask", "score", "rows", "travel"),
     [
-        ("window", "alibi", cpflex.everyone),
-        ("by head", "softcap", cpflex.by_head),
-        ("by sequence", "by sequence", cpflex.by_sequence),
-        ("nothing before 20", "biases", cpflex.everyone),
+        ("window", "alibi", cpflex.everyone, None),
+        ("by head", "softcap", cpflex.by_head, None),
+        ("by sequence", "by sequence", cpflex.by_sequence, cpflex.queries),
+        ("nothing before 20", "biases", cpflex.everyone, None),
+        ("sinks and window", "softcap", cpflex.by_token, cpflex.keys),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )
-def test_fused_kernels_decode_over_ranks_as_plain_torch_does(run: Callable[..., Any], mask: str, score: str, rows: Any):
-    run(decode_interpreted.check, mask, score, rows)
+def test_fused_kernels_decode_over_ranks_as_plain_torch_does(
+    run: Callable[..., Any], mask: str, score: str, rows: Any, travel: Any
+):
+    run(decode_interpreted.check, mask, score, rows, travel)

@@ -25,14 +25,15 @@ def serve(group: Any, mask: str, score: str, rows: Any, splits: int | None = Non
     service = Service(group, dtype=dtype, seed=5)
     for seq in "abc":
         service.reserve(seq, 60)
-    plan = None
+    plan, travel = None, cpflex.queries if rows in (cpflex.by_sequence, cpflex.by_token) else None
     for new in ({"a": 23, "b": 1, "c": 3}, {"a": 6, "b": 1, "c": 3}, *[{"b": 2, "a": 1}] * 3):
         if plan is None or not plan.fits(new):
-            plan = cpflex.make_decode_plan(traced, service.pages, new, 4, rows, plan, splits=splits)
+            plan = cpflex.make_decode_plan(traced, service.pages, new, 4, rows, plan, splits=splits, travel=travel)
         service.step(plan, MASKS[mask], SCORES[score])
     service.fork("a", "d")
     service.reserve("d", 9)
-    plan = cpflex.make_decode_plan(traced, service.pages, dict.fromkeys("dcab", 1), 9, rows, splits=splits)
+    new = dict.fromkeys("dcab", 1)
+    plan = cpflex.make_decode_plan(traced, service.pages, new, 9, rows, splits=splits, travel=travel)
     outs = [service.step(plan, MASKS[mask], SCORES[score])[0] for _ in range(9)]
     assert plan.why_over == "its 9 steps are done"
     return outs

@@ -114,6 +114,13 @@ def taken_over(made: Made) -> None:
     cpflex.make_decode_plan(made["mask"], made["pages"], made["new"], into=made["plan"])
 
 
+def one_of_two(made: Made) -> None:
+    pages = cpflex.Pages(32, 4, rank=0, world_size=2)
+    for seq in made["new"]:
+        pages.reserve(seq, 9)
+    cpflex.make_decode_plan(made["mask"], pages, made["new"], rows=cpflex.by_token, travel=lambda costs: [True])
+
+
 def over(made: Made) -> None:
     replan(horizon=2)(made)
     while made["plan"].fits(made["new"]):
@@ -165,6 +172,12 @@ WITHOUT_A_STEP: dict[str, tuple[Callable[[Made], Any], type[Exception], str]] = 
     "no sequence": (lambda made: cpflex.make_decode_plan(made["mask"], made["pages"], {}), ValueError, "at least one sequence"),
     "no horizon": (replan(horizon=0), ValueError, "horizon must be an integer of at least 1; got 0"),
     "no strategy": (replan(rows="everyone"), TypeError, "rows must be a function such as cpflex.everyone; got 'everyone'"),
+    "nothing that travels": (replan(rows=cpflex.by_token, travel="keys"), TypeError, "travel must be cpflex.queries, cpflex.keys, a function like them or None; got 'keys'"),
+    "keys that travel to everyone": (replan(travel=cpflex.keys), ValueError, "rows=cpflex.by_token or cpflex.by_sequence; got rows=everyone"),
+    "queries that travel, by head": (replan(rows=cpflex.by_head, travel=cpflex.queries), ValueError, "rows=cpflex.by_token or cpflex.by_sequence; got rows=by_head"),
+    "a choice for fewer sequences": (one_of_two, ValueError, r"travel must give a bool for each of 2 sequences; got \[True\]"),
+    "heads that are numbers": (replan(rows=cpflex.by_token, heads=32), TypeError, "heads must be a cpflex.Heads; got int"),
+    "a topology by its name": (replan(rows=cpflex.by_token, topology="h100-ib"), TypeError, "topology must be a cpflex.Topology; got str"),
     "a mask table shorter than the plan": (replan(mask=lambda b, h, q, k: SHORT[k] == SHORT[q]), ValueError, "captured tensor of 20 elements with a position, and the plan reaches 40"),
     "a mask table of fewer sequences": (replan(mask=lambda b, h, q, k: k > torch.tensor([3])[b]), ValueError, "1 elements with b; the number of sequences is 2"),
     "a mask by head and no number": (replan(mask=lambda b, h, q, k: k > q - h), ValueError, "depends on h; pass num_heads="),
@@ -314,18 +327,15 @@ def test_a_mistake_of_one_process_is_raised_on_all(name: str, processes: RankPro
 # -- queries and results that travel
 
 
-def served(group: dist.ProcessGroup, rows: Any) -> list[torch.Tensor]:
+def served(group: dist.ProcessGroup, rows: Any, travel: Any = None) -> list[torch.Tensor]:
     """Three steps, of which this rank brings its rows and gets their results."""
     import serving
 
-    service = serving.Service(group, seed=1)
+    service, mask, options = serving.Service(group, seed=1), serving.MASKS["window"], {"rows": rows, "travel": travel}
     for seq in "abc":
         service.reserve(seq, 30)
-    service.step(
-        cpflex.make_decode_plan(serving.MASKS["window"], service.pages, {"a": 9, "c": 5}, rows=rows),
-        serving.MASKS["window"],
-    )
-    plan = cpflex.make_decode_plan(serving.MASKS["window"], service.pages, {"c": 1, "b": 2, "a": 1}, rows=rows)
+    service.step(cpflex.make_decode_plan(mask, service.pages, {"a": 9, "c": 5}, **options), mask)
+    plan = cpflex.make_decode_plan(mask, service.pages, {"c": 1, "b": 2, "a": 1}, **options)
     return [service.step(plan, serving.MASKS["window"], softcap)[0] for _ in range(2)]
 
 
@@ -361,11 +371,18 @@ def test_heads_that_ranks_cannot_share_are_refused():
 # -- headers inside messages, as on devices
 
 
-@pytest.mark.parametrize("rows", [cpflex.everyone, cpflex.by_sequence, cpflex.by_token, cpflex.by_head])
-def test_headers_inside_of_messages_change_no_result(rows: Any, monkeypatch: pytest.MonkeyPatch):
-    ahead = run_ranks(lambda group: served(group, rows), 2)
+FORMS = [
+    (cpflex.everyone, None),
+    (cpflex.by_head, None),
+    *((rows, travel) for rows in (cpflex.by_sequence, cpflex.by_token) for travel in (cpflex.queries, cpflex.keys)),
+]
+
+
+@pytest.mark.parametrize(("rows", "travel"), FORMS)
+def test_headers_inside_of_messages_change_no_result(rows: Any, travel: Any, monkeypatch: pytest.MonkeyPatch):
+    ahead = run_ranks(lambda group: served(group, rows, travel), 2)
     monkeypatch.setattr("cpflex.paging.together.compares_on", lambda device: True)
-    inside = run_ranks(lambda group: served(group, rows), 2)
+    inside = run_ranks(lambda group: served(group, rows, travel), 2)
     assert all(torch.equal(x, y) for a, b in zip(ahead, inside, strict=True) for x, y in zip(a, b, strict=True))
 
 

@@ -356,6 +356,7 @@ def decode_step(
     head_dim: int = 64,
     rows: Any = cpflex.everyone,
     num_sequences: int = 2,
+    **how: Any,
 ) -> list[Tensor]:
     """Two steps of one token of each sequence; ``heads`` on all ranks."""
     pages = cpflex.Pages(16, 64) if group is None else cpflex.Pages(16, 64, group)
@@ -364,7 +365,7 @@ def decode_step(
         pages.reserve(seq, 300)
         pages.fill(seq, 200)
     mask = cpflex.mask_mod(cpflex.causal() & cpflex.sliding_window(100))
-    plan = cpflex.make_decode_plan(mask, pages, dict.fromkeys(range(num_sequences), 1), rows=rows)
+    plan = cpflex.make_decode_plan(mask, pages, dict.fromkeys(range(num_sequences), 1), rows=rows, **how)
     sizes = heads // pages.world_size if plan.steps.rows.by_head else heads, kv_heads, kv_heads
     q, k, v = (torch.zeros(1, h, plan.num_tokens, head_dim, dtype=torch.bfloat16, device="cuda") for h in sizes)
     for _ in range(2):
@@ -375,7 +376,7 @@ def decode_step(
     return []
 
 
-def check_pages_are_prepared(heads: int, kv_heads: int, rows: Any, num_sequences: int) -> None:
+def check_pages_are_prepared(heads: int, kv_heads: int, rows: Any, num_sequences: int, travel: Any = None) -> None:
     """All that two ranks launch was compiled before the first of them sends anything: no message waits for a compiler."""
     from cpflex.kernels import ahead
     from cpflex.testing import ThreadLinks, run_ranks
@@ -392,7 +393,8 @@ def check_pages_are_prepared(heads: int, kv_heads: int, rows: Any, num_sequences
         mock.patch.object(ThreadLinks, "exchange", exchanged),
         mock.patch.object(ahead, "attend_pages", wraps=ahead.attend_pages) as compiled,
     ):
-        run_ranks(lambda group: decode_step(group, heads, kv_heads, rows=rows, num_sequences=num_sequences), 2)
+        how = {"rows": rows, "num_sequences": num_sequences, "travel": travel}
+        run_ranks(lambda group: decode_step(group, heads, kv_heads, **how), 2)
         assert {launch.name for launch in events.launches} == {"decode_kernel", "combine_kernel"}
         assert events.variants == prepared[0], f"{prepared[0]}, then {events.variants}"
         assert all(call.args[0].shape[1] == heads for call in compiled.call_args_list), "what the kernel gets"

@@ -80,6 +80,11 @@ def test_kernels_of_pages_are_compiled_before_the_first_message(
     run(checks.check_pages_are_prepared, *heads, rows, num_sequences)
 
 
+@pytest.mark.parametrize("travel", [cpflex.queries, cpflex.keys])
+def test_what_travels_meets_kernels_that_were_compiled_before(run: Run, travel: Any):
+    run(checks.check_pages_are_prepared, 4, 2, cpflex.by_token, 2, travel)
+
+
 def test_a_step_of_decoding_waits_for_nothing(run: Run):
     run(checks.check_a_step_copies_nothing_but_its_tables)
 
