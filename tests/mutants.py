@@ -235,7 +235,7 @@ PAGES = [
     Mutant("pages: a fused walk ignores the length", "kernels/decode.py", "tl.minimum(tl.load(runs_ptr + 3 * run + 1), kv_len - shift)", "tl.load(runs_ptr + 3 * run + 1)", "kernels/test_decode_kernels.py -k edges"),
 ]  # fmt: skip
 PAGING = [
-    Mutant("paging: keys kept by the next rank", "paging/steps.py", "owners[place, page] == self.pages.rank", "owners[place, page] == (self.pages.rank + 1) % self.pages.world_size", "paging/test_decode_laws.py -k tree"),
+    Mutant("paging: keys kept by the next rank", "paging/steps.py", "np.flatnonzero(self.owner == self.pages.rank)", "np.flatnonzero(self.owner == (self.pages.rank + 1) % self.pages.world_size)", "paging/test_decode_laws.py -k tree"),
     Mutant("paging: a horizon one step short", "paging/tables.py", "(limit - start) // count - 1)", "(limit - start) // count - 2)", "paging/test_decode_laws.py -k walked"),
     Mutant("paging: pages are read that no step sees", "paging/tables.py", "page[mixed] * page_size, page_size) != EMPTY", "page[mixed] * page_size, page_size) != EMPTY - 1", "paging/test_decode_laws.py -k horizon_sees"),
     Mutant("paging: places in the pool taken for positions", "paging/tables.py", "page[begins] * page_size], axis=1)", "slot[begins] * page_size], axis=1)", "paging/test_decode_laws.py -k permutation"),

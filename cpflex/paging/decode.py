@@ -27,7 +27,7 @@ from cpflex.kernels import (
     require_support,
 )
 from cpflex.paging.decode_plan import DecodePlan
-from cpflex.paging.divided import attend_divided
+from cpflex.paging.divided import attend_divided, longest_first
 from cpflex.paging.gathered import gathered, num_bytes
 from cpflex.paging.pool import PagePool
 from cpflex.paging.reading import read
@@ -56,7 +56,7 @@ def decode(
     if steps.rows.is_everyone:
         return _to_everyone(q, pool, plan, call, facts)
     if not steps.rows.by_head:
-        meeting = Meeting(steps, facts, q.device, HEADER_BYTES)
+        meeting = Meeting(steps, facts, q.device, longest_first(q, pool, plan))
         return _as_asked(attend_divided(q, pool, plan, call, meeting))
     meeting = Meeting(steps, facts, q.device, num_bytes(q, pool, plan))
     mine = torch.empty(steps.num_tokens, num_heads * (pool.v.shape[3] + 1), dtype=torch.float32, device=q.device)
@@ -79,7 +79,7 @@ def _to_everyone(
     memory = torch.empty(pages.world_size, message, dtype=torch.float32, device=q.device)
     mine = memory[pages.rank]
     read(q, pool.k, pool.v, plan, call, partials_of(mine[room:].view(num_tokens, row), num_heads))
-    meeting.exchange_first(mine, list(memory))
+    meeting.exchange_first([mine] * len(memory), list(memory))
     unit = math.gcd(room, row)  # of where rows begin
     rows = memory.as_strided(((memory.numel() - row) // unit + 1, row), (unit, 1))
     parts = _rows(plan, num_tokens, row // unit, message // unit, q, first=room // unit)

@@ -9,8 +9,10 @@ out, lse      = combine(all), in the order of ranks; or what was kept, then what
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,28 +77,29 @@ def _first_exchange(
     """q [1, Hq, C, D] of the tokens that this rank computes; new keys and fetched ones are where they belong then."""
     rank, (_, num_heads, _, dim) = plan.pages.rank, q.shape
     (kv_heads, v_dim), new = (pool.k.shape[1], pool.v.shape[3]), pool.pending or (pool.k[:, :, :0], pool.v[:, :, :0])
-    sent, received = [], []
+    header, sent = q.new_empty(HEADER_BYTES // q.element_size()), []
     for peer, (of_queries, of_new, of_old) in enumerate(zip(parcels.queries, parcels.new, parcels.old[0], strict=True)):
+        if peer == rank:
+            sent.append(header)
+            continue
         rows = [
             torch.cat([x[0].index_select(1, of_new), kept[0].index_select(1, of_old)], dim=1)
             for x, kept in zip(new, (pool.k, pool.v), strict=True)
         ]
-        parts = [q[0].index_select(1, of_queries), *rows]
-        sent.append(torch.cat([x.flatten() for x in parts]) if peer != rank else q.new_empty(0))
-        count = parcels.num_new[peer] + len(parcels.fetched[0][peer])
-        size = parcels.num_queries[peer] * num_heads * dim + count * kv_heads * (dim + v_dim)
-        received.append(q.new_empty(size if peer != rank else 0))
-    headers = torch.empty(len(sent), HEADER_BYTES, dtype=torch.uint8, device=q.device)
-    meeting.exchange_first(headers[rank], list(headers))
-    meeting.exchange(sent, received)
+        parts = [header, q[0].index_select(1, of_queries), *rows]
+        sent.append(torch.cat([x.flatten() for x in parts]))
+    lengths = _first_bytes(q, pool, plan)[:, rank] // q.element_size()
+    received = [header if peer == rank else q.new_empty(length) for peer, length in enumerate(lengths.tolist())]
+    meeting.exchange_first(sent, received, functools.partial(_first_sizes, q, pool, plan))
     queries, fresh = [], []
-    for peer, message in enumerate(received):
+    for peer, whole in enumerate(received):
+        message = whole[len(header) :]
         if peer == rank:
             is_whole = len(parcels.queries[rank]) == q.shape[2]
             queries.append(q if is_whole else q.index_select(2, parcels.queries[rank]))
             fresh.append([x[0].index_select(1, parcels.new[rank]) for x in new])
             continue
-        begin, count = parcels.num_queries[peer] * num_heads * dim, parcels.num_new[peer]
+        begin, count = int(parcels.first_queries[peer, rank]) * num_heads * dim, parcels.num_new[peer]
         queries.append(message[:begin].view(1, num_heads, -1, dim))
         k, v = _keys_of(message[begin:], kv_heads, dim, v_dim)
         fresh.append([k[:, :count], v[:, :count]])
@@ -107,6 +110,31 @@ def _first_exchange(
         _put(fetched, [x.index_select(1, parcels.met) for x in (k, v)], parcels.met_rows)
     is_alone = all(x.shape[2] == 0 for peer, x in enumerate(queries) if peer != rank)
     return queries[rank] if is_alone else torch.cat(queries, dim=2)
+
+
+def longest_first(q: Tensor, pool: PagePool, plan: DecodePlan) -> int:
+    """Bytes, at most, of the first messages of all ranks in all steps of the plan, with their headers."""
+    shape = q.shape[1], pool.k.shape[1], pool.k.shape[3], pool.v.shape[3], pool.pending is None
+    kind, made = ("longest first", plan.one_kind, *shape), plan.steps.made
+    if kind not in made:
+        queries, keys = plan.traffic.most_first(plan.pages.page_size, new_ones_travel=pool.pending is not None)
+        row = pool.k.shape[1] * (pool.k.shape[3] + pool.v.shape[3])
+        whole = queries * q.shape[1] * q.shape[3] + keys * row
+        made[kind] = HEADER_BYTES + int(whole.max()) * q.element_size()
+    return made[kind]
+
+
+def _first_bytes(q: Tensor, pool: PagePool, plan: DecodePlan) -> np.ndarray:
+    """Of the first messages of this step, with their headers: from each rank to each, int64 [P, P]."""
+    parcels = plan.parcels(q.device, new_ones_travel=pool.pending is not None)
+    row = pool.k.shape[1] * (pool.k.shape[3] + pool.v.shape[3])
+    whole = parcels.first_queries * q.shape[1] * q.shape[3] + parcels.first_keys * row
+    return HEADER_BYTES + whole * q.element_size()
+
+
+def _first_sizes(q: Tensor, pool: PagePool, plan: DecodePlan) -> tuple[list[int], list[int]]:
+    between, rank = _first_bytes(q, pool, plan), plan.pages.rank
+    return between[rank].tolist(), between[:, rank].tolist()
 
 
 def _fetch(wave: int, pool: PagePool, fetched: Fetched, parcels: Parcels, meeting: Meeting) -> None:

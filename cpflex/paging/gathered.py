@@ -24,7 +24,7 @@ def gathered(
     shapes = _shapes(q, pool, plan)
     sizes = [HEADER_BYTES + sum(_num_bytes(shape, q) for shape in each) for each in shapes]
     arrived = [message if r == rank else message.new_empty(size) for r, size in enumerate(sizes)]
-    meeting.exchange_first(message, arrived)
+    meeting.exchange_first([message] * len(arrived), arrived)
     whole = []
     for place in range(len(mine)):
         parts = []

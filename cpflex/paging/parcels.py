@@ -23,12 +23,14 @@ class Parcels:
 
     queries: Rows
     """To each rank: of this rank's tokens. To itself: those that meet its own pages."""
-    num_queries: list[int]
-    """From each rank."""
     new: Rows
     """New keys to each rank: of this rank's tokens. To itself: those that it keeps or fetches."""
     num_new: list[int]
     """From each rank."""
+    first_queries: np.ndarray
+    """In the first message from each rank to each: queries, int64 [P, P],"""
+    first_keys: np.ndarray
+    """and rows of keys, new ones and those of the first wave."""
     kept: Tensor
     """Of all new keys that it has then, in the order of tokens: those that it owns,"""
     kept_rows: Tensor
@@ -129,23 +131,35 @@ def parcels_of(traffic: Traffic, steps: Steps, device: torch.device, *, new_ones
     arrays = [_between(traffic.computed[r], first, end) - first for r in ranks]
     arrays += [_between(wanted[r], first, end) - first for r in ranks]
     arrays += [kept, steps.row[mine[kept]], fresh, there[fresh] * page_size + steps.positions[mine[fresh]] % page_size]
-    for wave, lists in enumerate(traffic.fetched):
-        filled = steps.lengths if new_ones_travel and wave == 0 else steps.lengths + steps.counts_of_new
-        counts = pages.rows_below(filled, page_size)
+    rows = [  # of each page, by wave
+        pages.rows_below(steps.lengths + (0 if new_ones_travel and wave == 0 else steps.counts_of_new), page_size)
+        for wave in range(len(traffic.fetched))
+    ]
+    for counts, lists in zip(rows, traffic.fetched, strict=True):
         for r in ranks:
             own = lists[r][pages.owner[lists[r]] == rank] if r != rank else lists[r][:0]
             arrays.append(_rows(pages.slot[own] * page_size, counts[own]))
         for r in ranks:
             at = np.flatnonzero(pages.owner[lists[rank]] == r)
             arrays.append(_rows(at * page_size, counts[lists[rank][at]]))
+    home = np.searchsorted(traffic.bounds, np.arange(steps.num_tokens), side="right") - 1
+    queries, new, old = (  # in the first message from each rank to each
+        np.stack([np.bincount(by, how_many, len(ranks)) for by, how_many in lists], axis=1).astype(np.int64)
+        for lists in (
+            [(home[tokens], None) for tokens in traffic.computed],
+            [(home[tokens], None) for tokens in wanted],
+            [(pages.owner[fetched], rows[0][fetched]) for fetched in traffic.fetched[0]],
+        )
+    )
     found, size = _brought(arrays, device), len(ranks)
     kept_at, kept_rows, met_at, met_rows, *rest = found[2 * size :]
     by_wave = [rest[begin : begin + size] for begin in range(0, len(rest), size)]
     return Parcels(
         queries=found[:size],
-        num_queries=[len(_between(traffic.computed[rank], *traffic.bounds[r : r + 2])) for r in ranks],
         new=found[size : 2 * size],
-        num_new=[len(_between(mine, *traffic.bounds[r : r + 2])) for r in ranks],
+        num_new=new[:, rank].tolist(),
+        first_queries=queries * ~np.eye(len(ranks), dtype=bool),
+        first_keys=(new + old) * ~np.eye(len(ranks), dtype=bool),
         kept=kept_at,
         kept_rows=kept_rows,
         met=met_at,

@@ -14,6 +14,7 @@ message itself, and the device stops if one differs; there, ranks meet before th
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ HEADER = 4
 """Numbers, int64: of the kind of call, or of a refusal, below 0; attentions and steps before it; of its tokens."""
 
 HEADER_BYTES = 8 * HEADER
+
+SizesFn = Callable[[], tuple[list[int], list[int]]]
+"""Bytes of what a rank sends and receives, by rank."""
 
 LONGEST_OPENING = 1 << 16
 """Bytes: what is longer travels on its own."""
@@ -60,27 +64,32 @@ class Meeting:
         self._begun = None if self.on_device or self.has_room else _begun(self.header, links)
         steps.num_calls += 1
 
-    def exchange_first(self, mine: Tensor, received: list[Tensor]) -> None:
-        """Send ``mine`` to every other rank and receive theirs. Their headers are equal to its own when it returns; a
-        device stops where one is not.
+    def exchange_first(self, sent: list[Tensor], received: list[Tensor], sizes: SizesFn | None = None) -> None:
+        """`swap`, of messages that begin with a header. All headers are equal when it returns; a device stops where one
+        is not.
 
         Args:
-            mine: contiguous; its first `HEADER_BYTES` bytes are the header's.
-            received: contiguous, by rank; that of this one is ``mine``, or has the same bytes.
+            sent, received: contiguous, by rank; the first `HEADER_BYTES` bytes of each are the header's. Those of this
+                rank are the same, or have the same bytes.
+            sizes: of them in a step, if they change from step to step.
 
         Raises:
             RankMismatch: headers differ; on every rank, naming what and who.
             ConnectionError: a rank is gone, or elsewhere; naming it.
         """
-        mine, received = (mine.view(-1).view(torch.uint8), [x.view(-1).view(torch.uint8) for x in received])
-        mine[:HEADER_BYTES] = self.header.view(torch.uint8).to(mine.device)
+        once = {id(x): x.view(-1).view(torch.uint8) for x in sent}
+        for message in once.values():
+            message[:HEADER_BYTES] = self.header.view(torch.uint8).to(message.device)
+        sent, received = [once[id(x)] for x in sent], [x.view(-1).view(torch.uint8) for x in received]
         if self.on_device:
-            self._exchange_on_device(mine, received)
+            lengths = list(map(len, sent)), list(map(len, received))
+            self.steps.first_messages = sizes or (lambda: lengths)
+            self._exchange_on_device(sent, received)
         elif self.has_room:
-            self._exchange_openings(mine, received)
+            self._exchange_openings(sent, received)
         else:
             self._settle()
-            self.exchange([mine[HEADER_BYTES:]] * len(received), [x[HEADER_BYTES:] for x in received])
+            self.exchange(*([x[HEADER_BYTES:] for x in each] for each in (sent, received)))
 
     def exchange(self, sent: list[Tensor], received: list[Tensor]) -> None:
         """`swap`, of what comes later."""
@@ -89,23 +98,22 @@ class Meeting:
         except (ConnectionError, TimeoutError) as error:
             raise self._placed(error) from error
 
-    def _exchange_on_device(self, mine: Tensor, received: list[Tensor]) -> None:
-        self.steps.first_messages = [len(mine)] * len(received), [len(x) for x in received]
-        self.exchange([mine] * len(received), received)
-        same = [(x[:HEADER_BYTES] == mine[:HEADER_BYTES]).all() for i, x in enumerate(received) if i != self.links.rank]
+    def _exchange_on_device(self, sent: list[Tensor], received: list[Tensor]) -> None:
+        self.exchange(sent, received)
+        mine = sent[self.links.rank][:HEADER_BYTES]
+        same = [(x[:HEADER_BYTES] == mine).all() for i, x in enumerate(received) if i != self.links.rank]
         torch._assert_async(  # type: ignore[attr-defined]
             torch.stack(same).all(), "the ranks of a decode step do different things"
         )
 
-    def _exchange_openings(self, mine: Tensor, received: list[Tensor]) -> None:
-        length, whole = opening_bytes(self.links), received
-        if any(len(x) != length for x in received):
-            whole = list(torch.zeros(len(received), length, dtype=torch.uint8))
-            whole[self.links.rank][: len(mine)] = mine
-        self.exchange([whole[self.links.rank]] * len(whole), whole)
+    def _exchange_openings(self, sent: list[Tensor], received: list[Tensor]) -> None:
+        length = opening_bytes(self.links)
+        whole = [x if len(x) == length else x.new_zeros(length) for x in received]
+        self.exchange([_padded(x, length) for x in sent], whole)
+        whole[self.links.rank] = sent[self.links.rank]
         self._compare(torch.stack([x[:HEADER_BYTES] for x in whole]))
-        if whole is not received:
-            for x, opening in zip(received, whole, strict=True):
+        for x, opening in zip(received, whole, strict=True):
+            if x is not opening:
                 x.copy_(opening[: len(x)])
 
     def _settle(self) -> None:
@@ -137,6 +145,10 @@ class Meeting:
         )
 
 
+def _padded(message: Tensor, length: int) -> Tensor:
+    return message if len(message) == length else torch.cat([message, message.new_zeros(length - len(message))])
+
+
 def compares_on(device: torch.device) -> bool:
     """Whether the device compares headers, rather than hosts."""
     return device.type == "cuda"
@@ -163,7 +175,7 @@ def refuse(steps: Steps, error: Exception) -> None:
     if devices:
         sent, received = (
             [torch.zeros(size, dtype=torch.uint8, device=devices[0]) for size in sizes]
-            for sizes in steps.first_messages
+            for sizes in steps.first_messages()
         )
         for message in sent:
             message[:HEADER_BYTES] = header.view(torch.uint8).to(devices[0])

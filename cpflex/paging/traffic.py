@@ -153,6 +153,15 @@ class Traffic:
         """To each other rank, at most, in a layer."""
         return len(self.fetched) + self.returns
 
+    def most_first(self, page_size: int, *, new_ones_travel: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Queries, and rows of keys at most, in the first message from each rank to each in any step, int64 [P, P]."""
+        ranks, tokens = np.arange(len(self.bounds) - 1), np.diff(self.bounds)
+        queries = np.stack([np.diff(np.searchsorted(one, self.bounds)) for one in self.computed], axis=1)
+        pages = [np.bincount(self.pages.owner[fetched], minlength=len(ranks)) for fetched in self.fetched[0]]
+        keys = np.stack(pages, axis=1) * page_size + (tokens[:, None] if new_ones_travel else 0)
+        is_other = ranks[:, None] != ranks
+        return queries * is_other, keys * is_other
+
     def own(self, rank: int) -> np.ndarray:
         """The tokens that a rank has."""
         return np.arange(self.bounds[rank], self.bounds[rank + 1])
