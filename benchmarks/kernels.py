@@ -155,14 +155,17 @@ def cpflex_call(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
     return with_autograd(attend, leaves, grad_out)
 
 
-def cpflex_kernel(row: Row, leaves: list[Tensor], grad_out: Tensor, backend: str = "triton") -> Peer:
+def cpflex_kernel(
+    row: Row, leaves: list[Tensor], grad_out: Tensor, backend: str = "triton", deterministic: bool = True
+) -> Peer:
     from cpflex.kernels import Call, attend_and_finish, attend_backward, begin_backward
     from cpflex.ring.handles import resolve
 
     mask, (step,), _ = resolve(cpflex.make_plan(mask_mod_of(row), row.seq_len).handle).on(grad_out.device)
     score_mod = score_mod_of(row)
     mod = None if score_mod is None else cpflex.score_mod(score_mod).mod
-    call = Call(mask, 1 / math.sqrt(row.head_dim), mod and mod.graph, mod.captured if mod else (), backend=backend)
+    options = {"backend": backend, "deterministic": deterministic}
+    call = Call(mask, 1 / math.sqrt(row.head_dim), mod and mod.graph, mod.captured if mod else (), **options)
     q, k, v = (x.detach() for x in leaves)
     kept: dict[str, Tensor] = {"dq": torch.zeros_like(q)}
 
@@ -190,6 +193,16 @@ def hopper_kernel(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer | No
     if tuning.gluon_row("forward", grad_out.device, *dims, grad_out.dtype) is None:
         return None
     return cpflex_kernel(row, leaves, grad_out, "gluon")
+
+
+def hopper_in_one_pass(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer | None:
+    """Whose backward makes dq in the pass of dk and dv."""
+    from cpflex.kernels import tuning
+
+    dims = leaves[0].shape[3], leaves[2].shape[3]
+    if tuning.gluon_row("onepass", grad_out.device, *dims, grad_out.dtype) is None:
+        return None
+    return cpflex_kernel(row, leaves, grad_out, "gluon", deterministic=False)
 
 
 def flex(row: Row, leaves: list[Tensor], grad_out: Tensor) -> Peer:
@@ -228,6 +241,7 @@ def sdpa(backend: str) -> Callable[[Row, list[Tensor], Tensor], Peer | None]:
 PEERS: dict[str, Callable[[Row, list[Tensor], Tensor], Peer | None]] = {
     "kernel": cpflex_kernel,
     "hopper": hopper_kernel,
+    "hopper_onepass": hopper_in_one_pass,
     "call": cpflex_call,
     "flex": flex,
     "cudnn": sdpa("CUDNN_ATTENTION"),

@@ -72,6 +72,7 @@ def proven(case: Any, day: Day) -> dict[str, Any]:
     found = {
         "one rank": tests.attend(case, tensors, options=GLUON),
         "again": tests.attend(case, tensors, options=GLUON),
+        "one pass": tests.attend(case, tensors, options=GLUON | {"deterministic": False}),
     }
     if case.score == "none" and 300 < case.seq_len <= 5001:
 
@@ -136,7 +137,7 @@ TIMED = [
 ]
 """The most telling first; those with FlexAttention again, last."""
 
-PEERS = ("hopper", "kernel", "cudnn")
+PEERS = ("hopper", "kernel", "cudnn", "hopper_onepass")
 
 
 def times(day: Day) -> None:
@@ -235,7 +236,8 @@ def changes(rows: Records, proven: Sequence[tuple[int, int]]) -> list[str]:
     lines = []
     for (architecture, which, *dims), row in tuning.GLUON.items():
         stage = "forward" if which == "forward" else "backward"
-        timed = [_ratio(x, stage, "hopper", "kernel") for x in rows if (x["head_dim"],) * 2 == tuple(dims)]
+        name = "hopper_onepass" if which == "onepass" else "hopper"
+        timed = [_ratio(x, stage, name, "kernel") for x in rows if (x["head_dim"],) * 2 == tuple(dims)]
         ratios = [ratio for ratio in timed if ratio]
         if row.is_default or not ratios:
             continue
