@@ -184,7 +184,7 @@ def check_planted(old: str, new: str, monkeypatch: pytest.MonkeyPatch, determini
     with pytest.raises((Fault, AssertionError)) as raised:
         for problem in PLANTED_IN:
             check_backward(problem, range(3), deterministic)
-    assert is_planted
+    assert is_planted, "not in the source of any kernel"
     print(str(raised.value)[:200])
 
 
