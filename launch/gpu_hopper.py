@@ -182,7 +182,8 @@ def visited(bench: Any, row: Any) -> dict[str, Any]:
     from cpflex.kernels.work import Blocks, work_tables
     from cpflex.ring.handles import resolve
 
-    blocks = Blocks(*tuning.GLUON[90, "forward", row.head_dim, row.head_dim].config.blocks, True)
+    rows_are, rows, cols = tuning.GLUON[90, "forward", row.head_dim, row.head_dim].config.blocks
+    blocks = Blocks(rows_are, rows, cols, consecutive=True)
     _, (step,), _ = resolve(cpflex.make_plan(bench.mask_mod_of(row), row.seq_len).handle).on(torch.device("cpu"))
     (table,) = work_tables([step.tile_mask], [blocks])
     (work,) = table.split(table.table)
