@@ -8,7 +8,7 @@ from cpflex.planning.predict import heads_us, outer_machine
 from cpflex.planning.timing import BACKWARD_FLOPS
 from cpflex.planning.traffic import Traffic
 from cpflex.ring.schedule import hops_both_ways, hops_needed
-from cpflex.topology import Machine
+from cpflex.topology import Machine, Topology
 
 
 def least_us(family: str, traffic: Traffic, machine: Machine, degree: int = 1) -> int:
@@ -20,24 +20,27 @@ def least_us(family: str, traffic: Traffic, machine: Machine, degree: int = 1) -
         traffic, machine, degree: as `predict` takes them.
     """
     outer = outer_machine(machine, degree)
-    total = sum(max(_kernels_and_links_s(family, traffic, outer, backward)) for backward in (False, True))
+    total = sum(map(max, _kernels_and_links_s(family, traffic, outer)))
     return int(total * 1e6) + heads_us(traffic.local_len // degree, degree, machine)
 
 
 def waits_for_links(family: str, traffic: Traffic, machine: Machine) -> bool:
     """The busiest links carry longer than the busiest rank computes, in one of the passes."""
-    passes = (_kernels_and_links_s(family, traffic, machine, backward) for backward in (False, True))
-    return any(links > kernels for kernels, links in passes)
+    return any(links > kernels for kernels, links in _kernels_and_links_s(family, traffic, machine))
 
 
-def _kernels_and_links_s(family: str, traffic: Traffic, machine: Machine, backward: bool) -> tuple[float, float]:
+def _kernels_and_links_s(family: str, traffic: Traffic, machine: Machine) -> list[tuple[float, float]]:
+    """Of forward, and of backward."""
     if family.startswith("ring"):
         hops = (hops_needed(traffic.rows), 0) if family == "ring" else hops_both_ways(traffic.rows)
-        kernels = _ring_kernels_s(traffic, machine, hops, backward)
-        return kernels, _ring_links_s(traffic, machine, max(hops), backward)
-    is_straight = family in ("direct", "even") or machine.topology.num_nodes(traffic.world_size) == 1
-    links = _straight_links_s if is_straight else _leveled_links_s
-    return _kernels_s(traffic, machine, is_straight, backward), links(traffic, machine, backward)
+        kernels = [_ring_kernels_s(traffic, machine, hops, backward) for backward in (False, True)]
+        links = _ring_links_s(traffic, machine.topology, max(hops))
+    else:
+        is_straight = family in ("direct", "even") or machine.topology.num_nodes(traffic.world_size) == 1
+        kernels = [_kernels_s(traffic, machine, is_straight, backward) for backward in (False, True)]
+        links = (_straight_links_s if is_straight else _leveled_links_s)(traffic, machine.topology)
+    row_bytes = machine.heads.row_bytes, machine.heads.row_bytes + machine.heads.grad_row_bytes  # on one lane
+    return [(kernels[backward], links * row_bytes[backward]) for backward in (0, 1)]
 
 
 def _products_s(traffic: Traffic, machine: Machine, backward: bool) -> np.ndarray:
@@ -78,36 +81,29 @@ def _ring_kernels_s(traffic: Traffic, machine: Machine, hops: tuple[int, int], b
     return float(done.max())
 
 
-def _row_bytes(machine: Machine, backward: bool) -> int:
-    """Of K/V, and of dK/dV on the way back, on one lane."""
-    return machine.heads.row_bytes + (machine.heads.grad_row_bytes if backward else 0)
+# -- seconds of the busiest links, for a byte of each row
 
 
-def _ring_links_s(traffic: Traffic, machine: Machine, hops: int, backward: bool) -> float:
-    topology = machine.topology
+def _ring_links_s(traffic: Traffic, topology: Topology, hops: int) -> float:
     one_node = topology.num_nodes(traffic.world_size) == 1
-    rate = topology.intra_gb_per_s if one_node else topology.nic_gb_per_s
-    return hops * traffic.shard_len * _row_bytes(machine, backward) / (rate * 1e9)
+    return hops * traffic.shard_len / ((topology.intra_gb_per_s if one_node else topology.nic_gb_per_s) * 1e9)
 
 
-def _straight_links_s(traffic: Traffic, machine: Machine, backward: bool) -> float:
+def _straight_links_s(traffic: Traffic, topology: Topology) -> float:
     """Of the busiest rank: inside its node, or across."""
-    node = np.arange(traffic.world_size) // machine.topology.gpus_per_node
+    node = np.arange(traffic.world_size) // topology.gpus_per_node
     across, most = node[:, None] != node, 0.0
-    rates = ((~across, machine.topology.intra_gb_per_s), (across, machine.topology.nic_gb_per_s))
-    for which, rate in rates:
+    for which, rate in ((~across, topology.intra_gb_per_s), (across, topology.nic_gb_per_s)):
         rows = np.where(which, traffic.rows, 0)
-        busiest = max(int(rows.sum(axis=0).max()), int(rows.sum(axis=1).max()))
-        most = max(most, busiest * _row_bytes(machine, backward) / (rate * 1e9))
+        most = max(most, max(int(rows.sum(axis=0).max()), int(rows.sum(axis=1).max())) / (rate * 1e9))
     return most
 
 
-def _leveled_links_s(traffic: Traffic, machine: Machine, backward: bool) -> float:
+def _leveled_links_s(traffic: Traffic, topology: Topology) -> float:
     """Of the NICs of the busiest node, each row once."""
-    topology, size = machine.topology, traffic.world_size
+    size = traffic.world_size
     starts = np.arange(0, size, topology.gpus_per_node)
     across = traffic.by_owner(traffic.seen_by_nodes(topology.gpus_per_node))
     gpus = np.minimum(topology.gpus_per_node, size - starts)
     sent = np.add.reduceat(across.sum(axis=0), starts)
-    busiest = float((np.maximum(across.sum(axis=1), sent) / gpus).max())
-    return busiest * _row_bytes(machine, backward) / (topology.nic_gb_per_s * 1e9)
+    return float((np.maximum(across.sum(axis=1), sent) / gpus).max()) / (topology.nic_gb_per_s * 1e9)

@@ -238,10 +238,10 @@ def reason(choice: Choice) -> str:
     if not others:
         return said if least is None else f"{said}; no other takes less than {_ms(least)}"
     other = others[0]
+    if other.buffer_bytes > limit:  # how long it takes was never asked
+        return f"{said}; next {other.name}: needs {other.buffer_bytes / 1e9:.1f} GB of buffers"
     said += f"; next {other.name}, {_ms(other.total_us)}: "
     more = other.total_us - best.total_us
-    if other.buffer_bytes > limit:
-        return said + f"needs {other.buffer_bytes / 1e9:.1f} GB of buffers"
     waits = other.exposed_us - best.exposed_us
     if waits >= more - waits:
         return said + f"waits {_ms(waits)} longer for messages and the host"

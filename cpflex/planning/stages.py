@@ -65,9 +65,19 @@ class Stage:
     computes: bool = True
     """Otherwise nothing but gradients on their way, after the last step."""
 
+    def returned(self, world_size: int) -> np.ndarray:
+        """dK/dV rows that each rank sends or receives."""
+        return self.returns.sent(world_size) + self.returns.received(world_size)
 
-def stage_seconds(stage: Stage, first: bool, backward: bool, machine: Machine, world_size: int) -> np.ndarray:
-    """Of the kernels of a stage, [world_size]: products, launches, and what is read and written besides."""
+
+def stage_seconds(
+    stage: Stage, first: bool, backward: bool, machine: Machine, returned: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """Of the kernels of a stage, [world_size]: products, launches, and what is read and written besides.
+
+    Args:
+        returned: dK/dV rows that leave and arrive once it is computed, [world_size].
+    """
     device, heads = machine.device, machine.heads
     flops = stage.pairs * heads.flops_per_pair * (BACKWARD_FLOPS if backward else 1.0)
     launches = (1 + backward) * (stage.pairs > 0) * device.launch_us * 1e-6
@@ -75,7 +85,6 @@ def stage_seconds(stage: Stage, first: bool, backward: bool, machine: Machine, w
     moved = (0.0 if first else stage.touched) * heads.query * (heads.value_dim or heads.dim) * 8.0
     moved = moved + stage.copied * 2.0 * heads.row_bytes
     if backward:  # written and packed; or read, and added to what is there
-        returned = stage.returns.sent(world_size) + stage.returns.received(world_size)
         moved = moved + returned * 3.0 * heads.grad_row_bytes
     return flops / (device.tflops * 1e12) + launches + moved / (device.memory_gb_per_s * 1e9)
 
@@ -99,6 +108,7 @@ def program(
     host = (machine.device.backward_step_us if backward else machine.device.forward_step_us) * 1e-6
     operations: list[Batch | Kernels] = []
     kernels: list[int] = []
+    returned: dict[int, np.ndarray] = {}
     arrived: dict[int, tuple[int, ...]] = {}
     sizes = {} if sizes is None else sizes  # stages may share their flows
 
@@ -116,7 +126,10 @@ def program(
         if index + 1 < len(stages):
             gate = (*kernels[-1:], *arrived.get(index, ()))
             arrived[index + 1] = post(stages[index + 1].arrives, heads.row_bytes, gate, "K/V")
-        seconds = stage_seconds(stage, index == 0, backward, machine, world_size)
+        rows = id(stage.returns.rows)
+        if backward and rows not in returned:
+            returned[rows] = stage.returned(world_size)
+        seconds = stage_seconds(stage, index == 0, backward, machine, returned.get(rows, 0.0))
         operations.append(Kernels(seconds, arrived.get(index, ()), host))
         kernels.append(len(operations) - 1)
         if backward:

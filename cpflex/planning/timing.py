@@ -109,8 +109,8 @@ def run(
     lanes: dict[str, np.ndarray] = {}
     free, busy, across, host = np.zeros(world_size), np.zeros(world_size), np.zeros(world_size), -lead
     for step in program:
-        ready = np.zeros(world_size)
-        for other in step.after:
+        ready = spans[step.after[0]].end if step.after else np.zeros(world_size)
+        for other in step.after[1:]:
             ready = np.maximum(ready, spans[other].end)
         if isinstance(step, Kernels):
             host += step.host
@@ -139,7 +139,7 @@ class Messages(NamedTuple):
     source: np.ndarray  # [messages]
     target: np.ndarray
     seconds: np.ndarray
-    takes_part: np.ndarray  # bool [world_size]
+    takes_part: np.ndarray | None  # bool [world_size]; None if all do
     crossed: np.ndarray  # bytes sent to other nodes, [world_size]
 
     def run(self, ready: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -150,6 +150,8 @@ class Messages(NamedTuple):
         np.maximum.at(end, self.source, arrival)
         np.maximum.at(end, self.target, arrival)
         part = self.takes_part
+        if part is None:
+            return start, end, end
         return np.where(part, start, ready), np.where(part, end, ready), np.where(part, end, held)
 
 
@@ -158,7 +160,7 @@ def _messages(batch: Batch, world_size: int, topology: Topology) -> Messages:
     takes_part = np.zeros(world_size, dtype=bool)
     takes_part[batch.source] = takes_part[batch.target] = True
     crossed = np.bincount(batch.source[crosses], batch.size[crosses], world_size)
-    return Messages(batch.source, batch.target, seconds, takes_part, crossed)
+    return Messages(batch.source, batch.target, seconds, None if takes_part.all() else takes_part, crossed)
 
 
 def message_costs(batch: Batch, world_size: int, topology: Topology) -> Costs:

@@ -95,8 +95,8 @@ def traffic_of(
     _, touched = _counted(flipped, held, queries, once=True)
     shard_len = layout.local_len if keys is None else keys.local_len
     return Traffic(
-        layout.local_len, shard_len, held.owner[held.order], held.tiles.length[held.order], seen, pairs,
-        touched.T.copy(),
+        layout.local_len, shard_len, held.owner[held.order], held.tiles.length[held.order],
+        seen.take(held.order, axis=1), pairs, touched.T.copy(),
     )  # fmt: skip
 
 
@@ -124,8 +124,8 @@ class _Held(NamedTuple):
 
 
 def _counted(squares: Squares, lines: _Held, held: _Held, *, once: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of the squares' rows, by the rank that holds the row: those that are covered, bool [ranks, tiles sorted
-    by owner], and their tokens times the rows' tokens, or the tokens ``once``, int64 [ranks, ranks].
+    """Columns of the squares' rows, by the rank that holds the row: those that are covered, bool [ranks, tiles], and
+    their tokens times the rows' tokens, or the tokens ``once``, int64 [ranks, ranks].
     """
     row, first, end = squares.rows(lines.tiles, held.tiles)
     line, weight, width = lines.owner[row], lines.tiles.length[row], held.tiles.num_tiles
@@ -140,5 +140,5 @@ def _counted(squares: Squares, lines: _Held, held: _Held, *, once: bool = False)
         covering = step.astype(np.int64).cumsum().reshape(ranks, -1)[:, :-1]  # a line ends with 0, as the next begins
         is_seen = covering > 0
         totals.append(held.by_owner((is_seen if once else covering) * held.tiles.length))
-        seen.append(is_seen.take(held.order, axis=1))
+        seen.append(is_seen)
     return np.concatenate(seen), np.concatenate(totals)

@@ -224,7 +224,7 @@ def _double_ring(scene: Scene) -> Passes:
                     traffic.touched[ranks, owner].astype(float),
                     returns=Flow(*(part[: 0 if first else size] for part in returned)),
                 )
-                seconds = stage_seconds(stage, first, backward, machine, size)
+                seconds = stage_seconds(stage, first, backward, machine, stage.returned(size))
                 kernels += add(Kernels(seconds, here, STEP_US[backward] * 1e-6))
                 if backward:
                     grad = add(Batch(ranks, beside, shard, (kernels[-1], *grad), "inside", "dK/dV"))
@@ -294,7 +294,7 @@ def _two_lanes(stages: Sequence[Stage], crossings: Sequence[Flow | None], machin
         if index + 1 < len(stages):
             after = (*crossed.get(index + 1, ()), *gate)
             arrived[index + 1] = post(stages[index + 1].arrives, after, "inside")
-        seconds = stage_seconds(stage, index == 0, backward, machine, len(stage.pairs))
+        seconds = stage_seconds(stage, index == 0, backward, machine, stage.returned(len(stage.pairs)))
         steps.append(Kernels(seconds, arrived.get(index, ()), host))
         kernels.append(len(steps) - 1)
         if backward:
