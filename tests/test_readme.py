@@ -177,9 +177,8 @@ def shared_prefixes(group: ThreadLinks) -> None:
 
 def paged_decode(group: ThreadLinks) -> None:
     """Token by token, as all tokens at once."""
-    torch.manual_seed(0)
     mask = cpflex.causal() & cpflex.sliding_window(9)
-    q, k, v = torch.randn(3, 1, HEADS, 48, DIM)
+    q, k, v = torch.randn(3, 1, HEADS, 48, DIM, generator=torch.Generator().manual_seed(0))  # threads share torch's own
     pages = cpflex.Pages(8, page_size=4, group=group)
     pool = pages.pool(HEADS, DIM)
     pages.reserve("a", 48)

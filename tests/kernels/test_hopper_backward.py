@@ -240,6 +240,7 @@ def test_the_table_says_which_passes_are_served(
     monkeypatch: pytest.MonkeyPatch, head_dim: int, v_dim: int, dtype: torch.dtype, served: set[str]
 ):
     monkeypatch.setattr(tuning, "capability_of", lambda device: 90)
+    monkeypatch.setattr(kernels, "_is_fused", lambda q, backend: True)
     mask, _, _ = resolve(cpflex.make_plan(cpflex.causal(), 128).handle).on(torch.device("cpu"))
     q, v = (torch.zeros(1, 1, 128, dim, dtype=dtype) for dim in (head_dim, v_dim))
     assert {which for which in ("dq", "dkdv") if tuning.is_served_by_gluon(which, q, v, "gluon")} == served
