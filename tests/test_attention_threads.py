@@ -28,7 +28,7 @@ def check(problem: Problem) -> None:
     assert_within_budget(assemble(results), problem.dense(torch.float32), problem.dense())
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(8)
 @pytest.mark.parametrize("problem", SAMPLE, ids=str)
 def test_ranks_compute_what_one_dense_attention_does(problem: Problem):
     check(problem)

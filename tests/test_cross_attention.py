@@ -56,6 +56,7 @@ def test_processes_compute_attention_to_another_sequence(problem: CrossProblem, 
     assert_right(problem, processes.run(attend, replace(problem)))  # what it made for itself does not travel
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("keys", [EVERYWHERE, *LAYOUTS])
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_plan_of_two_sequences_travels_as_bytes_and_is_checked(mask: str, keys: str):

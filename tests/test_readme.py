@@ -332,7 +332,7 @@ def losses_and_norms_of_one_process(directory: str) -> list[tuple[float, float]]
 
 
 @pytest.mark.hf
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(5)
 def test_the_hugging_face_run_does_what_one_process_does(tmp_path: Path):
     pytest.importorskip("transformers")
     text = hugging_face_run()

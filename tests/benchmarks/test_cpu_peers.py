@@ -24,7 +24,7 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> str:
     return importlib.import_module("cpu_peers").missing()
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(6)
 def test_the_two_agree_and_every_figure_is_there(tmp_path: Path, absent: str):
     if absent:
         pytest.skip(f"torch's side cannot run without {absent}")

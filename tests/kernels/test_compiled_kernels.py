@@ -44,7 +44,7 @@ def spills_in_loops_allowed(row: Report, capability: int, head_dim: int) -> int:
     return {"attend_kernel": 0, "dq_kernel": 2, "dkdv_kernel": 56}[row.name]
 
 
-@pytest.mark.by_day(6)
+@pytest.mark.by_day(12)
 @pytest.mark.parametrize(
     ("capability", "head_dim", "mask", "score"),
     [
@@ -81,7 +81,7 @@ def test_kernels_that_write_gradients_in_their_own_dtype_do_not_spill_in_a_loop(
         assert row.spills_in_loops <= may_spill, row
 
 
-@pytest.mark.by_day(30)
+@pytest.mark.by_day(12)
 @pytest.mark.parametrize(
     ("capability", "head_dim", "mask", "score"),
     [
@@ -122,6 +122,7 @@ def test_tensor_descriptors_become_bulk_copies(capability: int, head_dim: int):
         assert row.spilled_bytes <= 8, row  # dK and dV of 128 keys of 128 dims; one reason for which no row asks for it
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_fp32_kernels_compile_without_tensor_cores(head_dim: int):
     """tf32 keeps 10 bits of 23."""
@@ -130,6 +131,7 @@ def test_fp32_kernels_compile_without_tensor_cores(head_dim: int):
         assert row.spilled_bytes == 0
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_kernel_that_backward_begins_with_does_not_spill(capability: int):
     lse = torch.zeros(2, 4, 256)

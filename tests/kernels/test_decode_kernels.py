@@ -99,7 +99,7 @@ UNDER_WAY_KIB = {64: 3 * 16, 128: 2 * 32, 256: 2 * 32}
 """K and V of all blocks that are loaded while one is computed with."""
 
 
-@pytest.mark.by_day(14)
+@pytest.mark.by_day(28)
 @pytest.mark.parametrize("mods", MODS, ids="-".join)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

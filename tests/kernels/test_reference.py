@@ -94,6 +94,7 @@ PROBLEMS = [
 ]
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_a_softmax_continued_over_a_split_of_the_keys_is_the_softmax_of_all(problem: Problem, split: str):

@@ -48,7 +48,7 @@ def run() -> Iterator[Run]:
         yield call
 
 
-@pytest.mark.by_day(12)
+@pytest.mark.by_day(20)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_fused_kernels_equal_their_twin_and_the_oracle(run: Run, problem: Problem):
     run(interpreted.check, problem)
@@ -125,6 +125,7 @@ def test_any_scale_is_accepted(run: Run, scale: float):
     run(interpreted.check_scale, scale)
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize(
     "name",
     [

@@ -29,7 +29,7 @@ def ranks_of(launcher: int) -> list[int]:
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "train.py" in line]
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(7)
 def test_a_rank_that_dies_under_torchrun_is_restarted_with_the_same_losses_bit_by_bit(tmp_path: Path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(*TORCHRUN, TRAIN, *TINY, "--run-dir", str(whole))
@@ -68,7 +68,7 @@ def save_for_ever(directory: Path) -> None:
         checkpoint.save(directory, number, model, optimizer, {"seed": 0}, dist.group.WORLD)
 
 
-@pytest.mark.by_day(5)
+@pytest.mark.by_day(7)
 def test_whenever_a_run_is_killed_its_latest_checkpoint_loads(tmp_path: Path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.checkpoint.state_dict"])

@@ -238,7 +238,7 @@ def kill_after_step(num_steps: int, log: Path, *arguments: str) -> None:
     process.wait()
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 def test_a_killed_run_resumes_with_the_same_losses_bit_by_bit(tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     said = train(*TORCHRUN, TRAIN, *TINY, "--run-dir", str(whole))

@@ -104,7 +104,7 @@ def test_a_hybrid_model_proves_itself_learns_and_resumes_bit_by_bit(tmp_path: Pa
 
 
 @needs_masks
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(6)
 def test_a_model_with_recurrent_layers_proves_itself_and_learns(tmp_path: Path, written):
     said, log = trained(written(**DELTA), tmp_path / "run")
     assert "layers that mix tokens outside of attention exchange their states" in said

@@ -45,6 +45,7 @@ def test_there_are_enough_of_them() -> None:
     assert set(cases.SCORES) - {"none"} <= set(SCORES)
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_equals_the_evaluator_bit_by_bit(interpreter: Call, name: str) -> None:
     interpreter(generated.check_mask, name)

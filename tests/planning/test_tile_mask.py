@@ -62,7 +62,7 @@ def plans_of(problem: Problem) -> list[cpflex.Plan]:
     return [problem.plan(None, rank=rank, world_size=problem.world_size) for rank in range(problem.world_size)]
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("problem", SAMPLE, ids=str)
 def test_over_all_ranks_each_visible_tile_is_computed_once_and_its_verdict_is_right(problem: Problem):
     plans = plans_of(problem)
@@ -83,7 +83,7 @@ def test_over_all_ranks_each_visible_tile_is_computed_once_and_its_verdict_is_ri
     assert not (some & (computed == 0)).any(), "every visible pair is computed"
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("problem", SAMPLE, ids=str)
 def test_runs_by_key_are_the_transpose_and_runs_are_as_long_as_can_be(problem: Problem):
     for plan in plans_of(problem):
@@ -100,7 +100,7 @@ def test_runs_by_key_are_the_transpose_and_runs_are_as_long_as_can_be(problem: P
                         assert all(a[1] < b[0] for a, b in itertools.pairwise(ends)), "neighbours are joined"
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("problem", SAMPLE, ids=str)
 def test_a_tile_is_consecutive_tokens_of_one_chunk(problem: Problem):
     for plan in plans_of(problem):
@@ -119,7 +119,7 @@ def test_a_tile_is_consecutive_tokens_of_one_chunk(problem: Problem):
             torch.testing.assert_close(mask.q_positions.long(), plan.positions)
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("problem", SAMPLE, ids=str)
 def test_the_keys_of_a_step_are_the_rows_of_its_sources(problem: Problem):
     for plan in plans_of(problem):
