@@ -30,7 +30,8 @@ def test_the_ways_agree_and_what_travels_is_counted(tmp_path: Path):
     for (_, way), row in by_way.items():
         assert row["ms"] > 0
         if way == "pages":
-            assert (row["exchanges"], row["received_bytes"]) == (2, PARTIALS)
+            assert 1 <= row["exchanges"] < 1.5  # the header goes ahead of the first step's alone
+            assert row["received_bytes"] == PARTIALS
     assert by_way["window 1024", "pages"]["kv_bytes"] < 0.7 * by_way["causal", "pages"]["kv_bytes"]
     assert by_way["causal", "whole"]["kv_bytes"] > 1.8 * by_way["causal", "gathered"]["kv_bytes"]
 
