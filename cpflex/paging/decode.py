@@ -58,11 +58,11 @@ def decode(
     if not steps.rows.by_head:
         meeting = Meeting(steps, facts, q.device, longest_first(q, pool, plan))
         return _as_asked(attend_divided(q, pool, plan, call, meeting))
-    meeting = Meeting(steps, facts, q.device, num_bytes(q, pool, plan))
+    meeting = Meeting(steps, facts, q.device, num_bytes(q, pool))
     mine = torch.empty(steps.num_tokens, num_heads * (pool.v.shape[3] + 1), dtype=torch.float32, device=q.device)
     whole = gathered(q, pool, plan, meeting)
     read(whole, pool.k, pool.v, plan, call, partials_of(mine, num_heads))
-    arrived = _sent_home(mine, num_heads, plan, meeting)  # [P, n, h * (Dv + 1)]
+    arrived = _sent_home(mine, num_heads, plan, meeting)  # [P, N, h * (Dv + 1)]
     tokens = arrived.shape[1]
     theirs = partials_of(arrived.flatten(0, 1), q.shape[1])
     return _as_asked(combine(theirs, _rows(plan, tokens, 1, tokens, arrived), q.dtype, backend=call.backend))
@@ -92,14 +92,10 @@ def _sent_home(
     plan: DecodePlan,
     meeting: Meeting,
 ) -> Tensor:
-    """Each rank's tokens, or heads, to it: one message to each other rank. What arrived, fp32 [P, n, h * (Dv + 1)]."""
-    steps = plan.steps
-    world_size, rank = steps.pages.world_size, steps.pages.rank
-    if steps.rows.by_head:
-        both = (x.unflatten(1, (world_size, -1)).movedim(1, 0).flatten(2) for x in partials_of(mine, num_heads))
-        sent = list(torch.cat([*both], dim=2))
-    else:
-        sent = list(mine.split(steps.counts))
+    """Each rank's heads to it: one message to each other rank. What arrived, fp32 [P, N, h * (Dv + 1)]."""
+    world_size, rank = plan.steps.pages.world_size, plan.steps.pages.rank
+    both = (x.unflatten(1, (world_size, -1)).movedim(1, 0).flatten(2) for x in partials_of(mine, num_heads))
+    sent = list(torch.cat([*both], dim=2))
     arrived = mine.new_empty(world_size, *sent[rank].shape)
     arrived[rank] = sent[rank]
     meeting.exchange(sent, list(arrived))
